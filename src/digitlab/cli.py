@@ -1,0 +1,119 @@
+"""The command `digitlab`: parse, build, run, close."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from digitlab.errors import UserError, nearest
+
+_COMMANDS: dict[str, str] = {
+    "data": "fetch and verify a data set",
+    "train": "train one configuration; a Hydra application",
+    "sweep": "run a study, or go on with it; a Hydra application",
+    "reproduce": "train a run again from its record and compare",
+    "ui": "open MLflow's pages on the lab's records",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"digitlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print("usage: digitlab COMMAND [ARGUMENTS]   (--debug shows the traceback of an error)\n")
+        for name, text in _COMMANDS.items():
+            print(f"  {name:<10} {text}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in _COMMANDS:
+        raise UserError(f"{command}: no such command, {nearest(command, _COMMANDS)}")
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "data": _data,
+        "train": _train,
+        "sweep": _sweep,
+        "reproduce": _reproduce,
+        "ui": _ui,
+    }
+    return commands[command](rest)
+
+
+def _data(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("digitlab data", description="Fetch and verify a data set.")
+    parser.add_argument("name", nargs="?", default="mnist", help="mnist, fashion_mnist")
+    name = parser.parse_args(arguments).name
+    from digitlab.datasets import TEST, TRAIN, load_digits
+    from digitlab.lab import lab_folder
+
+    for files in (TRAIN, TEST):
+        digits = load_digits(lab_folder(), name, files)
+        for file, digest in digits.sha256.items():
+            print(f"{digest}  {file}")
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    from digitlab.compose import compose
+    from digitlab.lab import lab_folder
+
+    jobs = compose("train", arguments)
+    if not jobs:  # --help, --cfg and the like have printed what was asked for
+        return 0
+    from digitlab.single import train
+
+    return max(train(job, lab_folder()) for job in jobs)
+
+
+def _sweep(arguments: list[str]) -> int:
+    from digitlab.workers import preload
+
+    if not any(argument.startswith("-") for argument in arguments):
+        preload()  # beside the parent's own imports
+    from digitlab.compose import compose
+    from digitlab.lab import lab_folder
+
+    jobs = compose("sweep", arguments)
+    if not jobs:
+        return 0
+    from digitlab.study import sweep
+
+    return max(sweep(job, lab_folder()) for job in jobs)
+
+
+def _reproduce(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "digitlab reproduce", description="Train a run again from its record alone and compare."
+    )
+    parser.add_argument("run", help="id, a unique beginning of one, a name, or champion")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_args(arguments)
+    from digitlab.lab import lab_folder
+    from digitlab.reproduce import reproduce
+
+    return reproduce(options.run, lab_folder(), options.json)
+
+
+def _ui(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("digitlab ui", description="MLflow's pages on this machine.")
+    parser.add_argument("--port", type=int, default=5000)
+    port = parser.parse_args(arguments).port
+    from digitlab.lab import lab_folder
+    from digitlab.ui import serve
+
+    return serve(lab_folder(), port)

@@ -1,0 +1,194 @@
+"""The edge where Hydra's configuration becomes typed objects, and back again for the record."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from digitlab.config import Config
+from digitlab.errors import UserError, nearest
+from digitlab.lab import ROOT
+from digitlab.networks import find_network
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A configuration and the overrides that it was composed with."""
+
+    config: Config
+    overrides: tuple[str, ...]
+
+
+def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
+    """Run `digitlab <command>` as a Hydra application up to its configuration.
+
+    Args:
+        command: train or sweep; sweep takes ranges in Hydra's sweep grammar as its search space.
+        arguments: Hydra's flags and overrides.
+
+    Returns:
+        One configuration; several with --multirun; none where a flag such as --cfg only prints.
+
+    Raises:
+        UserError: an override that does not parse, or does not fit the types and limits.
+    """
+    arguments = list(arguments)
+    fixed: list[str] = []
+    if command == "sweep":
+        arguments, fixed = _split_space(arguments)
+    jobs: list[tuple[Any, tuple[str, ...]]] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+    def application(config: DictConfig) -> None:
+        plain = OmegaConf.to_container(config, resolve=True)
+        jobs.append((plain, tuple(HydraConfig.get().overrides.task)))
+
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    flags = [a for a in arguments if a not in overrides]  # first, or argparse takes offence
+    before, sys.argv = sys.argv, [f"digitlab {command}", *flags, *overrides, _SEARCH_PATH]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here what Hydra would print with a traceback
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    finally:
+        sys.argv = before
+    composed = []
+    for plain, used in jobs:
+        space = plain["study"]["space"]
+        plain["study"]["space"] = {k: v for k, v in space.items() if k not in fixed}
+        composed.append(Composed(config_from_plain(plain), used))
+    return composed
+
+
+_SEARCH_PATH = f"hydra.searchpath=['file://{ROOT}']"  # makes experiments/ a group
+
+
+def _split_space(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Turn sweep overrides into entries of study.space; also name the keys that are fixed."""
+    parser = OverridesParser.create()
+    kept, fixed = [], []
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            kept.append(argument)
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise UserError(_explain(error)) from error
+        knob = override.key_or_group
+        if override.is_sweep_override():
+            text = argument.split("=", 1)[1].replace("\\", "\\\\").replace("'", "\\'")
+            kept.append(f"++study.space={{{knob}:'{text}'}}")
+        else:
+            kept.append(argument)
+            fixed.append(knob)
+    return kept, fixed
+
+
+def config_from_plain(plain: Mapping[str, Any]) -> Config:
+    """A typed configuration from plain containers, such as a run's record holds.
+
+    Raises:
+        UserError: an unknown or missing key, a wrong type, a value out of its range, or an
+            interpolation, which a record has no business to hold.
+    """
+    for key, value in flat(plain).items():
+        if "${" in str(value):
+            raise UserError(f"{key}={value}: an interpolation is not allowed in a configuration")
+    model = plain.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    try:
+        schema = OmegaConf.structured(Config)
+        schema.model = OmegaConf.structured(find_network(str(name)).config)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, dict(plain)))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def config_to_plain(config: Config) -> dict[str, Any]:
+    """The configuration as dictionaries, lists, strings and numbers."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def config_to_yaml(config: Config) -> str:
+    """The text of a run's `config.yaml`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_plain(config)))
+
+
+def config_from_yaml(text: str) -> Config:
+    """The configuration of a run's `config.yaml`.
+
+    Raises:
+        UserError: as `config_from_plain`, or the text is not a YAML mapping.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # PyYAML's own errors reach here besides OmegaConf's
+        raise UserError(f"not a configuration: {_explain(error)}") from error
+    if not isinstance(plain, dict):
+        raise UserError("not a configuration: a YAML mapping is needed")
+    return config_from_plain({str(key): value for key, value in plain.items()})
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of `config` with the values at dotted keys replaced.
+
+    Raises:
+        UserError: a key that is not there, or a value that does not fit.
+    """
+    plain = config_to_plain(config)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node: Any = plain
+        for name in path:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            raise UserError(f"{key}: no such key, {nearest(key, flat(plain))}")
+        node[last] = value
+    return config_from_plain(plain)
+
+
+def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; lists stay values."""
+    leaves: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _explain(error: BaseException) -> str:
+    """One line of an error of Hydra's, OmegaConf's or PyYAML's."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    if error.__cause__ is not None and not isinstance(error.__cause__, UserError):
+        lines += [line.strip() for line in str(error.__cause__).split("\n")]
+    kept = [line for line in lines if not re.match(r"(object_type|reference_type)=", line)]
+    text = ", ".join(dict.fromkeys(kept)).split(", Config search path")[0]
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown[1]
+        known = flat(config_to_plain(compose("train", [])[0].config))
+        return f"{key}: no such key in the configuration, {nearest(key, known)}"
+    return text

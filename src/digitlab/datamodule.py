@@ -1,0 +1,84 @@
+"""Digits in memory as a Lightning data module: batches by index, prepared as they are formed."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Generator, Tensor
+
+from digitlab.augment import augment
+from digitlab.config import Config, DataConfig, Fold
+from digitlab.datasets import TEST, TRAIN, load_digits, stratified_split
+
+
+def random_stream(seed: int, stream: int) -> Generator:
+    """A generator of its own for each use of one seed, so that the uses do not disturb each other.
+
+    Streams: 0 order of the images, 1 augmentation.
+    """
+    state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 (N, 1, 28, 28) to float in [0, 1]."""
+    return images.float().div_(255)
+
+
+def standardise(images: Tensor, config: DataConfig) -> Tensor:
+    """Float images in [0, 1] less the mean, over the deviation; changes them in place."""
+    return images.sub_(config.mean).div_(config.std)
+
+
+class Batches:
+    """The training images in a new order at each pass, a batch at a time."""
+
+    def __init__(self, images: Tensor, labels: Tensor, config: DataConfig, seed: int) -> None:
+        self.images, self.labels, self.config = images, labels, config
+        self.order = random_stream(seed, 0)
+        self.chance = random_stream(seed, 1)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.config.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.labels), generator=self.order)
+        for index in torch.split(order, self.config.batch_size):
+            images = augment(to_unit(self.images[index]), self.config.augment, self.chance)
+            yield standardise(images, self.config), self.labels[index]
+
+
+class DigitsData(pl.LightningDataModule):
+    """What one run learns from and is measured on, as `config.data.fold` says.
+
+    With fold=holdout nothing of the test set is opened; with fold=test it is opened by
+    `measured()`, which a run calls once, when it has finished training.
+    """
+
+    def __init__(self, config: Config, lab: Path) -> None:
+        super().__init__()
+        self.config, self.lab = config, lab
+        data = config.data
+        digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
+        self.sha256 = dict(digits.sha256)
+        images = digits.images[:, None]
+        learn = torch.arange(len(images))
+        if data.fold is Fold.holdout:
+            learn, held = stratified_split(digits.labels, data.holdout, data.split_seed)
+            self.holdout = (images[held], digits.labels[held])
+        self.learned = (images[learn], digits.labels[learn])
+
+    def train_dataloader(self) -> Batches:
+        return Batches(*self.learned, self.config.data, self.config.trainer.seed)
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """Images uint8 (M, 1, 28, 28) and labels (M,) to measure on."""
+        data = self.config.data
+        if data.fold is Fold.holdout:
+            return self.holdout
+        digits = load_digits(self.lab, data.name, TEST, data.allow_unknown)
+        self.sha256 |= digits.sha256
+        return digits.images[:, None], digits.labels

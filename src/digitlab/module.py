@@ -1,0 +1,144 @@
+"""One network under training, as a Lightning module."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from digitlab.config import Config, DataConfig, OptimConfig, Optimizer, Schedule
+from digitlab.datamodule import standardise, to_unit
+from digitlab.networks import build_network
+
+_EVALUATION_BATCH = 500  # images: large enough to be fast, small enough to stay in the cache
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class DigitModule(pl.LightningModule):
+    """Cross-entropy on a network of the table, with the optimizer and schedule of the config."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.network = build_network(config.model)
+        self.averaged = None
+        if config.optim.ema:
+            average = get_ema_multi_avg_fn(config.optim.ema)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+        self.loss_sum = self.correct = torch.zeros(())
+        self.seen = 0
+
+    @property
+    def learned(self) -> nn.Module:
+        """The network to be measured and kept: the average where there is one."""
+        network = self.network if self.averaged is None else self.averaged.module
+        assert isinstance(network, nn.Module)
+        return network
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        images, labels = batch
+        logits = self.network(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
+        if not torch.isfinite(loss):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise Diverged(
+                f"the loss is {float(loss)} in epoch {self.current_epoch + 1} "
+                f"at learning rate {rate:.3g}"
+            )
+        self.loss_sum = self.loss_sum + loss.detach() * len(labels)
+        self.correct = self.correct + (logits.argmax(1) == labels).sum()
+        self.seen += len(labels)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+
+    def train_metrics(self) -> dict[str, float]:
+        """Mean loss and accuracy over the images since the last call."""
+        metrics = {
+            "train_loss": float(self.loss_sum) / self.seen,
+            "train_accuracy": float(self.correct) / self.seen,
+        }
+        self.loss_sum = self.correct = torch.zeros(())
+        self.seen = 0
+        return metrics
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.config.optim, self.network.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(self.config.optim, optimizer, steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def build_optimizer(
+    config: OptimConfig, parameters: Iterator[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` asks for; Adam's betas are torch's."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.name is Optimizer.sgd:
+        momentum = config.momentum
+        return torch.optim.SGD(
+            parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0, fused=True
+        )
+    kind = torch.optim.AdamW if config.name is Optimizer.adamw else torch.optim.Adam
+    return kind(parameters, rate, weight_decay=decay, fused=True)
+
+
+def build_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> lr_scheduler.LRScheduler:
+    """The course of the learning rate over `steps` steps.
+
+    onecycle: Smith & Topin 2018, as torch has it; cosine: half a cosine down to 0.
+    """
+    if config.schedule is Schedule.onecycle:
+        peak = config.learning_rate
+        return lr_scheduler.OneCycleLR(
+            optimizer, peak, steps, pct_start=config.warmup, cycle_momentum=False
+        )
+    if config.schedule is Schedule.cosine:
+        return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
+    """Logits (N, 10) of images uint8 (N, 1, 28, 28); leaves the network in the mode it had."""
+    training = network.training
+    network.eval()
+    batches = torch.split(images, _EVALUATION_BATCH)
+    logits = torch.cat([network(standardise(to_unit(batch), config)) for batch in batches])
+    network.train(training)
+    return logits
+
+
+def measure(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
+    """Mean cross-entropy and accuracy, named `<prefix>_loss` and `<prefix>_accuracy`."""
+    loss = float(F.cross_entropy(logits, labels))
+    accuracy = float((logits.argmax(1) == labels).double().mean())
+    return {f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy}
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Numbers that training can change."""
+    return sum(math.prod(parameter.shape) for parameter in network.parameters())
+
+
+def count_flops(network: nn.Module) -> int:
+    """Floating-point operations of one image's forward pass: a multiply-add is two."""
+    training = network.training
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network.eval()(torch.zeros(1, 1, 28, 28))
+    network.train(training)
+    return int(counter.get_total_flops())

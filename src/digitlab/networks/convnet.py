@@ -1,0 +1,101 @@
+"""A plain convolutional network with any number of convolutions."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from digitlab.errors import UserError, require
+
+PIXELS = 28
+CLASSES = 10
+
+
+@dataclass
+class ConvnetConfig:
+    """Parameters of `Convnet`. A list of one value holds for every convolution."""
+
+    name: str
+    widths: list[int]  # output channels, one for each convolution
+    kernel_sizes: list[int]  # pixels, odd
+    strides: list[int]  # pixels
+    pools: list[int]  # side of the max-pooling window after the convolution, pixels; 1 is none
+    batch_norm: bool
+    dropout: float  # probability, before each linear layer
+    hidden: int  # units of the hidden linear layer; 0 is none
+
+    def __post_init__(self) -> None:
+        widths = f"model.widths={self.widths}"
+        require(len(self.widths) > 0 and min(self.widths) >= 1, widths, "one or more integers >= 1")
+        for field in ("kernel_sizes", "strides", "pools"):
+            values: list[int] = getattr(self, field)
+            given = f"model.{field}={values}"
+            require(bool(values) and min(values) >= 1, given, "one or more integers >= 1")
+            if len(values) not in (1, len(self.widths)):
+                raise UserError(
+                    f"{given} does not fit {widths}: give one value for all convolutions, "
+                    f"or {len(self.widths)}"
+                )
+        odd = all(size % 2 for size in self.kernel_sizes)
+        require(odd, f"model.kernel_sizes={self.kernel_sizes}", "odd sizes")
+        require(0 <= self.dropout < 1, f"model.dropout={self.dropout}", "0 <= dropout < 1")
+        require(self.hidden >= 0, f"model.hidden={self.hidden}", "an integer >= 0, 0 for none")
+        self.side()
+
+    def layers(self) -> list[tuple[int, int, int, int]]:
+        """(width, kernel size, stride, pool) of each convolution."""
+        n = len(self.widths)
+        lists = (self.kernel_sizes, self.strides, self.pools)
+        full = [values * n if len(values) == 1 else values for values in lists]
+        return list(zip(self.widths, *full, strict=True))
+
+    def side(self) -> int:
+        """Pixels that are left on a side after the last convolution.
+
+        Raises:
+            UserError: strides and pools leave less than one pixel.
+        """
+        side = PIXELS
+        for _, _, stride, pool in self.layers():
+            side = (-(-side // stride)) // pool
+        if side < 1:
+            raise UserError(
+                f"model.pools={self.pools} with model.strides={self.strides} over "
+                f"{len(self.widths)} convolutions leaves no pixel of {PIXELS}: lower one of them"
+            )
+        return side
+
+
+class Convnet(nn.Module):
+    """Convolution, pooling, batch norm, ReLU, as often as asked; then the linear layers.
+
+    Pooling comes before norm and activation: ReLU and max commute, and the two work on a quarter
+    of the values.
+    """
+
+    def __init__(self, config: ConvnetConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for width, kernel, stride, pool in config.layers():
+            bias = not config.batch_norm
+            layers.append(nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=bias))
+            if pool > 1:
+                layers.append(nn.MaxPool2d(pool))
+            if config.batch_norm:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU())
+            channels = width
+        layers.append(nn.Flatten())
+        features = channels * config.side() ** 2
+        for units in [config.hidden] if config.hidden else []:
+            layers += [nn.Dropout(config.dropout)] if config.dropout else []
+            layers += [nn.Linear(features, units), nn.ReLU()]
+            features = units
+        layers += [nn.Dropout(config.dropout)] if config.dropout else []
+        layers.append(nn.Linear(features, CLASSES))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of standardised images (N, 1, 28, 28)."""
+        logits: Tensor = self.layers(images)
+        return logits

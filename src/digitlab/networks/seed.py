@@ -1,0 +1,35 @@
+"""The network of the article that this project started from."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class SeedConfig:
+    """`Seed` has nothing to set: it stays what the article printed."""
+
+    name: str
+
+
+class Seed(nn.Module):
+    """Conv2D 32 3x3 without padding, ReLU, max-pooling 2, flatten, dense 10.
+
+    Keras initialises with Glorot's uniform and zero biases; so does this, since torch's default
+    starts the small network differently.
+    """
+
+    def __init__(self, config: SeedConfig) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 32, kernel_size=3)
+        self.pool = nn.MaxPool2d(2)
+        self.dense = nn.Linear(32 * 13 * 13, 10)
+        for layer in (self.convolution, self.dense):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 1, 28, 28)."""
+        features = self.pool(self.convolution(images)).relu()
+        logits: Tensor = self.dense(features.flatten(1))
+        return logits

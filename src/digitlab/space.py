@@ -1,0 +1,144 @@
+"""The search space: Hydra's sweep grammar read into Optuna's distributions."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    QuotedString,
+    RangeSweep,
+)
+from hydra.errors import HydraException
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from digitlab.compose import config_to_plain, flat, with_values
+from digitlab.config import Config
+from digitlab.errors import UserError, nearest
+
+# What decides how a trial is measured, or belongs to the study as a whole.
+_FIXED = ("study.", "tracking.", "data.name", "data.fold", "data.holdout", "data.split_seed")
+_GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One searched key of the configuration and the values that it may take.
+
+    A list cannot be a category of Optuna's, so a choice of lists is kept as JSON text.
+    """
+
+    name: str
+    distribution: BaseDistribution
+    as_json: bool = False
+
+    def decode(self, value: Any) -> Any:
+        """The configuration's value of one of the distribution's."""
+        return json.loads(value) if self.as_json else value
+
+    def encode(self, value: Any) -> Any:
+        """The distribution's value of one of the configuration's."""
+        return json.dumps(value) if self.as_json else value
+
+    def extremes(self) -> list[Any]:
+        """The values that decide whether the whole range is allowed."""
+        if isinstance(self.distribution, CategoricalDistribution):
+            return [self.decode(choice) for choice in self.distribution.choices]
+        assert isinstance(self.distribution, IntDistribution | FloatDistribution)
+        return [self.distribution.low, self.distribution.high]
+
+
+def read_space(config: Config) -> list[Knob]:
+    """The knobs of `config.study.space`, each checked against the typed configuration.
+
+    Raises:
+        UserError: a knob that does not exist or may not be searched, a text that is not in the
+            grammar, or a range that reaches outside what the configuration allows.
+    """
+    keys = flat(config_to_plain(config))
+    return [_checked(_read(name, text, keys), config) for name, text in config.study.space.items()]
+
+
+def _read(name: str, text: str, keys: Mapping[str, Any]) -> Knob:
+    if name not in keys:
+        raise UserError(f"study.space: {name}: no such key, {nearest(name, keys)}")
+    if name.startswith(_FIXED):
+        raise UserError(f"study.space: {name}: it is the same for all trials, set it instead")
+    given = f"study.space: {name}={text}"
+    try:
+        sweep = OverridesParser.create().parse_override(f"{name}={text}").value()
+    except HydraException as error:
+        raise UserError(f"{given}: not understood, allowed is {_GRAMMAR}") from error
+    if isinstance(sweep, ChoiceSweep):
+        return _choice(name, sweep, given)
+    if not isinstance(sweep, IntervalSweep | RangeSweep):
+        raise UserError(f"{given}: one value is no range, allowed is {_GRAMMAR}")
+    log = "log" in sweep.tags
+    if set(sweep.tags) - {"log"}:
+        raise UserError(f"{given}: unknown tag, allowed is tag(log,...)")
+    if isinstance(sweep, RangeSweep):
+        return Knob(name, _range(sweep, log, given))
+    low, high = sweep.start, sweep.end
+    whole = isinstance(low, int) and isinstance(high, int)
+    if isinstance(keys[name], int) and not whole:
+        raise UserError(f"{given} gives fractions, {name} takes whole numbers: write int(...)")
+    if low is None or high is None or low >= high or (log and low <= 0):
+        raise UserError(f"{given}: allowed is low < high, and low > 0 with tag(log,...)")
+    if whole:
+        return Knob(name, IntDistribution(int(low), int(high), log=log))
+    return Knob(name, FloatDistribution(float(low), float(high), log=log))
+
+
+def _choice(name: str, sweep: ChoiceSweep, given: str) -> Knob:
+    values = [item.text if isinstance(item, QuotedString) else item for item in sweep.list]
+    if all(isinstance(value, list) for value in values):
+        texts = [json.dumps(value) for value in values]
+        return Knob(name, CategoricalDistribution(texts), as_json=True)
+    if not all(value is None or isinstance(value, bool | int | float | str) for value in values):
+        raise UserError(f"{given}: allowed are numbers, words, or lists only")
+    return Knob(name, CategoricalDistribution(values))  # type: ignore[arg-type]
+
+
+def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
+    values = list(sweep.range())
+    if len(values) < 2 or sweep.step is None or sweep.step <= 0 or log:
+        raise UserError(f"{given}: allowed is range(low,high,step) of two or more values, no tag")
+    if all(isinstance(value, int) for value in values):
+        return IntDistribution(int(values[0]), int(values[-1]), step=int(sweep.step))
+    return FloatDistribution(float(values[0]), float(values[-1]), step=float(sweep.step))
+
+
+def _checked(knob: Knob, config: Config) -> Knob:
+    for value in knob.extremes():
+        try:
+            with_values(config, {knob.name: value})
+        except UserError as error:
+            space = config.study.space[knob.name]
+            raise UserError(f"study.space: {knob.name}={space} allows {error}") from error
+    return knob
+
+
+def suggest(trial: optuna.Trial, knobs: list[Knob]) -> dict[str, Any]:
+    """A value for each knob, in the configuration's terms."""
+    values = {}
+    for knob in knobs:
+        name, of = knob.name, knob.distribution
+        value: Any
+        if isinstance(of, IntDistribution):
+            value = trial.suggest_int(name, of.low, of.high, step=of.step, log=of.log)
+        elif isinstance(of, FloatDistribution):
+            value = trial.suggest_float(name, of.low, of.high, step=of.step, log=of.log)
+        else:
+            assert isinstance(of, CategoricalDistribution)
+            value = trial.suggest_categorical(name, of.choices)
+        values[name] = knob.decode(value)
+    return values

@@ -1,0 +1,456 @@
+"""Records of runs: MLflow, or none. The only module that imports mlflow."""
+
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from digitlab.config import Config, Tracker
+from digitlab.errors import UserError, nearest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # s; a trial must not wait minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox tries again
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "interrupted": "KILLED"}
+_LONGEST = 6000  # characters of a parameter's value in MLflow's stores
+_RETRY_SECONDS = 30.0  # between two tries to reach a tracker that is away
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of a run when it begins."""
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    parent: str | None = None  # run id of the study
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What the tracker holds of a run; `metrics` are the latest values."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+    @property
+    def ended(self) -> bool:
+        return self.status in _STATUS.values()
+
+
+class RunRecord(Protocol):
+    """The record of one run while it is written."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The tracker's id; None while the tracker has not answered."""
+
+    def log(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+        tags: Mapping[str, str] | None = None,
+    ) -> None: ...
+
+    def keep(self, folder: Path) -> None:
+        """Take over the files of `folder` as the run's artifacts; the folder is gone afterwards."""
+
+    def end(self, state: str) -> None:
+        """finished, failed, pruned or interrupted."""
+
+
+class Tracking(Protocol):
+    """Where runs are recorded; tests/test_tracking.py says what an implementation must do."""
+
+    def start(self, start: Start) -> RunRecord: ...
+
+    def resume(self, run_id: str) -> RunRecord:
+        """Write on in a run that was begun earlier, such as a study's."""
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        """The runs that carry all of the tags, oldest first; deleted ones are left out."""
+
+    def get(self, run: str) -> RunRow:
+        """The run of an id, a unique beginning of one, or a name."""
+
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        """Every metric that was logged: (name, step, value), sorted."""
+
+    def artifact(self, run_id: str, path: str) -> bytes: ...
+
+    def delete(self, run_id: str) -> None: ...
+
+    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
+        """A new version of a model in the registry, with the alias `champion`."""
+
+    def deliver(self) -> int:
+        """Hand over what was kept back while the tracker was away; how many runs."""
+
+
+def sqlite_uri(lab: Path) -> str:
+    """The store in the lab folder; a writer waits up to a minute for another."""
+    return f"sqlite:///{lab / 'mlflow.db'}?timeout=60"
+
+
+def open_tracking(config: Config, lab: Path) -> Tracking:
+    """The tracker of `config.tracking`, set up and reachable.
+
+    Raises:
+        UserError: it cannot be reached or written.
+    """
+    if config.tracking.name is Tracker.none:
+        return NoTracking()
+    return MlflowTracking(config.tracking.uri, config.tracking.experiment, lab)
+
+
+class NoRecord:
+    """The record of a run that nobody wants."""
+
+    run_id = None
+
+    def log(self, *_: Any, **__: Any) -> None: ...
+
+    def keep(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+
+    def end(self, state: str) -> None: ...
+
+
+class NoTracking:
+    """No tracker at all."""
+
+    def start(self, start: Start) -> RunRecord:
+        return NoRecord()
+
+    def resume(self, run_id: str) -> RunRecord:
+        return NoRecord()
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return []
+
+    def get(self, run: str) -> RunRow:
+        raise UserError(f"{run}: with tracking=none there is no run to be found")
+
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        return []
+
+    def artifact(self, run_id: str, path: str) -> bytes:
+        raise UserError(f"{path}: with tracking=none there is no artifact to be found")
+
+    def delete(self, run_id: str) -> None: ...
+
+    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None: ...
+
+    def deliver(self) -> int:
+        return 0
+
+
+class MlflowTracking:
+    """MLflow on sqlite in the lab folder, or on the server of `uri`."""
+
+    def __init__(self, uri: str | None, experiment: str, lab: Path) -> None:
+        self.outbox = lab / "outbox"
+        artifacts = None
+        try:
+            if uri is None:
+                artifacts = (lab / "artifacts").as_uri()
+                uri = sqlite_uri(lab)
+                with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
+                    self.client = MlflowClient(uri)
+                    self.experiment = self._experiment(experiment, artifacts)
+                    _use_wal(lab / "mlflow.db")
+            else:
+                self.client = MlflowClient(uri)
+                self.experiment = self._experiment(experiment, artifacts)
+        except Exception as error:  # sqlalchemy's, requests', MLflow's own: one cause for the user
+            where = str(uri).split("?")[0].split("@")[-1]
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"tracking.uri={where}: cannot be used ({reason}): "
+                "mend it, or run with tracking=none"
+            ) from error
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        found = self.client.get_experiment_by_name(name)
+        return found.experiment_id if found else self.client.create_experiment(name, artifacts)
+
+    def start(self, start: Start) -> RunRecord:
+        tags = dict(start.tags)
+        if start.parent:
+            tags["mlflow.parentRunId"] = start.parent
+        params = {key: str(value) for key, value in start.params.items()}
+        create = {
+            "do": "create",
+            "name": start.name,
+            "tags": tags,
+            "time": _now(),
+            "params": params,
+        }
+        return _MlflowRecord(self.client, self.experiment, self.outbox / uuid.uuid4().hex, create)
+
+    def resume(self, run_id: str) -> RunRecord:
+        return _MlflowRecord(
+            self.client, self.experiment, self.outbox / uuid.uuid4().hex, None, run_id
+        )
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        return [_row(run) for run in self._search(text)]
+
+    def _search(self, text: str) -> list[Run]:
+        runs: list[Run] = []
+        token: str | None = ""
+        while token is not None:
+            page = self.client.search_runs(
+                [self.experiment],
+                text,
+                ViewType.ACTIVE_ONLY,
+                1000,
+                ["start_time ASC"],
+                token or None,
+            )
+            runs += page
+            token = page.token or None
+        return runs
+
+    def get(self, run: str) -> RunRow:
+        try:
+            return _row(self.client.get_run(run))
+        except MlflowException:
+            rows = [_row(found) for found in self._search("")]
+        matches = [row for row in rows if row.name == run]
+        matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            ids = ", ".join(row.run_id[:8] for row in matches[-5:])
+            raise UserError(f"{run}: {len(matches)} runs are called so, give an id: {ids}")
+        raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
+
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        names = self.client.get_run(run_id).data.metrics
+        values = [
+            (name, metric.step, metric.value)
+            for name in names
+            for metric in self.client.get_metric_history(run_id, name)
+        ]
+        return sorted(values)
+
+    def artifact(self, run_id: str, path: str) -> bytes:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
+        except (MlflowException, OSError) as error:
+            raise UserError(f"run {run_id}: its artifact {path} is missing") from error
+
+    def delete(self, run_id: str) -> None:
+        self.client.delete_run(run_id)
+
+    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
+        known = self.client.search_registered_models(f"name = '{model}'")
+        if not known:
+            self.client.create_registered_model(model)
+        source = f"{self.client.get_run(run_id).info.artifact_uri}"
+        version = self.client.create_model_version(model, source, run_id, dict(tags))
+        self.client.set_registered_model_alias(model, "champion", version.version)
+
+    def deliver(self) -> int:
+        delivered = 0
+        for folder in sorted(self.outbox.glob("*/")):
+            record = _MlflowRecord(self.client, self.experiment, folder, None)
+            delivered += record.deliver_kept()
+        return delivered
+
+
+class _MlflowRecord:
+    """Operations on one MLflow run, in order.
+
+    Each is delivered at once. When MLflow does not take one, it and all that follow are written to
+    a folder of the lab's outbox first, and delivered when MLflow is back: later in this run, or by
+    `MlflowTracking.deliver`. `operations.jsonl` there holds them, `state.json` how far they got.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        experiment: str,
+        folder: Path,
+        create: dict[str, Any] | None,
+        run_id: str | None = None,
+    ) -> None:
+        self.client, self.experiment, self.folder = client, experiment, folder
+        self.run_id = run_id
+        self.done = 0  # operations of the folder that MLflow has taken
+        self.kept: list[dict[str, Any]] = []  # operations of the folder, all of them
+        self.tried = 0.0
+        self.lock: FileLock | None = None  # held while the folder is this process's
+        if create:
+            self._do(create)
+
+    def log(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        step: int = 0,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        numbers = dict(metrics or {})
+        self._do(
+            {
+                "do": "log",
+                "metrics": numbers,
+                "step": step,
+                "tags": dict(tags or {}),
+                "time": _now(),
+            }
+        )
+
+    def keep(self, folder: Path) -> None:
+        self._do({"do": "artifacts", "folder": str(folder)})
+
+    def end(self, state: str) -> None:
+        self.tried = 0.0  # the last chance to deliver in this process
+        tags = {"digitlab.state": state}
+        self._do({"do": "end", "status": _STATUS[state], "tags": tags, "time": _now()})
+
+    def _do(self, operation: dict[str, Any]) -> None:
+        if not self.kept:
+            try:
+                self._deliver(operation)
+                return
+            except Exception as error:  # noqa: BLE001  whatever is wrong with the tracker, the run goes on
+                reason = str(error).strip().splitlines()[0]
+                print(f"tracking: not reached ({reason}); kept in {self.folder}", file=sys.stderr)
+                self.tried = time.monotonic()
+                self._lock()
+        self._write(operation)
+        if time.monotonic() - self.tried > _RETRY_SECONDS:
+            self.tried = time.monotonic()
+            self._deliver_rest()
+
+    def _lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        self.lock.acquire(timeout=0)
+
+    def _write(self, operation: dict[str, Any]) -> None:
+        if operation["do"] == "artifacts":
+            target = self.folder / f"artifacts-{len(self.kept)}"
+            shutil.move(operation["folder"], target)
+            operation = {"do": "artifacts", "folder": target.name}
+        with open(self.folder / "operations.jsonl", "a") as file:
+            file.write(json.dumps(operation) + "\n")
+        self.kept.append(operation)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        state = self.folder / "state.json"
+        state.with_suffix(".new").write_text(json.dumps({"run_id": self.run_id, "done": self.done}))
+        state.with_suffix(".new").replace(state)
+
+    def _deliver_rest(self) -> bool:
+        while self.done < len(self.kept):
+            try:
+                self._deliver(self.kept[self.done])
+            except Exception:  # noqa: BLE001  still away: the folder holds the rest
+                return False
+            self.done += 1
+            self._write_state()
+        self.kept, self.done = [], 0
+        shutil.rmtree(self.folder)
+        if self.lock:
+            self.lock.release()
+        return True
+
+    def deliver_kept(self) -> bool:
+        """Deliver what a process left in the folder; a run that it did not end is interrupted."""
+        try:
+            self._lock()
+        except Timeout:  # of a run that still goes on
+            return False
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+            self.run_id, self.done = state["run_id"], state["done"]
+            lines = (self.folder / "operations.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:  # killed before anything was written
+            lines = []
+        self.kept = [json.loads(line) for line in lines if line.endswith("\n")]
+        if self.kept and self.kept[-1]["do"] != "end":
+            tags = {"digitlab.state": "interrupted"}
+            self._write({"do": "end", "status": "KILLED", "tags": tags, "time": _now()})
+        return self._deliver_rest()
+
+    def _deliver(self, operation: dict[str, Any]) -> None:
+        do = operation["do"]
+        if do == "create":
+            if self.run_id is None:
+                run = self.client.create_run(
+                    self.experiment, operation["time"], operation["tags"], operation["name"]
+                )
+                self.run_id = run.info.run_id
+            params = [
+                Param(key if not part else f"{key}[{part}]", value[at : at + _LONGEST])
+                for key, value in operation["params"].items()
+                for part, at in enumerate(range(0, len(value) or 1, _LONGEST))
+            ]
+            for at in range(0, len(params), 100):  # MLflow takes no more at once
+                self.client.log_batch(self.run_id, params=params[at : at + 100])
+            return
+        assert self.run_id is not None
+        tags = [RunTag(key, value) for key, value in operation.get("tags", {}).items()]
+        if do == "log":
+            at, step = operation["time"], operation["step"]
+            metrics = [Metric(name, x, at, step) for name, x in operation["metrics"].items()]
+            self.client.log_batch(self.run_id, metrics=metrics, tags=tags)
+        elif do == "artifacts":
+            folder = self.folder / operation["folder"]  # an absolute folder stays as it is
+            self.client.log_artifacts(self.run_id, str(folder))
+            shutil.rmtree(folder)
+        else:
+            self.client.log_batch(self.run_id, tags=tags)
+            self.client.set_terminated(self.run_id, operation["status"], operation["time"])
+
+
+def _now() -> int:
+    return int(time.time() * 1000)  # MLflow counts milliseconds
+
+
+def _use_wal(path: Path) -> None:
+    """Let readers and a writer of a sqlite file go on side by side; the file remembers it."""
+    with closing(sqlite3.connect(path, timeout=60)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+
+
+def _row(run: Run) -> RunRow:
+    data, info = run.data, run.info
+    return RunRow(
+        info.run_id,
+        info.run_name,
+        info.status,
+        dict(data.tags),
+        dict(data.params),
+        dict(data.metrics),
+    )

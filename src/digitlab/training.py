@@ -1,0 +1,132 @@
+"""Train one configuration: the course of a run on one page."""
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from digitlab.config import Config, Fold
+from digitlab.datamodule import DigitsData
+from digitlab.module import DigitModule, count_flops, count_parameters, evaluate, measure
+
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, at each fit
+
+
+class Watch:
+    """What a run tells while it trains. A method may raise to end the run; here all are silent."""
+
+    def begin(self, facts: Mapping[str, float]) -> None:
+        """Before the first step: what is known of the run, as metrics."""
+
+    def batch(self, done: float) -> None:
+        """After each step; `done` is the fraction of the run's training steps."""
+
+    def rung(self, rung: float, accuracy: float) -> None:
+        """At a fraction of the schedule that was asked for, with the holdout accuracy there."""
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """After each epoch, counted from 1."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came out of a run.
+
+    `logits` (M, 10) and `labels` (M,) are of the images that the run was measured on, the holdout
+    or the test set as `config.data.fold` says; `metrics` are the last epoch's.
+    """
+
+    weights: dict[str, Tensor]
+    logits: Tensor
+    labels: Tensor
+    images: Tensor  # uint8 (M, 1, 28, 28)
+    metrics: dict[str, float]
+    data_sha256: dict[str, str]
+
+
+def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = None) -> Fit:
+    """Train `config` from its seed and measure it.
+
+    The same config on the same machine with the same thread count gives the same bits.
+
+    Raises:
+        Diverged: the loss is no longer finite.
+        UserError: the data are not to be had, or are none of the known ones.
+        Whatever `watch` raises, at once.
+    """
+    torch.set_num_threads(config.trainer.threads)
+    torch.manual_seed(config.trainer.seed)
+    data = DigitsData(config, lab)
+    module = DigitModule(config)
+    images = len(data.learned[1])
+    flops = 3 * count_flops(module.network) * images * config.trainer.epochs  # back is twice forth
+    parameters = count_parameters(module.network)
+    watch.begin({"model_parameters": parameters, "training_flops": flops})
+    loop = _Loop(data, watch, rungs or [])
+    trainer = pl.Trainer(
+        max_epochs=config.trainer.epochs,
+        accelerator="cpu",
+        devices=1,
+        deterministic=True,
+        gradient_clip_val=config.optim.gradient_clip or None,
+        callbacks=[loop],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders that are no DataLoader
+        trainer.fit(module, datamodule=data)
+    measured, labels = data.measured()
+    metrics = loop.metrics
+    if config.data.fold is Fold.test:
+        loop.logits = evaluate(module.learned, measured, config.data)
+        metrics = metrics | measure(loop.logits, labels, "test")
+    weights = {
+        name: value.detach().contiguous().clone()
+        for name, value in module.learned.state_dict().items()
+    }
+    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256)
+
+
+class _Loop(pl.Callback):
+    """Tells the watch of batches, rungs and epochs, and measures on the holdout at the latter."""
+
+    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float]) -> None:
+        self.data, self.watch = data, watch
+        self.rungs = sorted(rungs)
+        self.metrics: dict[str, float] = {}
+        self.logits = torch.empty(0, 10)
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        done = trainer.global_step / trainer.estimated_stepping_batches
+        self.watch.batch(done)
+        if self.rungs and done >= self.rungs[0]:
+            rung = self.rungs.pop(0)
+            logits = evaluate(module.learned, self.data.holdout[0], self.data.config.data)
+            accuracy = measure(logits, self.data.holdout[1], "val")["val_accuracy"]
+            self.watch.rung(rung, accuracy)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        images = len(self.data.learned[1])
+        rate = images / (time.perf_counter() - self.started)
+        self.metrics = module.train_metrics() | {"images_per_second": rate}
+        if self.data.config.data.fold is Fold.holdout:
+            held, labels = self.data.holdout
+            self.logits = evaluate(module.learned, held, self.data.config.data)
+            self.metrics |= measure(self.logits, labels, "val")
+        self.watch.epoch(trainer.current_epoch + 1, self.metrics)

@@ -1,0 +1,184 @@
+"""The inside of a worker process: takes jobs from its parent until there are none."""
+
+import gc
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from digitlab.compose import with_values
+from digitlab.errors import UserError
+from digitlab.module import Diverged
+from digitlab.reconcile import trial_runs
+from digitlab.run import Broken, Ended, Identity, Outcome, perform
+from digitlab.search import Search, TrialRow, open_storage, trial_value
+from digitlab.space import read_space
+from digitlab.tracking import Start, open_tracking
+from digitlab.training import Watch
+from digitlab.workers import Done, Job, Progress, Setup, one_worker
+
+_TELL_SECONDS = 0.2  # between two messages about progress
+_NEVER_RETRIED = (Diverged, UserError)  # the same seed would come to the same end
+
+
+def work(connection: Connection, setup: Setup) -> None:
+    """Run jobs from the connection until it closes or says None."""
+    with one_worker(setup.lab, setup.config.study.name):
+        worker = _Work(connection, setup)
+        connection.send("ready")
+        while True:
+            try:
+                job = connection.recv()
+            except EOFError:  # the parent has died
+                return
+            if job is None:
+                return
+            try:
+                done = worker.run(job)
+            except Exception as error:  # noqa: BLE001  a store that fails: the parent decides
+                done = Done("waiting", fatal=f"{type(error).__name__}: {error}")
+            try:
+                connection.send(done)
+            except OSError:  # the parent has died
+                return
+            gc.collect()  # Lightning's objects hold one another
+
+
+class _Work:
+    def __init__(self, connection: Connection, setup: Setup) -> None:
+        self.connection, self.setup, self.config = connection, setup, setup.config
+        knobs = read_space(setup.config)
+        self.search = Search(open_storage(setup.lab), setup.config.study, knobs)
+        self.tracking = open_tracking(setup.config, setup.lab)
+
+    def run(self, job: Job) -> Done:
+        if job.config is not None:
+            outcome = self._perform(job, job.config, f"{job.kind}-{job.number}", _Told(self))
+            return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
+        return self._trial(job)
+
+    def _perform(self, job: Job, config: Any, name: str, watch: Watch) -> Outcome:
+        study = self.config.study
+        tags = {"digitlab.study": study.name, "digitlab.trial": str(job.number), **job.tags}
+        identity = Identity(
+            f"{study.name}-{name}",
+            job.kind,
+            tags,
+            self.setup.parent_run,
+            self.setup.overrides,
+            self.setup.environment,
+        )
+        rungs = study.rungs if job.kind == "trial" and study.pruner != "none" else []
+        return perform(config, identity, self.tracking, self.setup.lab, watch, rungs)
+
+    def _trial(self, job: Job) -> Done:
+        """Choose values, train, record, and only then tell the study."""
+        trial, values = self.search.ask(job.number)
+        self.connection.send(Progress(0.0, {}, values))
+        rows = self.search.rows()
+        if "attempts" in rows[job.number].notes:  # an earlier attempt did not end
+            for run in trial_runs(self.tracking, self.config.study.name, job.number):
+                self.tracking.delete(run.run_id)
+        twin = next((r for r in rows if r.state == "finished" and r.values == values), None)
+        if twin is not None:
+            return self._take_over(job, twin)
+        try:
+            config = with_values(self.config, values)
+        except UserError as error:
+            self._record_refused(job, str(error))
+            outcome = Outcome("failed", str(error), error=error)
+        else:
+            watch = _TrialWatch(self, trial, values)
+            outcome = self._perform(job, config, str(job.number), watch)
+        attempts = int(rows[job.number].notes.get("attempts", 0))
+        if outcome.state == "interrupted":
+            self.search.put_back(job.number, attempts)
+            return Done("interrupted", outcome.reason)
+        again = outcome.error is not None and not isinstance(outcome.error, _NEVER_RETRIED)
+        if again and attempts < self.config.study.retries:
+            self.search.put_back(job.number, attempts + 1)
+            return Done("waiting", outcome.reason)
+        value = trial_value(outcome.state, outcome.metrics)
+        self.search.tell(job.number, outcome.state, value, _notes(outcome))
+        return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
+
+    def _start(self, job: Job) -> Start:
+        study = self.config.study.name
+        tags = {
+            "digitlab.kind": "trial",
+            "digitlab.study": study,
+            "digitlab.trial": str(job.number),
+            "digitlab.state": "running",
+        }
+        return Start(f"{study}-{job.number}", tags, {}, self.setup.parent_run)
+
+    def _record_refused(self, job: Job, reason: str) -> None:
+        """A trial whose values contradict each other is a failed run too."""
+        record = self.tracking.start(self._start(job))
+        record.log(tags={"digitlab.reason": reason})
+        record.end("failed")
+
+    def _take_over(self, job: Job, twin: TrialRow) -> Done:
+        """The result of an earlier trial with the same values and so the same bits."""
+        start = self._start(job)
+        record = self.tracking.start(Start(start.name, start.tags, twin.values, start.parent))
+        metrics = {k: v for k, v in twin.notes.get("metrics", {}).items() if k != "seconds"}
+        record.log(metrics, tags={"digitlab.taken_from": str(twin.number)})
+        record.end("finished")
+        notes = {"metrics": metrics, "taken_from": twin.number}
+        self.search.tell(job.number, "finished", twin.value, notes)
+        return Done("finished", f"as trial {twin.number}", metrics, record.run_id)
+
+
+def _notes(outcome: Outcome) -> dict[str, Any]:
+    notes: dict[str, Any] = {"metrics": outcome.metrics}
+    return notes | ({"reason": outcome.reason} if outcome.reason else {})
+
+
+class _Told(Watch):
+    """Tells the parent how far the run is; ends it when the parent says so, or has died."""
+
+    def __init__(self, work: _Work, values: dict[str, Any] | None = None) -> None:
+        self.connection, self.values = work.connection, values
+        self.metrics: dict[str, float] = {}
+        self.told = 0.0
+
+    def batch(self, done: float) -> None:
+        if self.connection.poll():
+            raise Ended("interrupted", "the study was stopped")
+        if time.monotonic() - self.told > _TELL_SECONDS:
+            self._tell(done)
+
+    def _tell(self, done: float) -> None:
+        self.told = time.monotonic()
+        try:
+            self.connection.send(Progress(done, self.metrics, self.values))
+        except OSError as error:
+            raise Ended("interrupted", "the study was killed") from error
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.metrics = dict(metrics)
+
+
+class _TrialWatch(_Told):
+    """A trial's watch: also asks the pruner at each rung, and looks at the clock."""
+
+    def __init__(self, work: _Work, trial: Any, values: dict[str, Any]) -> None:
+        super().__init__(work, values)
+        self.search, self.trial, self.study = work.search, trial, work.config.study
+        self.begun = time.monotonic()
+
+    def batch(self, done: float) -> None:
+        super().batch(done)
+        minutes = self.study.trial_minutes
+        if minutes and time.monotonic() - self.begun > 60 * minutes:
+            raise Ended("failed", f"it took longer than study.trial_minutes={minutes:g}")
+
+    def rung(self, rung: float, accuracy: float) -> None:
+        self.metrics = {"val_accuracy": accuracy}
+        try:
+            prune = self.search.report(self.trial, self.study.rungs.index(rung), accuracy)
+        except Exception as error:
+            raise Broken(f"optuna's storage: {error}") from error
+        if prune:
+            raise Ended("pruned", f"val_accuracy {accuracy:.4f} at {rung:g} of its steps")
