@@ -51,7 +51,7 @@ class AugmentConfig:
 
     shift: float  # largest shift along each axis, pixels
     rotate: float  # largest rotation either way, degrees
-    scale: float  # largest change of size, fraction: 0.1 is 0.9 to 1.1
+    scale: float  # largest change of size, fraction: 0.1 is 0.9 to 1.1; half of it more in height
     shear: float  # largest horizontal shear, degrees
     erase: int  # side of a square set to black, pixels
 
@@ -89,8 +89,9 @@ class OptimConfig:
 
     name: Optimizer
     learning_rate: float  # the peak of the schedule
-    weight_decay: float
-    momentum: float  # of sgd, Nesterov's; adam and adamw take 0.9
+    weight_decay: float  # of weights; biases and norms have none
+    momentum: float  # of sgd, Nesterov's; the first beta of adam and adamw
+    beta2: float  # the second beta of adam and adamw
     schedule: Schedule
     warmup: float  # fraction of all steps until the peak; of onecycle
     label_smoothing: float
@@ -103,6 +104,7 @@ class OptimConfig:
         decay = f"optim.weight_decay={self.weight_decay}"
         require(0 <= self.weight_decay <= 1, decay, "0 to 1")
         require(0 <= self.momentum < 1, f"optim.momentum={self.momentum}", "0 <= momentum < 1")
+        require(0 <= self.beta2 < 1, f"optim.beta2={self.beta2}", "0 <= beta2 < 1")
         require(0 < self.warmup < 1, f"optim.warmup={self.warmup}", "0 < warmup < 1")
         smoothing = f"optim.label_smoothing={self.label_smoothing}"
         require(0 <= self.label_smoothing < 1, smoothing, "0 <= label_smoothing < 1")

@@ -63,6 +63,8 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     """
     torch.set_num_threads(config.trainer.threads)
     torch.manual_seed(config.trainer.seed)
+    # Nothing here reads memory that it has not written, which is what filling it would guard.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     data = DigitsData(config, lab)
     module = DigitModule(config)
     images = len(data.learned[1])
@@ -105,12 +107,13 @@ class _Loop(pl.Callback):
     def __init__(self, data: DigitsData, watch: Watch, rungs: list[float]) -> None:
         self.data, self.watch = data, watch
         self.rungs = sorted(rungs)
+        self.steps = data.config.trainer.epochs * len(data.train_dataloader())
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        done = trainer.global_step / trainer.estimated_stepping_batches
+        done = trainer.global_step / self.steps
         self.watch.batch(done)
         if self.rungs and done >= self.rungs[0]:
             rung = self.rungs.pop(0)

@@ -19,7 +19,7 @@ class ConvnetConfig:
     kernel_sizes: list[int]  # pixels, odd
     strides: list[int]  # pixels
     pools: list[int]  # side of the max-pooling window after the convolution, pixels; 1 is none
-    batch_norm: bool
+    batch_norm: bool  # after each convolution and the hidden layer
     dropout: float  # probability, before each linear layer
     hidden: int  # units of the hidden linear layer; 0 is none
 
@@ -83,15 +83,17 @@ class Convnet(nn.Module):
                 layers.append(nn.MaxPool2d(pool))
             if config.batch_norm:
                 layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))
             channels = width
         layers.append(nn.Flatten())
         features = channels * config.side() ** 2
-        for units in [config.hidden] if config.hidden else []:
-            layers += [nn.Dropout(config.dropout)] if config.dropout else []
-            layers += [nn.Linear(features, units), nn.ReLU()]
-            features = units
-        layers += [nn.Dropout(config.dropout)] if config.dropout else []
+        dropout = [nn.Dropout(config.dropout)] if config.dropout else []
+        if config.hidden:
+            layers += [*dropout, nn.Linear(features, config.hidden, bias=not config.batch_norm)]
+            layers += [nn.BatchNorm1d(config.hidden)] if config.batch_norm else []
+            layers.append(nn.ReLU(inplace=True))
+            features = config.hidden
+        layers += dropout
         layers.append(nn.Linear(features, CLASSES))
         self.layers = nn.Sequential(*layers)
 
