@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep ui reproduce check test clean
+.PHONY: help setup data train sweep audit ui reproduce check test clean
 SHELL := /bin/bash
 
 EXPERIMENT ?= default
@@ -34,7 +34,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	@if [ "$(TORCH)" = default ]; then cp requirements.lock .venv/lock.txt; else \
 		awk '/^[a-z]/ {skip = $$0 ~ /$(TORCH_ENTRIES)/} !skip' requirements.lock > .venv/lock.txt; fi
-	@$(UV) sync --quiet --python $(BIN)/python --require-hashes .venv/lock.txt
+	@$(UV) sync --quiet --python $(BIN)/python --compile-bytecode --require-hashes .venv/lock.txt
 	@if [ "$(TORCH)" != default ]; then $(UV) install --quiet --python $(BIN)/python \
 		--torch-backend "$(TORCH)" $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock); fi
 	@$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
@@ -49,6 +49,9 @@ train: $(STAMP) ## train one configuration
 
 sweep: $(STAMP) ## run the study of a recipe, or go on with it
 	@$(BIN)/digitlab sweep experiments=$(EXPERIMENT) $(ARGS)
+
+audit: $(STAMP) ## hold all trials against their runs (ARGS=--repair mends)
+	@$(BIN)/digitlab audit $(ARGS)
 
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT)

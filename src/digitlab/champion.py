@@ -33,6 +33,13 @@ def confirm_jobs(config: Config, rows: Sequence[TrialRow]) -> dict[str, Job]:
     return _jobs(config, rows, "confirm", [_CONFIRM_SEEDS + seed for seed in seeds])
 
 
+def unpruned_jobs(config: Config, rows: Sequence[TrialRow]) -> dict[str, Job]:
+    """The pruned trials that were closest to going on, to be trained to the end, same seed."""
+    pruned = [row for row in rows if row.state == "pruned"]
+    best = sorted(pruned, key=lambda row: (-(row.value or 0), row.number))
+    return _jobs(config, best[: config.study.audit_pruning], "confirm", [0])
+
+
 def final_jobs(config: Config, row: TrialRow) -> dict[str, Job]:
     """The champion's fits on all training images, each to be tested once."""
     seeds = [_FINAL_SEEDS + seed for seed in range(config.study.final_seeds)]

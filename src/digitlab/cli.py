@@ -11,6 +11,7 @@ _COMMANDS: dict[str, str] = {
     "data": "fetch and verify a data set",
     "train": "train one configuration; a Hydra application",
     "sweep": "run a study, or go on with it; a Hydra application",
+    "audit": "hold a study's trials against their runs; --repair mends",
     "reproduce": "train a run again from its record and compare",
     "ui": "open MLflow's pages on the lab's records",
 }
@@ -48,6 +49,7 @@ def _run(arguments: list[str]) -> int:
         "data": _data,
         "train": _train,
         "sweep": _sweep,
+        "audit": _audit,
         "reproduce": _reproduce,
         "ui": _ui,
     }
@@ -94,6 +96,20 @@ def _sweep(arguments: list[str]) -> int:
     from digitlab.study import sweep
 
     return max(sweep(job, lab_folder()) for job in jobs)
+
+
+def _audit(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "digitlab audit", description="Hold every trial of a study against its run."
+    )
+    parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_args(arguments)
+    from digitlab.inspection import inspect
+    from digitlab.lab import lab_folder
+
+    return inspect(options.study, lab_folder(), options.repair, options.json)
 
 
 def _reproduce(arguments: list[str]) -> int:

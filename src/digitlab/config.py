@@ -146,7 +146,7 @@ class StudyConfig:
     seed: int  # of the sampler
     pruner: Pruner
     rungs: list[float]  # where a trial may be pruned: fractions of its own training steps
-    audit_pruning: int  # pruned trials trained to the end after all, to see what pruning cost
+    audit_pruning: int  # pruned trials trained to the end after all: would one have won?
     confirm: int  # best configurations trained again on new seeds
     confirm_seeds: int  # new seeds for each of them
     final_seeds: int  # fits of the champion, each tested once

@@ -1,13 +1,42 @@
-"""Bring a trial and its record to one truth after a process has died."""
+"""Bring Optuna's trials and MLflow's runs to one truth, after whatever has happened to them."""
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from digitlab.compose import with_values
+from digitlab.config import Config
+from digitlab.errors import UserError
+from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.search import Search, TrialRow, trial_value
 from digitlab.tracking import RunRow, Tracking
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be, and whether it could be mended."""
+
+    kind: str
+    trial: int | None
+    run_id: str | None
+    detail: str
+    mended: bool = False
+
+
 def trial_runs(tracking: Tracking, study: str, number: int) -> list[RunRow]:
     """The runs that carry a trial's tags; more than one after a crash."""
-    tags = {"digitlab.study": study, "digitlab.kind": "trial", "digitlab.trial": str(number)}
-    return tracking.find(tags)
+    return tracking.find({"digitlab.kind": "trial", **trial_tags(study, number)})
+
+
+def record_taken(
+    tracking: Tracking, config: Config, identity: Identity, notes: Mapping[str, Any]
+) -> None:
+    """Record a finished trial whose result was not trained but taken from elsewhere."""
+    record = begin_record(tracking, config, identity)
+    metrics = {k: v for k, v in notes["metrics"].items() if k not in ("seconds", "done")}
+    record.log(metrics, tags={"digitlab.taken_from": str(notes.get("taken_from", ""))})
+    record.end("finished")
 
 
 def reconcile_trial(search: Search, tracking: Tracking, row: TrialRow, blame: str | None) -> str:
@@ -37,3 +66,139 @@ def reconcile_trial(search: Search, tracking: Tracking, row: TrialRow, blame: st
         return "failed"
     search.put_back(row.number, attempts)
     return "waiting"
+
+
+def audit(
+    search: Search, tracking: Tracking, config: Config, repair: bool, deep: bool = True
+) -> list[Problem]:
+    """Hold every trial of a study that nobody runs against its run, and mend if asked.
+
+    Args:
+        search: the study; its trials' states and values are what runs are held against.
+        config: what the study was begun with.
+        repair: mend what can be mended.
+        deep: also read each run's artifacts and hash the weights.
+    """
+    study = search.config.name
+    audited = _Audit(search, tracking, config, repair)
+    kept = tracking.kept_back()
+    if kept:
+        delivered = tracking.deliver() if repair else 0
+        detail = f"{kept} records wait in the lab's outbox for the tracker to be back"
+        audited.problems.append(Problem("kept back", None, None, detail, delivered == kept))
+    runs = tracking.find({"digitlab.study": study})
+    by_trial: dict[int, list[RunRow]] = {}
+    for run in runs:
+        if run.tags.get("digitlab.kind") == "trial":
+            by_trial.setdefault(int(run.tags["digitlab.trial"]), []).append(run)
+        elif not run.ended:
+            audited.left_running(run)
+    rows = search.rows()
+    for row in rows:
+        audited.trial(row, by_trial.pop(row.number, []))
+    for number, orphans in by_trial.items():
+        for run in orphans:
+            audited.surplus(run, number, "no trial", f"trial {number} is not in the study")
+    if deep:
+        for run in tracking.find({"digitlab.study": study}):
+            audited.artifacts(run)
+    return audited.problems
+
+
+class _Audit:
+    def __init__(self, search: Search, tracking: Tracking, config: Config, repair: bool) -> None:
+        self.search, self.tracking = search, tracking
+        self.config, self.repair = config, repair
+        self.problems: list[Problem] = []
+
+    def _found(self, kind: str, number: int | None, run: RunRow | None, detail: str) -> None:
+        run_id = run.run_id if run else None
+        self.problems.append(Problem(kind, number, run_id, detail))
+
+    def left_running(self, run: RunRow) -> None:
+        if self.repair:
+            self.tracking.resume(run.run_id).end("interrupted")
+        detail = f"run {run.name} is marked as running, and nobody runs it"
+        self.problems.append(Problem("running", None, run.run_id, detail, self.repair))
+
+    def surplus(self, run: RunRow, number: int, kind: str, detail: str) -> None:
+        if self.repair:
+            self.tracking.delete(run.run_id)
+        self.problems.append(Problem(kind, number, run.run_id, detail, self.repair))
+
+    def trial(self, row: TrialRow, runs: list[RunRow]) -> None:
+        if row.state == "running":
+            if self.repair:
+                reconcile_trial(self.search, self.tracking, row, None)
+            detail = "the trial is marked as running, and nobody runs it"
+            self.problems.append(Problem("running", row.number, None, detail, self.repair))
+            return
+        if row.state == "waiting":
+            for run in runs:
+                if not run.ended:
+                    self.left_running(run)
+            return
+        same = [run for run in runs if not _differences(row, run)]
+        best = (same or runs)[-1:]
+        for run in runs:
+            if run not in best:
+                self.surplus(run, row.number, "several runs", f"another run is {best[0].run_id}")
+        if not best:
+            mended = self.repair and self._record_again(row)
+            detail = f"the {row.state} trial has no run"
+            self.problems.append(Problem("no run", row.number, None, detail, mended))
+            return
+        for kind, detail in _differences(row, best[0]):
+            self._found(kind, row.number, best[0], detail)
+
+    def _record_again(self, row: TrialRow) -> bool:
+        """A run made of what the study knows of the trial: no weights, no curve."""
+        study = self.search.config.name
+        parent = self.search.notes().get("run_id")
+        tags = trial_tags(study, row.number) | {"digitlab.repaired": "from the study's storage"}
+        identity = Identity(f"{study}-{row.number}", "trial", tags, parent)
+        try:
+            config = with_values(self.config, row.values)
+        except UserError:  # the values contradict each other, which is why the trial failed
+            config = self.config
+        record = begin_record(self.tracking, config, identity)
+        record.log({k: v for k, v in row.notes.get("metrics", {}).items() if k != "done"})
+        record.end(row.state)
+        return True
+
+    def artifacts(self, run: RunRow) -> None:
+        """A finished run that was trained has its files, and its weights are the recorded ones."""
+        digest = run.tags.get("digitlab.weights_sha256")
+        told = run.tags.keys() & {"digitlab.taken_from", "digitlab.repaired"}
+        if run.tags.get("digitlab.state") != "finished" or told:
+            return
+        number = int(run.tags["digitlab.trial"]) if "digitlab.trial" in run.tags else None
+        try:
+            self.tracking.artifact(run.run_id, "config.yaml")
+            if run.tags.get("digitlab.kind") == "study":
+                return
+            weights = self.tracking.artifact(run.run_id, "weights.safetensors")
+        except UserError as error:
+            self._found("missing artifact", number, run, str(error))
+            return
+        if hashlib.sha256(weights).hexdigest() != digest:
+            detail = f"weights.safetensors of {run.name} is not the file that was recorded"
+            self._found("weights differ", number, run, detail)
+
+
+def _differences(row: TrialRow, run: RunRow) -> list[tuple[str, str]]:
+    """(kind, detail) of what a trial that has ended and its run say differently."""
+    found = []
+    state = run.tags.get("digitlab.state")
+    if state != row.state or not run.ended:
+        said = f"{state} ({run.status})"
+        found.append(("state differs", f"the trial is {row.state}, its run {said}"))
+    refused = row.state == "failed" and "digitlab.weights_sha256" not in run.tags
+    for knob, value in ({} if refused else row.values).items():
+        if run.params.get(knob) != str(value):
+            detail = f"{knob} is {value} in the trial, {run.params.get(knob)} in its run"
+            found.append(("parameter differs", detail))
+    value = trial_value(row.state, run.metrics)
+    if row.state in ("finished", "pruned") and value != row.value:
+        found.append(("value differs", f"{row.value} in the trial, {value} in its run"))
+    return found

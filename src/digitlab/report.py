@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from digitlab.champion import Results
 from digitlab.config import Config, StudyConfig
 from digitlab.console import table
 from digitlab.search import TrialRow
@@ -20,7 +21,9 @@ def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
     title = f"study {study.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     finished = [row for row in rows if row.state == "finished"]
     best = sorted(finished, key=lambda row: (-(row.value or 0), row.number))[:_SHOWN]
-    columns = ["trial", "val_accuracy", *study.space, "parameters", "seconds"]
+    names = [knob.split(".")[-1] for knob in study.space]
+    names = names if len(set(names)) == len(names) else list(study.space)
+    columns = ["trial", "holdout", *names, "parameters", "seconds"]
     lines = [
         [
             row.number,
@@ -41,8 +44,11 @@ def short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def pruning_text(rows: Sequence[TrialRow]) -> str:
-    """What pruning saved: the time that pruned trials would have gone on for; empty if none was."""
+def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
+    """What pruning saved, and whether it cost anything where that was looked into."""
+    pruned = [row for row in rows if row.state == "pruned"]
+    if not pruned:
+        return "no trial was pruned"
     saved = spent = 0.0
     for row in rows:
         metrics = row.notes.get("metrics", {})
@@ -50,9 +56,14 @@ def pruning_text(rows: Sequence[TrialRow]) -> str:
         spent += seconds
         if row.state == "pruned" and metrics.get("rung"):
             saved += seconds * (1 / metrics["rung"] - 1)
-    if not saved:
-        return ""
-    return f"pruning saved about {saved:.0f} s of {saved + spent:.0f} s of training"
+    text = f"pruning saved about {saved:.0f} s of {saved + spent:.0f} s of training"
+    if unpruned:
+        best = max((row.value or 0.0 for row in rows if row.state == "finished"), default=0.0)
+        won = [key for key, metrics in unpruned.items() if metrics["val_accuracy"] > best]
+        trials = ", ".join(key.split("/")[0] for key in won)
+        verdict = f"trial {trials} would have won" if won else "none of them would have won"
+        text += f"; {len(unpruned)} pruned trials trained to the end: {verdict}"
+    return text
 
 
 def sweep_command(overrides: Sequence[str], *more: str) -> str:
@@ -67,16 +78,14 @@ def sweep_command(overrides: Sequence[str], *more: str) -> str:
     return f"{command} ARGS={shlex.quote(rest)}" if rest else command
 
 
-def champion_text(
-    config: Config, rows: Sequence[TrialRow], summary: Mapping[str, Any], overrides: Sequence[str]
-) -> str:
+def champion_text(config: Config, summary: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """The champion, how sure its accuracy is, and what to do next."""
     study = config.study
     test = Interval(**summary["test_accuracy"])
     holdout = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}
     number = summary["trial"]
     values = ", ".join(f"{knob}={short(value)}" for knob, value in summary["values"].items())
-    lines = [pruning_text(rows), f"champion: trial {number} ({values})"]
+    lines = [f"champion: trial {number} ({values})"]
     lines += [
         f"  candidate {n}: holdout {interval} on new seeds" + (", tied" if n in tied else "")
         for tied in [summary["tied"] if len(summary["tied"]) > 1 else []]

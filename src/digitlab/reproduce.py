@@ -9,7 +9,8 @@ from typing import Any
 from digitlab.compose import compose, config_from_yaml
 from digitlab.environment import describe_environment
 from digitlab.errors import UserError
-from digitlab.run import Identity, perform
+from digitlab.record import Identity
+from digitlab.run import perform
 from digitlab.single import Spoken
 from digitlab.tracking import RunRow, Tracking, open_tracking
 from digitlab.training import Watch

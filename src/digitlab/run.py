@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 
-from digitlab.compose import config_to_plain, config_to_yaml, flat
 from digitlab.config import Config
 from digitlab.errors import UserError
 from digitlab.pictures import draw_confusions
-from digitlab.tracking import RunRecord, Start, Tracking
+from digitlab.record import Identity, begin_record, stage
+from digitlab.tracking import RunRecord, Tracking
 from digitlab.training import Fit, Watch, fit
 
 
@@ -29,18 +27,6 @@ class Ended(Exception):
 
 class Broken(RuntimeError):
     """Something that runs are recorded in does not work: no fault of the configuration."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a run is, beside its configuration."""
-
-    name: str
-    kind: str  # a value of the tag digitlab.kind
-    tags: Mapping[str, str] = field(default_factory=dict)
-    parent: str | None = None
-    overrides: tuple[str, ...] = ()
-    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ def perform(
     Raises:
         UserError, OSError, Broken: data or stores cannot be used: no other run would fare better.
     """
-    record = tracking.start(_start(config, identity))
+    record = begin_record(tracking, config, identity)
     begun = time.perf_counter()
     told = _Told(record, watch)
     state, reason, error, digest = "finished", "", None, ""
@@ -93,29 +79,9 @@ def perform(
     return Outcome(state, reason, told.metrics, digest, record.run_id, error)
 
 
-def _start(config: Config, identity: Identity) -> Start:
-    params = {
-        key: value
-        for key, value in flat(config_to_plain(config)).items()
-        if not key.startswith(("study.", "tracking."))
-    }
-    tags = {
-        "digitlab.kind": identity.kind,
-        "digitlab.state": "running",
-        "digitlab.overrides": json.dumps(list(identity.overrides)),
-        "mlflow.source.git.commit": str(identity.environment.get("commit", "")),
-        **identity.tags,
-    }
-    return Start(identity.name, {k: v for k, v in tags.items() if v}, params, identity.parent)
-
-
 def _keep(config: Config, identity: Identity, fitted: Fit, record: RunRecord, lab: Path) -> str:
     """Record configuration, weights, predictions and pictures; returns the weights' SHA-256."""
-    staging = lab / "staging"
-    staging.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{identity.name}-", dir=staging))
-    (folder / "config.yaml").write_text(config_to_yaml(config))
-    (folder / "environment.json").write_text(json.dumps(dict(identity.environment), indent=1))
+    folder = stage(lab, config, identity)
     weights = safetensors.torch.save(fitted.weights)
     (folder / "weights.safetensors").write_bytes(weights)
     guesses = fitted.logits.argmax(1).byte()

@@ -1,6 +1,7 @@
 """The Optuna study: its storage, its trials, who takes the next one."""
 
 import hashlib
+import math
 import sqlite3
 import warnings
 from collections.abc import Callable, Mapping
@@ -112,6 +113,8 @@ class Search:
         for trial in trials:
             if trial.state is TrialState.WAITING and self._set(trial, TrialState.RUNNING):
                 return trial.number
+        if self.config.sampler is Sampler.grid:
+            total = min(total, math.prod(len(values) for values in _grid(self.knobs).values()))
         failed = sum(trial.state is TrialState.FAIL for trial in trials)
         if len(trials) - (0 if self.config.count_failed else failed) >= total:
             return None
@@ -152,26 +155,25 @@ class Search:
         values = [value] if value is not None and state in ("finished", "pruned") else None
         self.storage.set_trial_state_values(trial._trial_id, _STATES[state], values)
 
-    def add(self, values: dict[str, Any], value: float, notes: dict[str, Any]) -> int | None:
-        """A finished trial with another study's values, where they fit this space; its number."""
-        params = {}
-        for knob in self.knobs:
-            if knob.name not in values:
-                return None
-            param = knob.encode(values[knob.name])
-            if not _contains(knob.distribution, param):
-                return None
-            params[knob.name] = param
-        distributions = {knob.name: knob.distribution for knob in self.knobs}
-        frozen = optuna.trial.create_trial(
-            params=params, distributions=distributions, value=value, user_attrs=notes
+    def add(self, values: dict[str, Any], value: float, notes: dict[str, Any]) -> None:
+        """A finished trial whose result comes from elsewhere."""
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                params={knob.name: knob.encode(values[knob.name]) for knob in self.knobs},
+                distributions={knob.name: knob.distribution for knob in self.knobs},
+                value=value,
+                user_attrs=notes,
+            )
         )
-        self.study.add_trial(frozen)
-        return len(self.storage.get_all_trials(self.id, deepcopy=False)) - 1
 
-    def notes(self) -> dict[str, Any]:
-        """What is noted of the study as a whole."""
-        return dict(self.study.user_attrs)
+    def notes(self, study: str | None = None) -> dict[str, Any]:
+        """What is noted of a study as a whole, this one unless another is named."""
+        study_id = self.storage.get_study_id_from_name(study) if study else self.id
+        return dict(self.storage.get_study_user_attrs(study_id))
+
+    def names(self) -> list[str]:
+        """The studies in the storage."""
+        return study_names(self.storage)
 
     def note(self, name: str, value: Any) -> None:
         self.study.set_user_attr(name, value)
@@ -184,13 +186,6 @@ def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
 
 def study_names(storage: BaseStorage) -> list[str]:
     return [study.study_name for study in storage.get_all_studies()]
-
-
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except ValueError:
-        return False
 
 
 class _SeededSampler(BaseSampler):

@@ -8,7 +8,8 @@ from types import FrameType
 from digitlab.compose import Composed
 from digitlab.config import Config
 from digitlab.environment import describe_environment
-from digitlab.run import Ended, Identity, perform
+from digitlab.record import Identity
+from digitlab.run import Ended, perform
 from digitlab.tracking import open_tracking
 from digitlab.training import Watch
 

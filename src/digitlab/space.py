@@ -49,6 +49,15 @@ class Knob:
         """The distribution's value of one of the configuration's."""
         return json.dumps(value) if self.as_json else value
 
+    def holds(self, value: Any) -> bool:
+        """Whether the configuration's value lies in the range."""
+        try:
+            return self.distribution._contains(
+                self.distribution.to_internal_repr(self.encode(value))
+            )
+        except (TypeError, ValueError):
+            return False
+
     def extremes(self) -> list[Any]:
         """The values that decide whether the whole range is allowed."""
         if isinstance(self.distribution, CategoricalDistribution):

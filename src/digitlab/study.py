@@ -1,39 +1,38 @@
 """A study: trials until there are enough, then the champion."""
 
-import dataclasses
-import hashlib
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from digitlab.champion import (
-    Choice,
     Results,
     candidates,
     choose,
     confirm_jobs,
     final_jobs,
-    test_interval,
+    unpruned_jobs,
 )
-from digitlab.compose import Composed, config_to_plain, config_to_yaml, flat
+from digitlab.compose import Composed, with_values
 from digitlab.config import Config, Fold
 from digitlab.console import Board, Busy, View
+from digitlab.crown import crown, test_metrics
 from digitlab.datasets import TRAIN, load_digits
-from digitlab.environment import describe_environment, source_digest
+from digitlab.environment import describe_environment
 from digitlab.errors import UserError
-from digitlab.reconcile import reconcile_trial
-from digitlab.report import champion_text, sweep_command, trials_table
+from digitlab.guard import fitting_trials, guard
+from digitlab.reconcile import audit, reconcile_trial, record_taken
+from digitlab.record import Identity, begin_record, stage, trial_tags
+from digitlab.report import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.search import Search, TrialRow, open_storage
 from digitlab.space import read_space
-from digitlab.tracking import Start, open_tracking
+from digitlab.tracking import open_tracking
 from digitlab.workers import Done, Job, Pool, Setup, Worker, only_parent
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK = 0.2  # seconds between two looks at the clock and the board
 _GRACE = 10.0  # seconds beyond study.trial_minutes after which a worker no longer answers
 
@@ -63,70 +62,50 @@ def sweep(composed: Composed, lab: Path) -> int:
 class _Sweep:
     def __init__(self, composed: Composed, lab: Path, board: Board) -> None:
         self.config, self.lab, self.board = composed.config, lab, board
+        self.overrides = composed.overrides
         self.study = composed.config.study
         self.search = Search(open_storage(lab), self.study, read_space(composed.config))
         self.tracking = open_tracking(composed.config, lab)
         data = composed.config.data
         self.data_sha256 = load_digits(lab, data.name, TRAIN, data.allow_unknown).sha256
         guard(self.search, composed.config, self.data_sha256)
-        self.parent_run = self._parent_run(composed)
-        self.setup = Setup(
-            composed.config, composed.overrides, lab, self.parent_run, describe_environment()
-        )
+        self.environment = describe_environment()
+        self._mend()
+        self.parent_run = self._parent_run()
         self.pool: Pool | None = None
         self.stopping = 0
         self.begun = time.monotonic()
         self.spent = float(self.search.notes().get("seconds", 0.0))  # in earlier calls
 
-    def _parent_run(self, composed: Composed) -> str | None:
-        """The study's own MLflow run, begun by the first call and written on by the others."""
-        known = self.search.notes().get("run_id")
-        if known:
-            return str(known)
-        plain = flat(config_to_plain(self.config))
-        tags = {
-            "digitlab.kind": "study",
-            "digitlab.study": self.study.name,
-            "digitlab.state": "running",
-            "digitlab.overrides": json.dumps(list(composed.overrides)),
-            "digitlab.data_sha256": json.dumps(self.data_sha256),
-        }
-        for row in self.tracking.find({k: tags[k] for k in ("digitlab.kind", "digitlab.study")}):
-            self.tracking.delete(row.run_id)  # of a call that was killed before it noted the run
-        record = self.tracking.start(Start(self.study.name, tags, plain))
-        folder = Path(tempfile.mkdtemp(dir=self._staging()))
-        (folder / "config.yaml").write_text(config_to_yaml(self.config))
-        record.keep(folder)
-        self.search.note("run_id", record.run_id)
-        return record.run_id
-
-    def _staging(self) -> Path:
-        folder = self.lab / "staging"
-        folder.mkdir(exist_ok=True)
-        return folder
-
     def run(self) -> int:
         before = {s: signal.signal(s, self._stop) for s in _SIGNALS}
+        state = "interrupted"
         try:
-            self._reconcile()
+            self._fork()
             self._trials()
-            if self.stopping:
-                return self._interrupted()
-            return self._champion()
+            status = 130 if self.stopping else self._champion()
+            state = {0: "finished", 1: "failed"}.get(status, "interrupted")
+            return status
         finally:
             if self.pool is not None:
                 self.pool.close()
             self.search.note("seconds", self._seconds())
+            if self.parent_run:
+                self.tracking.resume(self.parent_run).end(state)
+            if self.stopping:
+                ended = sum(row.ended for row in self.search.rows())
+                self.board.say(
+                    f"stopped with {ended} of {self.study.trials} trials; "
+                    f"go on with: {sweep_command(self.overrides)}"
+                )
             for name, handler in before.items():
                 signal.signal(name, handler)
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.begun
 
-    # Signals
-
     def _stop(self, number: int, _: FrameType | None) -> None:
-        """Once: end what runs at its next batch. Twice: at once."""
+        """A signal. Once: end what runs at its next batch. Twice: at once."""
         self.stopping += 1
         if number == signal.SIGHUP:
             self.board.mute()
@@ -137,36 +116,62 @@ class _Sweep:
         if self.pool is not None:
             self.pool.stop()
 
-    def _interrupted(self) -> int:
-        rows = self.search.rows()
-        ended = sum(row.ended for row in rows)
-        self.board.say(
-            f"stopped with {ended} of {self.study.trials} trials; "
-            f"go on with: {sweep_command(self.setup.overrides)}"
-        )
-        self._end_parent("interrupted")
-        return 130
+    # Before the first trial
 
-    def _end_parent(self, state: str) -> None:
-        if self.parent_run:
-            self.tracking.resume(self.parent_run).end(state)
+    def _identity(self, kind: str, name: str, tags: Mapping[str, str]) -> Identity:
+        return Identity(name, kind, tags, self.parent_run, self.overrides, self.environment)
+
+    def _parent_run(self) -> str | None:
+        """The study's own run, begun by the first call and taken up again by the others."""
+        known = self.search.notes().get("run_id")
+        if known:
+            self.tracking.resume(known).end("running")
+            return str(known)
+        mine = {"digitlab.study": self.study.name, "digitlab.kind": "study"}
+        for row in self.tracking.find(mine):  # of a call that was killed before it noted the run
+            self.tracking.delete(row.run_id)
+        tags = {
+            "digitlab.study": self.study.name,
+            "digitlab.data_sha256": json.dumps(self.data_sha256),
+        }
+        identity = Identity(self.study.name, "study", tags, None, self.overrides, self.environment)
+        record = begin_record(self.tracking, self.config, identity)
+        record.keep(stage(self.lab, self.config, identity))
+        self.search.note("run_id", record.run_id)
+        return record.run_id
+
+    def _mend(self) -> None:
+        """Mend what a killed call left behind."""
+        problems = audit(self.search, self.tracking, self.config, repair=True, deep=False)
+        for problem in problems:
+            verb = "mended" if problem.mended else "found"
+            self.board.say(f"{verb}: {problem.detail}")
+
+    def _fork(self) -> None:
+        """Take over the trials of another study that fit this one, once."""
+        if self.study.fork_from is None or self.search.notes().get("forked"):
+            return
+        taken = {row.notes.get("taken_from") for row in self.search.rows()}
+        fitting = fitting_trials(self.search, self.config)
+        for trial in fitting:
+            if trial["notes"]["taken_from"] in taken:
+                continue
+            number = len(self.search.rows())
+            name, tags = f"{self.study.name}-{number}", trial_tags(self.study.name, number)
+            config = with_values(self.config, trial["values"])
+            identity = self._identity("trial", name, tags)
+            record_taken(self.tracking, config, identity, trial["notes"])
+            self.search.add(**trial)
+        self.search.note("forked", True)
+        self.board.say(f"{len(fitting)} trials taken over from study {self.study.fork_from}")
 
     # Trials
 
-    def _reconcile(self) -> None:
-        """Mend what a killed call left: deliver what it kept back, free its running trials."""
-        self.tracking.deliver()
-        for row in self.search.rows():
-            if row.state == "running":
-                reconcile_trial(self.search, self.tracking, row, None)
-
     def _trials(self) -> None:
-        rows = self.search.rows()
-        ended = sum(self._counts(row) for row in rows)
-        total = self.study.trials
-        if ended >= total:
+        ended = sum(self._counts(row) for row in self.search.rows())
+        total, name = self.study.trials, self.study.name
+        if ended >= total or self.stopping:
             return
-        name = self.study.name
         if ended:
             self.board.say(f"study {name}: going on from {ended} of {total} trials")
         else:
@@ -194,20 +199,16 @@ class _Sweep:
 
     def _trial_ended(self, worker: Worker, job: Job, done: Done | None) -> None:
         if done is None:
-            row = self.search.rows()[job.number]
+            row, why = self.search.rows()[job.number], worker.killed or "its worker died"
             state = row.state
             if state == "running":
-                state = reconcile_trial(
-                    self.search, self.tracking, row, worker.killed or "its worker died"
-                )
-            self.board.say(f"trial {job.number}: {worker.killed or 'its worker died'}; {state}")
-            return
-        if done.state in ("waiting", "failed"):
+                state = reconcile_trial(self.search, self.tracking, row, why)
+            self.board.say(f"trial {job.number}: {why}; {state}")
+        elif done.state in ("waiting", "failed"):
             self.board.say(f"trial {job.number} {done.state}: {done.reason}")
         elif self.board.live is None and done.state in ("finished", "pruned"):
-            accuracy = done.metrics.get(
-                "val_accuracy" if done.state == "finished" else "rung_accuracy"
-            )
+            name = "val_accuracy" if done.state == "finished" else "rung_accuracy"
+            accuracy = done.metrics.get(name)
             self.board.say(
                 f"trial {job.number} {done.state}" + (f" {accuracy:.2%}" if accuracy else "")
             )
@@ -223,7 +224,8 @@ class _Sweep:
     ) -> None:
         """Give jobs to workers as they become free, until there are none or the study stops."""
         if self.pool is None:
-            self.pool = Pool(self.setup, self._count_workers(total))
+            setup = (self.config, self.overrides, self.lab, self.parent_run, self.environment)
+            self.pool = Pool(Setup(*setup), self._count_workers(total))
         pool, begun, count = self.pool, time.monotonic(), 0
         while True:
             empty = bool(self.stopping)
@@ -287,11 +289,11 @@ class _Sweep:
         keys = {id(job): key for key, job in todo.items()}
         tries = dict.fromkeys(todo, 0)
         for job in waiting:  # of a call that was killed
-            same = {"digitlab.study": self.study.name, "digitlab.kind": job.kind, **job.tags}
-            for row in self.tracking.find(same | {"digitlab.trial": str(job.number)}):
+            same = {"digitlab.kind": job.kind, **trial_tags(self.study.name, job.number)}
+            for row in self.tracking.find(same | job.tags):
                 self.tracking.delete(row.run_id)
 
-        def ended(worker: Worker, job: Job, done: Done | None) -> None:
+        def ended(_: Worker, job: Job, done: Done | None) -> None:
             key = keys[id(job)]
             if done is not None and done.state == "finished":
                 metrics = done.metrics | {"run": done.run_id or ""}
@@ -313,94 +315,31 @@ class _Sweep:
         rows = self.search.rows()
         best = candidates(rows, self.study.confirm)
         if not best:
-            self._end_parent("failed")
             self.board.say(f"study {self.study.name}: no trial finished; {_last_reason(rows)}")
             return 1
-        known = self.search.notes().get("champion", {})
-        new = not known
-        if new or known["trials"] != len(rows) or known["asked"] != self._asked():
-            new = True
+        asked = [len(rows), self.study.confirm, self.study.confirm_seeds, self.study.final_seeds]
+        summary = self.search.notes().get("champion", {})
+        complete = summary.get("asked") == asked
+        unpruned = self._fits("unpruned", unpruned_jobs(self.config, rows))
+        if not complete and not self.stopping:
             confirmed = self._fits("confirm", confirm_jobs(self.config, best))
-            if self.stopping:
-                return self._interrupted()
+        if not complete and not self.stopping:
             choice = choose(best, confirmed)
             finals = self._fits("final", final_jobs(self.config, choice.champion))
-            if self.stopping:
-                return self._interrupted()
-            known = self._crown(choice, finals, len(rows))
-        self._report(rows, known, new)
-        return 0
-
-    def _asked(self) -> list[int]:
-        return [self.study.confirm, self.study.confirm_seeds, self.study.final_seeds]
-
-    def _crown(self, choice: Choice, finals: Results, trials: int) -> dict[str, Any]:
-        """Record the champion; returns what is noted of it."""
-        interval = test_interval(finals)
-        champion = choice.champion
-        summary = {
-            "trial": champion.number,
-            "values": champion.values,
-            "val_accuracy": {n: dataclasses.asdict(i) for n, i in choice.intervals.items()},
-            "tied": choice.tied,
-            "test_accuracy": dataclasses.asdict(interval),
-            "trials": trials,
-            "asked": self._asked(),
-            "run_id": None,
-        }
-        first = next(iter(finals.values()))
-        job = next(iter(final_jobs(self.config, champion).values()))
-        assert job.config is not None
-        for row in self.tracking.find(
-            {"digitlab.study": self.study.name, "digitlab.kind": "champion"}
-        ):
-            self.tracking.delete(row.run_id)
-        weights_run = str(first["run"])
-        tags = {
-            "digitlab.kind": "champion",
-            "digitlab.study": self.study.name,
-            "digitlab.trial": str(champion.number),
-            "digitlab.state": "running",
-            "digitlab.weights_run": weights_run,
-        }
-        plain = flat(config_to_plain(job.config))
-        params = {k: v for k, v in plain.items() if not k.startswith(("study.", "tracking."))}
-        start = Start(f"{self.study.name}-champion", tags, params, self.parent_run)
-        record = self.tracking.start(start)
-        folder = Path(tempfile.mkdtemp(dir=self._staging()))
-        (folder / "config.yaml").write_text(config_to_yaml(job.config))
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        if record.run_id:
-            weights = self.tracking.artifact(weights_run, "weights.safetensors")
-            (folder / "weights.safetensors").write_bytes(weights)
-            record.log(tags={"digitlab.weights_sha256": hashlib.sha256(weights).hexdigest()})
-        record.keep(folder)
-        metrics = {
-            "test_accuracy_mean": interval.mean,
-            "test_accuracy_low": interval.low,
-            "test_accuracy_high": interval.high,
-            "test_seeds": interval.n,
-        }
-        record.log(metrics)
-        record.end("finished")
-        if record.run_id:
-            self.tracking.register(self.study.name, record.run_id, {"trial": str(champion.number)})
-        summary["run_id"] = record.run_id
-        self.search.note("champion", summary)
-        if self.parent_run:
-            parent = self.tracking.resume(self.parent_run)
-            parent.log(metrics)
-            parent.end("finished")
-        return summary
-
-    def _report(self, rows: list[TrialRow], known: Mapping[str, Any], new: bool) -> None:
-        if not new:
+        if self.stopping:
+            return 130
+        if complete:
             self.board.say(f"study {self.study.name} is complete: {len(rows)} trials")
+        else:
+            identity = self._identity("champion", "", {})
+            summary = crown(self.tracking, self.config, identity, self.lab, choice, finals)
+            self.search.note("champion", summary | {"asked": asked})
+            if self.parent_run:
+                self.tracking.resume(self.parent_run).log(test_metrics(summary))
         self.board.print(trials_table(rows, self.study))
-        self.board.say(champion_text(self.config, rows, known, self.setup.overrides))
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.board.say(pruning_text(rows, unpruned))
+        self.board.say(champion_text(self.config, summary, self.overrides))
+        return 0
 
 
 def _value(row: TrialRow) -> float:
@@ -430,37 +369,3 @@ def _busy(worker: Worker, config: Config) -> Busy:
     title = f"{worker.job.kind} {worker.job.number}"
     accuracy = worker.progress.metrics.get("val_accuracy")
     return Busy(worker.number, title, worker.progress.done, epoch, epochs, accuracy)
-
-
-def guard(search: Search, config: Config, data_sha256: Mapping[str, str]) -> None:
-    """Note what the study is begun with, or compare with what it was begun with.
-
-    Raises:
-        UserError: something differs that the trials' results depend on; every difference is named.
-    """
-    plain = flat({"study": {"space": {}}, **config_to_plain(config)})
-    kept = ("sampler", "startup_trials", "seed", "pruner", "rungs")
-    fixed = {k: v for k, v in plain.items() if not k.startswith(("study.", "tracking."))}
-    fixed |= {f"study.{k}": plain[f"study.{k}"] for k in kept}
-    now = {
-        **{f"study.space.{knob}": text for knob, text in config.study.space.items()},
-        **{k: v for k, v in fixed.items() if k not in config.study.space},
-        **{f"SHA-256 of {file}": digest[:12] for file, digest in data_sha256.items()},
-        "objective": "val_accuracy",
-        "source code": source_digest(),
-    }
-    then = search.notes().get("begun")
-    if then is None:
-        search.note("begun", now)
-        return
-    changed = [
-        f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
-    if changed:
-        name = config.study.name
-        raise UserError(
-            f"study.name={name}: it was begun differently ({'; '.join(changed)}): undo that, or "
-            f"begin another with study.name=... (study.fork_from={name} takes over what still fits)"
-        )

@@ -31,7 +31,13 @@ from mlflow.exceptions import MlflowException
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
 
-_STATUS = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "interrupted": "KILLED"}
+_STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "pruned": "KILLED",
+    "interrupted": "KILLED",
+}
 _LONGEST = 6000  # characters of a parameter's value in MLflow's stores
 _RETRY_SECONDS = 30.0  # between two tries to reach a tracker that is away
 
@@ -59,7 +65,7 @@ class RunRow:
 
     @property
     def ended(self) -> bool:
-        return self.status in _STATUS.values()
+        return self.status in ("FINISHED", "FAILED", "KILLED")
 
 
 class RunRecord(Protocol):
@@ -80,7 +86,7 @@ class RunRecord(Protocol):
         """Take over the files of `folder` as the run's artifacts; the folder is gone afterwards."""
 
     def end(self, state: str) -> None:
-        """finished, failed, pruned or interrupted."""
+        """finished, failed, pruned or interrupted; running once more, when it is taken up again."""
 
 
 class Tracking(Protocol):
@@ -106,6 +112,9 @@ class Tracking(Protocol):
 
     def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
         """A new version of a model in the registry, with the alias `champion`."""
+
+    def kept_back(self) -> int:
+        """How many runs wait for the tracker to be back."""
 
     def deliver(self) -> int:
         """Hand over what was kept back while the tracker was away; how many runs."""
@@ -164,6 +173,9 @@ class NoTracking:
     def delete(self, run_id: str) -> None: ...
 
     def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None: ...
+
+    def kept_back(self) -> int:
+        return 0
 
     def deliver(self) -> int:
         return 0
@@ -277,6 +289,9 @@ class MlflowTracking:
         source = f"{self.client.get_run(run_id).info.artifact_uri}"
         version = self.client.create_model_version(model, source, run_id, dict(tags))
         self.client.set_registered_model_alias(model, "champion", version.version)
+
+    def kept_back(self) -> int:
+        return sum(1 for _ in self.outbox.glob("*/"))
 
     def deliver(self) -> int:
         delivered = 0
@@ -431,7 +446,10 @@ class _MlflowRecord:
             shutil.rmtree(folder)
         else:
             self.client.log_batch(self.run_id, tags=tags)
-            self.client.set_terminated(self.run_id, operation["status"], operation["time"])
+            if operation["status"] == "RUNNING":
+                self.client.update_run(self.run_id, "RUNNING")
+            else:
+                self.client.set_terminated(self.run_id, operation["status"], operation["time"])
 
 
 def _now() -> int:

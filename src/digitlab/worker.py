@@ -7,18 +7,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from digitlab.compose import with_values
+from digitlab.config import Config, Pruner
 from digitlab.errors import UserError
 from digitlab.module import Diverged
-from digitlab.reconcile import trial_runs
-from digitlab.run import Broken, Ended, Identity, Outcome, perform
+from digitlab.reconcile import record_taken, trial_runs
+from digitlab.record import Identity, begin_record, trial_tags
+from digitlab.run import Broken, Ended, Outcome, perform
 from digitlab.search import Search, TrialRow, open_storage, trial_value
 from digitlab.space import read_space
-from digitlab.tracking import Start, open_tracking
+from digitlab.tracking import open_tracking
 from digitlab.training import Watch
 from digitlab.workers import Done, Job, Progress, Setup, one_worker
 
 _TELL_SECONDS = 0.2  # between two messages about progress
-_NEVER_RETRIED = (Diverged, UserError)  # the same seed would come to the same end
 
 
 def work(connection: Connection, setup: Setup) -> None:
@@ -53,86 +54,67 @@ class _Work:
 
     def run(self, job: Job) -> Done:
         if job.config is not None:
-            outcome = self._perform(job, job.config, f"{job.kind}-{job.number}", _Told(self))
+            outcome = self._perform(job, job.config, _Told(self))
             return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
         return self._trial(job)
 
-    def _perform(self, job: Job, config: Any, name: str, watch: Watch) -> Outcome:
+    def _identity(self, job: Job) -> Identity:
+        study = self.config.study.name
+        name = f"{study}-{job.number}" if job.config is None else f"{study}-{job.kind}-{job.number}"
+        tags = trial_tags(study, job.number) | job.tags
+        setup = self.setup
+        return Identity(name, job.kind, tags, setup.parent_run, setup.overrides, setup.environment)
+
+    def _perform(self, job: Job, config: Config, watch: Watch) -> Outcome:
         study = self.config.study
-        tags = {"digitlab.study": study.name, "digitlab.trial": str(job.number), **job.tags}
-        identity = Identity(
-            f"{study.name}-{name}",
-            job.kind,
-            tags,
-            self.setup.parent_run,
-            self.setup.overrides,
-            self.setup.environment,
-        )
-        rungs = study.rungs if job.kind == "trial" and study.pruner != "none" else []
-        return perform(config, identity, self.tracking, self.setup.lab, watch, rungs)
+        rungs = study.rungs if job.config is None and study.pruner is not Pruner.none else []
+        return perform(config, self._identity(job), self.tracking, self.setup.lab, watch, rungs)
 
     def _trial(self, job: Job) -> Done:
         """Choose values, train, record, and only then tell the study."""
         trial, values = self.search.ask(job.number)
         self.connection.send(Progress(0.0, {}, values))
         rows = self.search.rows()
-        if "attempts" in rows[job.number].notes:  # an earlier attempt did not end
+        notes = rows[job.number].notes
+        if "attempts" in notes:  # an earlier attempt did not end
             for run in trial_runs(self.tracking, self.config.study.name, job.number):
                 self.tracking.delete(run.run_id)
-        twin = next((r for r in rows if r.state == "finished" and r.values == values), None)
-        if twin is not None:
-            return self._take_over(job, twin)
         try:
             config = with_values(self.config, values)
         except UserError as error:
-            self._record_refused(job, str(error))
-            outcome = Outcome("failed", str(error), error=error)
-        else:
-            watch = _TrialWatch(self, trial, values)
-            outcome = self._perform(job, config, str(job.number), watch)
-        attempts = int(rows[job.number].notes.get("attempts", 0))
+            return self._refuse(job, str(error))
+        twin = next((r for r in rows if r.state == "finished" and r.values == values), None)
+        if twin is not None:
+            return self._take_over(job, config, twin)
+        outcome = self._perform(job, config, _TrialWatch(self, trial, values))
+        attempts = int(notes.get("attempts", 0))
         if outcome.state == "interrupted":
             self.search.put_back(job.number, attempts)
             return Done("interrupted", outcome.reason)
-        again = outcome.error is not None and not isinstance(outcome.error, _NEVER_RETRIED)
+        again = outcome.error is not None and not isinstance(outcome.error, Diverged)
         if again and attempts < self.config.study.retries:
             self.search.put_back(job.number, attempts + 1)
             return Done("waiting", outcome.reason)
         value = trial_value(outcome.state, outcome.metrics)
-        self.search.tell(job.number, outcome.state, value, _notes(outcome))
+        told = {"metrics": outcome.metrics} | ({"reason": outcome.reason} if outcome.reason else {})
+        self.search.tell(job.number, outcome.state, value, told)
         return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
 
-    def _start(self, job: Job) -> Start:
-        study = self.config.study.name
-        tags = {
-            "digitlab.kind": "trial",
-            "digitlab.study": study,
-            "digitlab.trial": str(job.number),
-            "digitlab.state": "running",
-        }
-        return Start(f"{study}-{job.number}", tags, {}, self.setup.parent_run)
-
-    def _record_refused(self, job: Job, reason: str) -> None:
-        """A trial whose values contradict each other is a failed run too."""
-        record = self.tracking.start(self._start(job))
+    def _refuse(self, job: Job, reason: str) -> Done:
+        """A trial whose values contradict each other has failed, and is recorded as such."""
+        record = begin_record(self.tracking, self.config, self._identity(job))
         record.log(tags={"digitlab.reason": reason})
         record.end("failed")
+        self.search.tell(job.number, "failed", None, {"reason": reason})
+        return Done("failed", reason)
 
-    def _take_over(self, job: Job, twin: TrialRow) -> Done:
+    def _take_over(self, job: Job, config: Config, twin: TrialRow) -> Done:
         """The result of an earlier trial with the same values and so the same bits."""
-        start = self._start(job)
-        record = self.tracking.start(Start(start.name, start.tags, twin.values, start.parent))
-        metrics = {k: v for k, v in twin.notes.get("metrics", {}).items() if k != "seconds"}
-        record.log(metrics, tags={"digitlab.taken_from": str(twin.number)})
-        record.end("finished")
-        notes = {"metrics": metrics, "taken_from": twin.number}
+        metrics = dict(twin.notes.get("metrics", {}))
+        notes = {"metrics": metrics, "taken_from": str(twin.number)}
+        record_taken(self.tracking, config, self._identity(job), notes)
         self.search.tell(job.number, "finished", twin.value, notes)
-        return Done("finished", f"as trial {twin.number}", metrics, record.run_id)
-
-
-def _notes(outcome: Outcome) -> dict[str, Any]:
-    notes: dict[str, Any] = {"metrics": outcome.metrics}
-    return notes | ({"reason": outcome.reason} if outcome.reason else {})
+        return Done("finished", f"as trial {twin.number}", metrics)
 
 
 class _Told(Watch):
