@@ -1,14 +1,21 @@
 """A lab of its own for each test, with the 2,500 digits that are committed beside the tests."""
 
+import multiprocessing.forkserver
 import os
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from digitlab import workers
+from digitlab.errors import UserError
+
 DATA = Path(__file__).parent / "data"
 
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the fork server finds `killer`
 
 
 @pytest.fixture
@@ -18,3 +25,58 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(DATA, folder / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
     monkeypatch.setenv("DIGITLAB_HOME", str(folder))
     return folder
+
+
+class Parent:
+    """`digitlab sweep` in a process of its own, forked from one that has imported everything."""
+
+    def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
+        self.log = lab / "log.txt"
+        workers.preload("digitlab.study", "killer")
+        self.process = workers._CONTEXT.Process(target=_sweep, args=(lab, list(overrides)))
+        self.process.start()
+
+    def wait(self, seconds: float = 120) -> int | None:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"no end after {seconds} s: {self.log.read_text()[-2000:]}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _sweep(lab: Path, overrides: list[str]) -> None:
+    from digitlab.compose import compose
+    from digitlab.study import sweep
+
+    # This process was forked from the fork server, and lets it fork the workers too.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    with open(lab / "log.txt", "a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            status = sweep(compose("sweep", overrides)[0], lab)
+        except UserError as error:
+            print(error)
+            status = 2
+    sys.exit(status)
+
+
+TINY = [
+    "experiments=smoke",
+    "data=sample",
+    "data.batch_size=200",
+    "model.widths=[4]",
+    "study.confirm=1",
+    "study.final_seeds=1",
+    "study.retries=1000",
+]
+
+
+@pytest.fixture
+def run_sweep(lab: Path) -> Callable[..., Parent]:
+    """Start a sweep of the smallest study there is, with more overrides."""
+    return lambda *overrides: Parent(lab, [*TINY, *overrides])

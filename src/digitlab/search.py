@@ -13,16 +13,11 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.pruners import (
-    BasePruner,
-    HyperbandPruner,
-    MedianPruner,
-    NopPruner,
-    SuccessiveHalvingPruner,
-)
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from digitlab.config import Pruner, Sampler, StudyConfig
 from digitlab.errors import UserError
@@ -31,6 +26,8 @@ from digitlab.space import Knob, suggest
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
+# What a storage raises that cannot be written or read: a full disk, a lost or locked database.
+STORE_ERRORS = (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _ETA = 3  # successive halving keeps the best third at each rung
 _STATES = {
     "waiting": TrialState.WAITING,
@@ -82,15 +79,11 @@ class Search:
 
     def __init__(self, storage: BaseStorage, config: StudyConfig, knobs: list[Knob]) -> None:
         self.storage, self.config, self.knobs = storage, config, knobs
-        self.study = optuna.create_study(
-            storage=storage,
-            sampler=_SeededSampler(config, knobs),
-            pruner=_build_pruner(config),
-            study_name=config.name,
-            direction="maximize",
-            load_if_exists=True,
+        self.sampler, self.pruner = _SeededSampler(config, knobs), _build_pruner(config)
+        study = optuna.create_study(
+            storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
         )
-        self.id = storage.get_study_id_from_name(config.name)
+        self.id = storage.get_study_id_from_name(study.study_name)
 
     def rows(self) -> list[TrialRow]:
         """All trials by number."""
@@ -136,15 +129,20 @@ class Search:
 
     def ask(self, number: int) -> tuple[Trial, dict[str, Any]]:
         """The trial and its values, chosen now unless an earlier attempt has chosen them."""
-        trial = Trial(self.study, self._trial(number)._trial_id)
+        # Loaded anew, since a study object caches the trials that it has seen.
+        study = optuna.load_study(
+            study_name=self.config.name,
+            storage=self.storage,
+            sampler=self.sampler,
+            pruner=self.pruner,
+        )
+        trial = Trial(study, self._trial(number)._trial_id)
         return trial, suggest(trial, self.knobs)
 
     def report(self, trial: Trial, rung: int, accuracy: float) -> bool:
-        """Note the accuracy at the rung, counted from 0; whether to prune.
-
-        Optuna's successive halving looks at steps 1, eta, eta^2: these are the rungs.
-        """
-        trial.report(accuracy, _ETA**rung)
+        """Note the accuracy at the rung, counted from 0; whether to prune."""
+        if rung not in self._trial(trial.number).intermediate_values:  # of an earlier attempt
+            trial.report(accuracy, rung)
         return trial.should_prune()
 
     def tell(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> None:
@@ -157,7 +155,8 @@ class Search:
 
     def add(self, values: dict[str, Any], value: float, notes: dict[str, Any]) -> None:
         """A finished trial whose result comes from elsewhere."""
-        self.study.add_trial(
+        study = optuna.load_study(study_name=self.config.name, storage=self.storage)
+        study.add_trial(
             optuna.trial.create_trial(
                 params={knob.name: knob.encode(values[knob.name]) for knob in self.knobs},
                 distributions={knob.name: knob.distribution for knob in self.knobs},
@@ -176,7 +175,7 @@ class Search:
         return study_names(self.storage)
 
     def note(self, name: str, value: Any) -> None:
-        self.study.set_user_attr(name, value)
+        self.storage.set_study_user_attr(self.id, name, value)
 
 
 def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
@@ -251,8 +250,34 @@ def _build_pruner(config: StudyConfig) -> BasePruner:
     if config.pruner is Pruner.median:
         return MedianPruner(n_startup_trials=config.startup_trials)
     if config.pruner is Pruner.halving:
-        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=_ETA)
+        return _Halving(brackets=1)
     if config.pruner is Pruner.hyperband:
-        most = _ETA ** len(config.rungs)
-        return HyperbandPruner(min_resource=1, max_resource=most, reduction_factor=_ETA)
+        return _Halving(brackets=len(config.rungs) + 1)
     return NopPruner()
+
+
+class _Halving(BasePruner):
+    """Asynchronous successive halving (Li et al. 2018): at each rung the best third goes on.
+
+    With several brackets it is Hyperband's (Li et al. 2017): trials take turns in them by number,
+    and those of bracket b compete with one another alone, from rung b on.
+
+    Optuna's own keep in the trial which rungs it has passed, so that a trial whose worker was
+    killed would be judged otherwise the second time; here the accuracies at the rung decide alone.
+    """
+
+    def __init__(self, brackets: int) -> None:
+        self.brackets = brackets
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        rung = trial.last_step
+        bracket = trial.number % self.brackets
+        if rung is None or rung < bracket:
+            return False
+        reached = [
+            other.intermediate_values[rung]
+            for other in study.get_trials(deepcopy=False)
+            if rung in other.intermediate_values and other.number % self.brackets == bracket
+        ]
+        kept = sorted(reached, reverse=True)[: max(1, len(reached) // _ETA)]
+        return trial.intermediate_values[rung] < kept[-1]

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -27,14 +28,14 @@ from digitlab.guard import fitting_trials, guard
 from digitlab.reconcile import audit, reconcile_trial, record_taken
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.report import champion_text, pruning_text, sweep_command, trials_table
-from digitlab.search import Search, TrialRow, open_storage
+from digitlab.search import STORE_ERRORS, Search, TrialRow, open_storage
 from digitlab.space import read_space
 from digitlab.tracking import open_tracking
 from digitlab.workers import Done, Job, Pool, Setup, Worker, only_parent
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK = 0.2  # seconds between two looks at the clock and the board
-_GRACE = 10.0  # seconds beyond study.trial_minutes after which a worker no longer answers
+_GRACE = 5.0  # seconds beyond study.trial_minutes after which a worker no longer answers
 
 
 def sweep(composed: Composed, lab: Path) -> int:
@@ -86,20 +87,30 @@ class _Sweep:
             status = 130 if self.stopping else self._champion()
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
+        except STORE_ERRORS as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(
+                f"study {self.study.name}: the lab cannot be written ({reason}): mend that and go "
+                "on with the same command; what is recorded stays"
+            ) from error
         finally:
             if self.pool is not None:
                 self.pool.close()
-            self.search.note("seconds", self._seconds())
-            if self.parent_run:
-                self.tracking.resume(self.parent_run).end(state)
-            if self.stopping:
-                ended = sum(row.ended for row in self.search.rows())
-                self.board.say(
-                    f"stopped with {ended} of {self.study.trials} trials; "
-                    f"go on with: {sweep_command(self.overrides)}"
-                )
+            with suppress(*STORE_ERRORS):  # of which the caller is being told already
+                self._leave(state)
             for name, handler in before.items():
                 signal.signal(name, handler)
+
+    def _leave(self, state: str) -> None:
+        self.search.note("seconds", self._seconds())
+        if self.parent_run:
+            self.tracking.resume(self.parent_run).end(state)
+        if self.stopping:
+            ended = sum(row.ended for row in self.search.rows())
+            self.board.say(
+                f"stopped with {ended} of {self.study.trials} trials; "
+                f"go on with: {sweep_command(self.overrides)}"
+            )
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.begun

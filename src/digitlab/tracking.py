@@ -1,5 +1,6 @@
 """Records of runs: MLflow, or none. The only module that imports mlflow."""
 
+import functools
 import json
 import logging
 import os
@@ -9,11 +10,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -181,6 +182,28 @@ class NoTracking:
         return 0
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _reaching(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Turn a tracker that cannot be reached into a line for the user."""
+
+    @functools.wraps(method)
+    def reached(*arguments: _P.args, **named: _P.kwargs) -> _T:
+        try:
+            return method(*arguments, **named)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"tracking: not reached ({reason}): try again when it is back"
+            ) from error
+
+    return reached
+
+
 class MlflowTracking:
     """MLflow on sqlite in the lab folder, or on the server of `uri`."""
 
@@ -229,6 +252,7 @@ class MlflowTracking:
             self.client, self.experiment, self.outbox / uuid.uuid4().hex, None, run_id
         )
 
+    @_reaching
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         return [_row(run) for run in self._search(text)]
@@ -249,6 +273,7 @@ class MlflowTracking:
             token = page.token or None
         return runs
 
+    @_reaching
     def get(self, run: str) -> RunRow:
         try:
             return _row(self.client.get_run(run))
@@ -263,6 +288,7 @@ class MlflowTracking:
             raise UserError(f"{run}: {len(matches)} runs are called so, give an id: {ids}")
         raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
 
+    @_reaching
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
         names = self.client.get_run(run_id).data.metrics
         values = [
@@ -279,9 +305,11 @@ class MlflowTracking:
         except (MlflowException, OSError) as error:
             raise UserError(f"run {run_id}: its artifact {path} is missing") from error
 
+    @_reaching
     def delete(self, run_id: str) -> None:
         self.client.delete_run(run_id)
 
+    @_reaching
     def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
         known = self.client.search_registered_models(f"name = '{model}'")
         if not known:

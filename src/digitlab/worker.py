@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -77,8 +78,9 @@ class _Work:
         rows = self.search.rows()
         notes = rows[job.number].notes
         if "attempts" in notes:  # an earlier attempt did not end
-            for run in trial_runs(self.tracking, self.config.study.name, job.number):
-                self.tracking.delete(run.run_id)
+            with suppress(UserError):  # while the tracker is away; the audit finds them later
+                for run in trial_runs(self.tracking, self.config.study.name, job.number):
+                    self.tracking.delete(run.run_id)
         try:
             config = with_values(self.config, values)
         except UserError as error:

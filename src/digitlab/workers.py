@@ -86,14 +86,14 @@ _FAST = {
 }
 
 
-def preload() -> None:
+def preload(*modules: str) -> None:
     """Begin to import what workers need, in a process that they will be forked from.
 
     It has imported and not computed, so that a fork of it is ready in a moment. It and the workers
     leave Ctrl-C and a closed terminal to the parent, which tells them what to do.
     """
     os.environ.update({key: value for key, value in _FAST.items() if key not in os.environ})
-    _CONTEXT.set_forkserver_preload(["digitlab.worker"])
+    _CONTEXT.set_forkserver_preload(["digitlab.worker", *modules])
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
     multiprocessing.forkserver.ensure_running()
     for name, handler in before.items():

@@ -1,0 +1,113 @@
+"""Kill anything at any moment: a study ends with exactly its trials, each with its own value."""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Parent
+
+from digitlab.compose import compose
+from digitlab.guard import recorded_config
+from digitlab.reconcile import audit
+from digitlab.search import Search, TrialRow, open_storage
+from digitlab.space import read_space
+from digitlab.tracking import open_tracking
+
+
+def open_study(lab: Path, *overrides: str) -> Search:
+    config = compose("sweep", [*TINY, *overrides])[0].config
+    return Search(open_storage(lab), config.study, read_space(config))
+
+
+def results(lab: Path) -> list[tuple[object, ...]]:
+    rows = open_study(lab).rows()
+    return [(row.number, row.state, row.value, row.values) for row in rows]
+
+
+def problems(lab: Path, search: Search) -> list[object]:
+    config = recorded_config(search.notes())
+    return list(audit(search, open_tracking(config, lab), config, repair=False))
+
+
+def assert_whole(lab: Path, total: int) -> None:
+    search = open_study(lab)
+    rows = search.rows()
+    assert [row.number for row in rows] == list(range(total))
+    assert all(row.ended for row in rows)
+    assert problems(lab, search) == []
+
+
+def undisturbed(lab: Path, start: Callable[..., Parent], *overrides: str) -> list[object]:
+    """The same study, uninterrupted, in a lab beside."""
+    beside = lab.parent / "beside"
+    beside.mkdir()
+    (beside / "data").symlink_to(lab / "data")
+    assert Parent(beside, [*TINY, *overrides]).wait() == 0
+    return results(beside)
+
+
+def kill_at_random(lab: Path, start: Callable[[], Parent], kills: int, seed: int) -> int:
+    """Run a study to its end while workers kill themselves and the parent is killed.
+
+    Returns the number of kills, about half of them the parent's.
+    """
+    chance = random.Random(seed)
+    orders = {"probability": 0.03, "left": (kills + 1) // 2}
+    (lab / "killer.json").write_text(json.dumps(orders))
+    parents = 0
+    while True:
+        parent = start()
+        if parents < kills // 2:
+            parent.process.join(chance.uniform(0.3, 3.0))
+            if parent.process.exitcode is None:
+                parent.kill()
+                parents += 1
+                continue
+        assert parent.wait(600) == 0, parent.log.read_text()[-2000:]
+        killed = lab / "killed"
+        return parents + (len(killed.read_text().splitlines()) if killed.exists() else 0)
+
+
+def test_nothing_is_lost_or_doubled_over_ten_kills(lab, run_sweep) -> None:
+    # Random search draws by the trial's number alone, so every trial has a value to be held to.
+    study = ("study.trials=16", "study.sampler=random", "study.pruner=none", "study.workers=2")
+    assert kill_at_random(lab, lambda: run_sweep(*study), 10, seed=1) >= 10
+    assert_whole(lab, 16)
+    assert results(lab) == undisturbed(lab, run_sweep, *study)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None:
+    study = ("study.trials=150", "study.sampler=random", "study.pruner=none", "study.workers=2")
+    assert kill_at_random(lab, lambda: run_sweep(*study), 100, seed=2) >= 100
+    assert_whole(lab, 150)
+    assert results(lab) == undisturbed(lab, run_sweep, *study)
+
+
+def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> None:
+    study = (
+        "study.trials=10",
+        "study.startup_trials=3",
+        "study.workers=1",
+        "study.rungs=[0.3,0.6]",
+    )
+    kills = 0
+    while kills < 5:
+        before = len(open_study(lab).rows()) if kills else 0
+        parent = run_sweep(*study)
+        deadline = time.monotonic() + 60
+        while len(open_study(lab).rows()) < min(10, before + 2) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        parent.kill()
+        kills += 1
+    assert run_sweep(*study).wait() == 0
+    assert_whole(lab, 10)
+    assert results(lab) == undisturbed(lab, run_sweep, *study)
+
+
+def row_states(rows: list[TrialRow]) -> list[str]:
+    return [row.state for row in rows]
