@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep audit ui reproduce check test clean
+.PHONY: help setup data train sweep audit ui reproduce bench check test clean
 SHELL := /bin/bash
 
 EXPERIMENT ?= default
@@ -59,6 +59,9 @@ ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 reproduce: $(STAMP) ## train a run again and compare (RUN= an id, a name or champion)
 	@test -n "$(RUN)" || { echo "RUN= is missing: an id, the beginning of one, a name, or champion"; exit 2; }
 	@$(BIN)/digitlab reproduce "$(RUN)" $(ARGS)
+
+bench: $(STAMP) ## time runs, workers and bookkeeping in turns (some minutes; leave the machine alone)
+	@$(BIN)/digitlab bench $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers, dependencies
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }

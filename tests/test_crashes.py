@@ -12,7 +12,7 @@ from conftest import TINY, Parent
 from digitlab.compose import compose
 from digitlab.guard import recorded_config
 from digitlab.reconcile import audit
-from digitlab.search import Search, TrialRow, open_storage
+from digitlab.search import Search, open_storage
 from digitlab.space import read_space
 from digitlab.tracking import open_tracking
 
@@ -55,7 +55,7 @@ def kill_at_random(lab: Path, start: Callable[[], Parent], kills: int, seed: int
     Returns the number of kills, about half of them the parent's.
     """
     chance = random.Random(seed)
-    orders = {"probability": 0.03, "left": (kills + 1) // 2}
+    orders = {"probability": 0.04, "left": (kills + 1) // 2}
     (lab / "killer.json").write_text(json.dumps(orders))
     parents = 0
     while True:
@@ -73,9 +73,9 @@ def kill_at_random(lab: Path, start: Callable[[], Parent], kills: int, seed: int
 
 def test_nothing_is_lost_or_doubled_over_ten_kills(lab, run_sweep) -> None:
     # Random search draws by the trial's number alone, so every trial has a value to be held to.
-    study = ("study.trials=16", "study.sampler=random", "study.pruner=none", "study.workers=2")
+    study = ("study.trials=8", "study.sampler=random", "study.pruner=none", "study.workers=2")
     assert kill_at_random(lab, lambda: run_sweep(*study), 10, seed=1) >= 10
-    assert_whole(lab, 16)
+    assert_whole(lab, 8)
     assert results(lab) == undisturbed(lab, run_sweep, *study)
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None
 
 def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> None:
     study = (
-        "study.trials=10",
+        "study.trials=8",
         "study.startup_trials=3",
         "study.workers=1",
         "study.rungs=[0.3,0.6]",
@@ -100,14 +100,63 @@ def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> N
         before = len(open_study(lab).rows()) if kills else 0
         parent = run_sweep(*study)
         deadline = time.monotonic() + 60
-        while len(open_study(lab).rows()) < min(10, before + 2) and time.monotonic() < deadline:
+        while len(open_study(lab).rows()) < min(8, before + 1) and time.monotonic() < deadline:
             time.sleep(0.05)
         parent.kill()
         kills += 1
     assert run_sweep(*study).wait() == 0
-    assert_whole(lab, 10)
+    assert_whole(lab, 8)
     assert results(lab) == undisturbed(lab, run_sweep, *study)
 
 
-def row_states(rows: list[TrialRow]) -> list[str]:
-    return [row.state for row in rows]
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_eight_workers_share_two_hundred_trials(lab, run_sweep) -> None:
+    study = ("study.trials=200", "study.sampler=random", "study.pruner=none", "study.workers=8")
+    parent = run_sweep(*study)
+    assert parent.wait(800) == 0
+    assert_whole(lab, 200)
+    log = parent.log.read_text()
+    assert "locked" not in log
+    assert log.count(" finished ") == 200
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_threads_and_memory_stay_as_they_are_over_five_hundred_trials(lab, run_sweep) -> None:
+    study = ("study.trials=500", "study.sampler=random", "study.pruner=none", "study.workers=2")
+    parent = run_sweep(*study)
+    early: list[tuple[int, int]] = []
+    late: list[tuple[int, int]] = []
+    while parent.process.exitcode is None:
+        ended = sum(row.ended for row in open_study(lab).rows()) if late or early else 0
+        sizes = worker_sizes(lab)
+        if 50 <= ended < 100 or not early:
+            early = sizes or early
+        if ended >= 400 and sizes:
+            late = sizes
+        parent.process.join(1)
+    assert parent.process.exitcode == 0
+    assert_whole(lab, 500)
+    assert len(early) == len(late) == 2
+    for before, after in zip(early, late, strict=True):
+        assert after[0] <= before[0] * 1.1, "threads"
+        assert after[1] <= before[1] * 1.1, "memory"
+
+
+def worker_sizes(lab: Path) -> list[tuple[int, int]]:
+    """(threads, resident kB) of each process that holds the sign of the study's workers."""
+    sizes = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            held = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
+            lines = (process / "status").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        if (
+            str(lab / "locks" / "smoke.workers") in held
+            and str(lab / "locks" / "smoke.parent") not in held
+        ):
+            facts = dict(line.split(":\t", 1) for line in lines)
+            sizes.append((int(facts["Threads"]), int(facts["VmRSS"].split()[0])))
+    return sorted(sizes)

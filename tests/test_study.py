@@ -260,3 +260,15 @@ def test_a_full_disk_stops_the_study_and_space_lets_it_go_on(lab, run_sweep, tmp
         assert_whole(small, 6)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_every_sampler_and_pruner_works_with_and_without_a_tracker(lab, run_sweep, sampler) -> None:
+    pruner = {"tpe": "median", "gp": "hyperband"}[sampler]
+    study = (f"study.sampler={sampler}", f"study.pruner={pruner}", "study.startup_trials=2")
+    assert run_sweep(*study, "study.trials=4", "tracking=none").wait() == 0
+    rows = open_study(lab).rows()
+    assert len(rows) == 4
+    assert all(row.state in ("finished", "pruned") for row in rows)
+    assert not (lab / "mlflow.db").exists()
+    assert "test accuracy" in (lab / "log.txt").read_text()

@@ -40,15 +40,13 @@ def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor
     grid_sample is slower too.
     """
     n = len(images)
-    angle, scale, stretch, shear, x, y = torch.rand(6, n, generator=generator).mul_(2).sub_(1)
+    angle, scale, shear, x, y = torch.rand(5, n, generator=generator).mul_(2).sub_(1)
     angle = angle * math.radians(config.rotate)
-    width = 1 + scale * config.scale
-    height = width * (1 + stretch * config.scale / 2)
+    size = 1 + scale * config.scale
     lean = torch.tan(shear * math.radians(config.shear))
-    cosine, sine = torch.cos(angle), torch.sin(angle)
+    cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
     shift = 2 * config.shift / SIDE
-    rows = [cosine * width, (lean * cosine - sine) * height, x * shift]
-    rows += [sine * width, (lean * sine + cosine) * height, y * shift]
+    rows = [cosine, lean * cosine - sine, x * shift, sine, lean * sine + cosine, y * shift]
     matrices = torch.stack(rows, dim=1).view(2 * n, 3)
     grid = (matrices @ _PIXELS).view(n, 2, SIDE, SIDE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)

@@ -75,13 +75,15 @@ def choose(rows: Sequence[TrialRow], confirmed: Results) -> Choice:
     The accuracy that made a trial a candidate is left out: it was picked for being high. Cost is
     floating-point operations of training, which do not depend on the machine.
     """
-    groups = [
-        [metrics["val_accuracy"] for key, metrics in confirmed.items() if _of(key, row)]
+    groups = {
+        row.number: [m["val_accuracy"] for key, m in confirmed.items() if _of(key, row)]
         for row in rows
-    ]
-    if not all(groups):
+    }
+    rows = [row for row in rows if groups[row.number]] or rows[:1]
+    if not groups[rows[0].number]:
         return Choice(rows[0], {}, [rows[0].number])
-    intervals = dict(zip((row.number for row in rows), pooled_intervals(groups), strict=True))
+    pooled = pooled_intervals([groups[row.number] for row in rows])
+    intervals = dict(zip((row.number for row in rows), pooled, strict=True))
     best = max(intervals.values(), key=lambda interval: interval.mean)
     tied = [row for row in rows if intervals[row.number].overlaps(best)]
     champion = min(tied, key=lambda row: (_cost(row), row.number))

@@ -12,6 +12,7 @@ _COMMANDS: dict[str, str] = {
     "train": "train one configuration; a Hydra application",
     "sweep": "run a study, or go on with it; a Hydra application",
     "audit": "hold a study's trials against their runs; --repair mends",
+    "bench": "measure what the machinery costs",
     "reproduce": "train a run again from its record and compare",
     "ui": "open MLflow's pages on the lab's records",
 }
@@ -50,6 +51,7 @@ def _run(arguments: list[str]) -> int:
         "train": _train,
         "sweep": _sweep,
         "audit": _audit,
+        "bench": _bench,
         "reproduce": _reproduce,
         "ui": _ui,
     }
@@ -110,6 +112,16 @@ def _audit(arguments: list[str]) -> int:
     from digitlab.lab import lab_folder
 
     return inspect(options.study, lab_folder(), options.repair, options.json)
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("digitlab bench", description="Time things in turns.")
+    parser.add_argument("--repeats", type=int, default=5, help="of each figure, default 5")
+    options = parser.parse_args(arguments)
+    from digitlab.bench import bench
+    from digitlab.lab import lab_folder
+
+    return bench(lab_folder(), options.repeats)
 
 
 def _reproduce(arguments: list[str]) -> int:

@@ -4,9 +4,10 @@ import dataclasses
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, get_origin
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -53,20 +54,24 @@ def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
         plain = OmegaConf.to_container(config, resolve=True)
         jobs.append((plain, tuple(HydraConfig.get().overrides.task)))
 
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    overrides = [a for a in arguments if a[:1] == "~" or ("=" in a and a[:1] != "-")]
     flags = [a for a in arguments if a not in overrides]  # first, or argparse takes offence
-    before, sys.argv = sys.argv, [f"digitlab {command}", *flags, *overrides, _SEARCH_PATH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here what Hydra would print with a traceback
+    before = sys.argv
     try:
-        application()
-    except (HydraException, OmegaConfBaseException) as error:
+        with tempfile.TemporaryDirectory() as folder:  # for the file that --multirun writes
+            own = [_SEARCH_PATH, f"hydra.sweep.dir='{folder}'"]
+            sys.argv = [f"digitlab {command}", *flags, *overrides, *own]
+            application()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error)) from error
     finally:
         sys.argv = before
     composed = []
     for plain, used in jobs:
-        space = plain["study"]["space"]
-        plain["study"]["space"] = {k: v for k, v in space.items() if k not in fixed}
+        space = plain["study"].get("space")
+        if isinstance(space, dict):
+            plain["study"]["space"] = {k: v for k, v in space.items() if k not in fixed}
         composed.append(Composed(config_from_plain(plain), used))
     return composed
 
@@ -88,7 +93,10 @@ def _split_space(arguments: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(_explain(error)) from error
         knob = override.key_or_group
         if override.is_sweep_override():
-            text = argument.split("=", 1)[1].replace("\\", "\\\\").replace("'", "\\'")
+            text = argument.split("=", 1)[1]
+            # Hydra takes a backslash literally but before a quote, where it must be doubled.
+            text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
+            text = re.sub(r"\\+$", lambda found: found[0] * 2, text)
             kept.append(f"++study.space={{{knob}:'{text}'}}")
         else:
             kept.append(argument)
@@ -110,12 +118,28 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
     name = model.get("name") if isinstance(model, Mapping) else None
     try:
         schema = OmegaConf.structured(Config)
-        schema.model = OmegaConf.structured(find_network(str(name)).config)
+        model_type = find_network(str(name)).config
+        schema.model = OmegaConf.structured(model_type)
+        _refuse_mappings(plain, model_type)
         config = OmegaConf.to_object(OmegaConf.merge(schema, dict(plain)))
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from error
+        key = str(error.full_key or "")
+        given = f"{key}={_at(plain, key)}" if key else ""
+        network = f" (model.name={name})" if key.startswith("model.") else ""
+        raise UserError(": ".join(filter(None, [given, _explain(error)])) + network) from error
     assert isinstance(config, Config)
     return config
+
+
+def _refuse_mappings(plain: Mapping[str, Any], model_type: type) -> None:
+    """Name a key that has a mapping for a value, which OmegaConf refuses without its name."""
+    for section in dataclasses.fields(Config):
+        kind = model_type if section.name == "model" else section.type
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            value = _at(plain, f"{section.name}.{field.name}")
+            nests = dataclasses.is_dataclass(field.type) or get_origin(field.type) is dict
+            if isinstance(value, Mapping) and not nests:
+                raise UserError(f"{section.name}.{field.name}={dict(value)}: no mapping is allowed")
 
 
 def config_to_plain(config: Config) -> dict[str, Any]:
@@ -158,14 +182,20 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """
     plain = config_to_plain(config)
     for key, value in values.items():
-        *path, last = key.split(".")
-        node: Any = plain
-        for name in path:
-            node = node.get(name) if isinstance(node, dict) else None
+        path, _, last = key.rpartition(".")
+        node = _at(plain, path)
         if not isinstance(node, dict) or last not in node:
             raise UserError(f"{key}: no such key, {nearest(key, flat(plain))}")
         node[last] = value
     return config_from_plain(plain)
+
+
+def _at(plain: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where there is none; the whole at the empty key."""
+    node: Any = plain
+    for name in key.split(".") if key else []:
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -189,6 +219,7 @@ def _explain(error: BaseException) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown[1]
-        known = flat(config_to_plain(compose("train", [])[0].config))
+        default = with_values(compose("train", [])[0].config, {"study.space": {}})
+        known = flat(config_to_plain(default))
         return f"{key}: no such key in the configuration, {nearest(key, known)}"
-    return text
+    return text[:300] or type(error).__name__

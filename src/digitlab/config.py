@@ -1,5 +1,6 @@
 """Types and limits of everything that a run can be told. The values stand in `conf/`."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -51,7 +52,7 @@ class AugmentConfig:
 
     shift: float  # largest shift along each axis, pixels
     rotate: float  # largest rotation either way, degrees
-    scale: float  # largest change of size, fraction: 0.1 is 0.9 to 1.1; half of it more in height
+    scale: float  # largest change of size, fraction: 0.1 is 0.9 to 1.1
     shear: float  # largest horizontal shear, degrees
     erase: int  # side of a square set to black, pixels
 
@@ -80,7 +81,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.holdout >= 10, f"data.holdout={self.holdout}", "an integer >= 10")
         require(self.batch_size >= 1, f"data.batch_size={self.batch_size}", "an integer >= 1")
-        require(self.std > 0, f"data.std={self.std}", "a number > 0")
+        seed = f"data.split_seed={self.split_seed}"
+        require(0 <= self.split_seed < 2**31, seed, "0 to 2147483647")
+        require(math.isfinite(self.mean), f"data.mean={self.mean}", "a finite number")
+        require(0 < self.std < math.inf, f"data.std={self.std}", "a finite number > 0")
 
 
 @dataclass
@@ -158,6 +162,7 @@ class StudyConfig:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             require(value >= least, f"study.{name}={value}", f"a number >= {least}")
+        require(self.seed < 2**32, f"study.seed={self.seed}", "0 to 4294967295")
         between = all(0 < rung < 1 for rung in self.rungs)
         ascending = self.rungs == sorted(set(self.rungs))
         allowed = "fractions of the schedule, ascending, 0 < rung < 1"

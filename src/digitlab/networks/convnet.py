@@ -25,11 +25,11 @@ class ConvnetConfig:
 
     def __post_init__(self) -> None:
         widths = f"model.widths={self.widths}"
-        require(len(self.widths) > 0 and min(self.widths) >= 1, widths, "one or more integers >= 1")
+        require(_are_positive(self.widths), widths, "one or more integers >= 1")
         for field in ("kernel_sizes", "strides", "pools"):
             values: list[int] = getattr(self, field)
             given = f"model.{field}={values}"
-            require(bool(values) and min(values) >= 1, given, "one or more integers >= 1")
+            require(_are_positive(values), given, "one or more integers >= 1")
             if len(values) not in (1, len(self.widths)):
                 raise UserError(
                     f"{given} does not fit {widths}: give one value for all convolutions, "
@@ -63,6 +63,10 @@ class ConvnetConfig:
                 f"{len(self.widths)} convolutions leaves no pixel of {PIXELS}: lower one of them"
             )
         return side
+
+
+def _are_positive(values: list[int]) -> bool:
+    return bool(values) and all(isinstance(value, int) and value >= 1 for value in values)
 
 
 class Convnet(nn.Module):

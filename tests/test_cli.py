@@ -1,0 +1,389 @@
+"""The command line: exit statuses, one line for a mistake, and runs from end to end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from digitlab.cli import main
+from digitlab.compose import compose, config_from_yaml
+from digitlab.errors import UserError
+from digitlab.tracking import MlflowTracking
+
+DATA = Path(__file__).parent / "data"
+DIGITLAB = Path(sys.executable).parent / "digitlab"
+COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "ui")
+SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
+
+
+def digitlab(
+    *arguments: str, lab: Path | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"DIGITLAB_HOME": str(lab)} if lab else {})
+    return subprocess.run(
+        [DIGITLAB, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+        cwd=cwd,
+    )
+
+
+# ---- before anything heavy is imported -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(arguments: list[str]) -> None:
+    done = digitlab(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} +\w+", done.stdout, re.MULTILINE), command
+
+
+def test_help_imports_no_framework() -> None:
+    command = [sys.executable, "-X", "importtime", DIGITLAB, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "digitlab" in imported
+    heavy = {"torch", "numpy", "hydra", "omegaconf", "mlflow", "optuna", "pytorch_lightning"}
+    assert imported & heavy == set()
+
+
+def test_misspelt_command_is_one_line_with_the_nearest() -> None:
+    done = digitlab("trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "digitlab: trian: no such command, did you mean train?\n"
+
+
+def test_debug_shows_where_a_mistake_was_found() -> None:
+    done = digitlab("trian", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "did you mean train?" in done.stderr
+
+
+def test_reader_of_the_output_may_leave() -> None:
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command, both = [DIGITLAB, "--help"], {"stdout": writing, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **both, env=buffered, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---- one run, from the command line to its record ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of `digitlab train`, and the lab that it is recorded in."""
+
+    lab: Path
+    cwd: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def run_id(self) -> str:
+        found = re.search(r"^run ([0-9a-f]{32}) ", self.done.stdout, re.MULTILINE)
+        assert found, self.done.stdout + self.done.stderr
+        return found[1]
+
+    @property
+    def tracking(self) -> MlflowTracking:
+        return MlflowTracking(None, "digitlab", self.lab)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    lab = tmp_path_factory.mktemp("lab")
+    shutil.copytree(DATA, lab / "data" / "sample")
+    cwd = tmp_path_factory.mktemp("cwd")
+    return Trained(lab, cwd, digitlab("train", *SMALL, "trainer.epochs=1", lab=lab, cwd=cwd))
+
+
+@pytest.fixture
+def call(
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Callable[..., tuple[int, str, str]]:
+    """`digitlab` in this process, in the lab of the run: exit status, output, error output."""
+    monkeypatch.setenv("DIGITLAB_HOME", str(trained.lab))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def test_train_tells_each_epoch_and_the_run(trained: Trained) -> None:
+    done = trained.done
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(
+        r"epoch 1/1  train_accuracy 0\.\d{4}  train_loss \d+\.\d{4}"
+        r"  val_accuracy 0\.\d{4}  val_loss \d+\.\d{4}",
+        lines[0],
+    )
+    assert re.fullmatch(
+        r"run [0-9a-f]{32} \(smoke-seed-0\): val_accuracy \d+\.\d\d% in \d+\.\d s", lines[1]
+    )
+
+
+def test_trained_run_is_recorded_whole(trained: Trained) -> None:
+    row = trained.tracking.get(trained.run_id)
+    assert (row.name, row.status) == ("smoke-seed-0", "FINISHED")
+    assert (row.tags["digitlab.kind"], row.tags["digitlab.state"]) == ("train", "finished")
+    assert json.loads(row.tags["digitlab.overrides"]) == [*SMALL, "trainer.epochs=1"]
+    told = trained.done.stdout
+    assert f"val_accuracy {row.metrics['val_accuracy']:.4f}" in told
+    kept = trained.tracking.artifact(row.run_id, "config.yaml").decode()
+    assert config_from_yaml(kept) == compose("train", [*SMALL, "trainer.epochs=1"])[0].config
+
+
+def test_train_writes_nothing_outside_the_lab(trained: Trained) -> None:
+    assert list(trained.cwd.iterdir()) == []
+    assert {path.name for path in trained.lab.iterdir()} >= {"data", "mlflow.db", "artifacts"}
+
+
+def test_several_runs_at_once_write_nothing_outside_the_lab(call: Call, tmp_path: Path) -> None:
+    several = ["--multirun", "trainer.seed=1,2", "tracking=none", "trainer.epochs=1"]
+    status, out, _ = call("train", *SMALL, *several)
+    assert (status, out.count("epoch 1/1")) == (0, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trained) -> None:
+    wild = ["optim=sgd", "optim.schedule=constant", "optim.learning_rate=10"]
+    wild += ["optim.weight_decay=1", "model.batch_norm=false", "trainer.seed=77"]
+    status, out, err = call("train", *SMALL, *wild)
+    assert (status, err) == (1, "")
+    assert re.search(r"failed: Diverged: the loss is (nan|inf) in epoch \d", out)
+    assert trained.tracking.get("smoke-seed-77").tags["digitlab.state"] == "failed"
+
+
+def test_interrupt_ends_a_run_within_seconds_and_is_recorded(trained: Trained) -> None:
+    command = [DIGITLAB, "train", *SMALL, "trainer.epochs=5000", "trainer.seed=99"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"DIGITLAB_HOME": str(trained.lab)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch 1/5000")
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        watchdog.cancel()
+    assert time.monotonic() - begun < 5
+    assert (process.returncode, err) == (130, "")
+    assert "interrupted" in out.splitlines()[-1]
+    row = trained.tracking.get("smoke-seed-99")
+    assert (row.status, row.tags["digitlab.state"]) == ("KILLED", "interrupted")
+
+
+# ---- reproduce -----------------------------------------------------------------------------------
+
+
+def test_reproduction_is_identical_in_one_json_document(trained: Trained) -> None:
+    done = digitlab("reproduce", trained.run_id[:12], "--json", lab=trained.lab)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document.keys() == {"verdict", "differences", "run_id", "original_run_id"}
+    assert (document["verdict"], document["differences"]) == ("identical", [])
+    assert document["original_run_id"] == trained.run_id
+    again = trained.tracking.get(document["run_id"])
+    assert again.tags["digitlab.kind"] == "reproduction"
+    assert again.tags["digitlab.verdict"] == "identical"
+    assert again.tags["digitlab.reproduction_of"] == trained.run_id
+    original = trained.tracking.history(trained.run_id)
+    of_training = [x for x in original if x[0].startswith(("train_", "val_"))]
+    assert len(of_training) == 4
+    assert set(of_training) <= set(trained.tracking.history(again.run_id))
+
+
+@contextmanager
+def altered_metric(trained: Trained) -> Iterator[str]:
+    change = "UPDATE {} SET value = value {} 1e-9 WHERE run_uuid = ? AND key = 'val_loss'"
+    for table in ("metrics", "latest_metrics"):
+        _execute(trained, change.format(table, "+"))
+    yield "val_loss of epoch 1"
+    for table in ("metrics", "latest_metrics"):
+        _execute(trained, change.format(table, "-"))
+
+
+def _execute(trained: Trained, statement: str) -> None:
+    with closing(sqlite3.connect(trained.lab / "mlflow.db", timeout=60)) as database, database:
+        assert database.execute(statement, [trained.run_id]).rowcount == 1
+
+
+@contextmanager
+def altered_weight(trained: Trained) -> Iterator[str]:
+    [path] = (trained.lab / "artifacts").glob(f"**/{trained.run_id}/**/weights.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    yield "weights.safetensors"
+    path.write_bytes(whole)
+
+
+@contextmanager
+def altered_seed(trained: Trained) -> Iterator[str]:
+    [path] = (trained.lab / "artifacts").glob(f"**/{trained.run_id}/**/config.yaml")
+    whole = path.read_text()
+    path.write_text(whole.replace("  seed: 0\n  threads: 1", "  seed: 1\n  threads: 1"))
+    assert path.read_text() != whole
+    yield "digitlab.weights_sha256"
+    path.write_text(whole)
+
+
+@pytest.mark.parametrize("alter", [altered_metric, altered_weight, altered_seed])
+def test_record_that_was_altered_is_not_reproduced(
+    call: Call, trained: Trained, alter: Callable[[Trained], Iterator[str]]
+) -> None:
+    with alter(trained) as altered:
+        status, out, _ = call("reproduce", trained.run_id)
+    assert status == 1
+    assert "not reproduced" in out.splitlines()[-1]
+    assert altered in out
+
+
+def test_reproduction_is_told_in_words(call: Call, trained: Trained) -> None:
+    status, out, err = call("reproduce", "smoke-seed-0")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"reproducing smoke-seed-0 ({trained.run_id})"
+    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-0 ({trained.run_id})")
+
+
+def test_run_that_did_not_finish_is_not_trained_again(call: Call, trained: Trained) -> None:
+    wild = ["optim.weight_decay=1", "optim.learning_rate=10", "model.batch_norm=false"]
+    name = "smoke-seed-78"
+    call("train", *SMALL, "optim=sgd", "optim.schedule=constant", *wild, "trainer.seed=78")
+    status, out, err = call("reproduce", name)
+    assert (status, out) == (2, "")
+    assert "failed: only finished runs can be reproduced" in err
+    assert len(err.splitlines()) == 1
+
+
+# ---- mistakes: exit status 2, one line -----------------------------------------------------------
+
+
+def no_server(*_: object) -> None:
+    """In place of os.execv, by which `digitlab ui` would replace this process."""
+    raise AssertionError("a server was started")
+
+
+def test_misspelt_key_is_one_line_in_a_process_of_its_own(trained: Trained) -> None:
+    done = digitlab("train", "optim.learning_rat=0.1", lab=trained.lab)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("digitlab: optim.learning_rat: no such key")
+    assert "did you mean optim.learning_rate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "experiments=smok"], "smok"),
+        (["train", "model=convnot"], "convnot"),
+        (["train", "experiments=null"], "experiments"),
+        (["train", "trainer.epochs=0"], "trainer.epochs=0"),
+        (["train", "trainer.epochs=many"], "many"),
+        (["train", "trainer.epochs"], "trainer.epochs"),
+        (["train", "trainer.epochs=[1"], "trainer.epochs=[1"),
+        (["train", "optim.learning_rate=choice(0.1,0.2)"], "choice(0.1,0.2)"),
+        (["train", "--nonsense"], "--nonsense"),
+        (["train", *SMALL, "data.holdout=2000"], "data.holdout=2000"),
+        (["train", *SMALL, "tracking.uri=http://127.0.0.1:1"], "127.0.0.1:1"),
+        (["reproduce", "smoke-sede-0"], "smoke-seed-0"),
+        (["reproduce", "champion"], "champion"),
+        (["reproduce"], "run"),
+        (["data", "mnits"], "mnist"),
+        (["ui", "--port", "x"], "--port"),
+        (["ui", "--port", "99999"], "99999"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_mistake_is_one_line(
+    call: Call, arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "execv", no_server)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+def test_mistake_is_raised_with_debug(call: Call) -> None:
+    with pytest.raises(UserError, match=r"trainer\.epochs=0"):
+        call("train", "--debug", "trainer.epochs=0")
+
+
+def test_lab_that_is_a_file_is_one_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIGITLAB_HOME", str(tmp_path / "file"))
+    status, out, err = call("data", "sample")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert str(tmp_path / "file") in err
+
+
+def test_port_that_is_taken_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "execv", no_server)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, out, err = call("ui", "--port", port)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert port in err
+
+
+# ---- Hydra's flags -------------------------------------------------------------------------------
+
+
+def test_cfg_job_prints_the_configuration_and_trains_nothing(call: Call, trained: Trained) -> None:
+    before = len(trained.tracking.find({}))
+    status, out, err = call("train", *SMALL, "--cfg", "job")
+    assert (status, err) == (0, "")
+    assert config_from_yaml(out) == compose("train", SMALL)[0].config
+    assert len(trained.tracking.find({})) == before
+
+
+def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:
+    status, out, err = call("train", "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("digitlab")
+    for group in ("model: convnet, seed", "optim: adam, adamw, sgd"):
+        assert group in out
