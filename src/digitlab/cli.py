@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from digitlab.errors import UserError, nearest
 
@@ -18,13 +19,22 @@ _COMMANDS: dict[str, str] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('digitlab ')}: {message}; see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _run(arguments)
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         if debug:
             raise
@@ -59,7 +69,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("digitlab data", description="Fetch and verify a data set.")
+    parser = _Parser("digitlab data", description="Fetch and verify a data set.")
     parser.add_argument("name", nargs="?", default="mnist", help="mnist, fashion_mnist")
     name = parser.parse_args(arguments).name
     from digitlab.datasets import TEST, TRAIN, load_digits
@@ -101,9 +111,7 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _audit(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "digitlab audit", description="Hold every trial of a study against its run."
-    )
+    parser = _Parser("digitlab audit", description="Hold every trial of a study against its run.")
     parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -115,7 +123,7 @@ def _audit(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("digitlab bench", description="Time things in turns.")
+    parser = _Parser("digitlab bench", description="Time things in turns.")
     parser.add_argument("--repeats", type=int, default=5, help="of each figure, default 5")
     options = parser.parse_args(arguments)
     from digitlab.bench import bench
@@ -125,7 +133,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _reproduce(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "digitlab reproduce", description="Train a run again from its record alone and compare."
     )
     parser.add_argument("run", help="id, a unique beginning of one, a name, or champion")
@@ -138,7 +146,7 @@ def _reproduce(arguments: list[str]) -> int:
 
 
 def _ui(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("digitlab ui", description="MLflow's pages on this machine.")
+    parser = _Parser("digitlab ui", description="MLflow's pages on this machine.")
     parser.add_argument("--port", type=int, default=5000)
     port = parser.parse_args(arguments).port
     from digitlab.lab import lab_folder

@@ -1,6 +1,8 @@
 """The edge where Hydra's configuration becomes typed objects, and back again for the record."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -56,15 +58,28 @@ def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
 
     overrides = [a for a in arguments if a[:1] == "~" or ("=" in a and a[:1] != "-")]
     flags = [a for a in arguments if a not in overrides]  # first, or argparse takes offence
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise UserError(f"{override}: not understood ({_explain(error)})") from error
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here what Hydra would print with a traceback
     before = sys.argv
     try:
         with tempfile.TemporaryDirectory() as folder:  # for the file that --multirun writes
             own = [_SEARCH_PATH, f"hydra.sweep.dir='{folder}'"]
             sys.argv = [f"digitlab {command}", *flags, *overrides, *own]
-            application()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # argparse's usage, many lines
+                application()
+    except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
+    except ValueError as error:  # of Hydra's, and names no key
+        raise UserError(f"{' '.join(overrides)}: {_explain(error)}") from error
+    except SystemExit as end:
+        if end.code:
+            told = f"{' '.join(flags)}: Hydra does not take this: see digitlab {command} --help"
+            raise UserError(told) from end
+        raise
     finally:
         sys.argv = before
     composed = []
@@ -216,6 +231,7 @@ def _explain(error: BaseException) -> str:
         lines += [line.strip() for line in str(error.__cause__).split("\n")]
     kept = [line for line in lines if not re.match(r"(object_type|reference_type)=", line)]
     text = ", ".join(dict.fromkeys(kept)).split(", Config search path")[0]
+    text = text.split(", See https://hydra.cc")[0]
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown[1]

@@ -3,11 +3,19 @@
 import os
 from pathlib import Path
 
+from digitlab.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]  # the repository: conf/, experiments/, src/
 
 
 def lab_folder() -> Path:
     """`lab/` in the repository, or where DIGITLAB_HOME points; made if it is not there."""
     folder = Path(os.environ.get("DIGITLAB_HOME") or ROOT / "lab").expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"DIGITLAB_HOME={folder}: cannot be the lab ({error.strerror}): "
+            "name a folder that can be written"
+        ) from error
     return folder

@@ -40,7 +40,9 @@ class DigitModule(pl.LightningModule):
     @property
     def learned(self) -> nn.Module:
         """The network to be measured and kept: the average where there is one."""
-        network = self.network if self.averaged is None else self.averaged.module
+        if self.averaged is None or self.averaged.n_averaged == 0:  # a run of fewer steps
+            return self.network
+        network = self.averaged.module
         assert isinstance(network, nn.Module)
         return network
 
@@ -103,8 +105,10 @@ def build_schedule(
     """
     if config.schedule is Schedule.onecycle:
         peak = config.learning_rate
+        # torch divides by zero where the warm-up is exactly one step.
+        warmup = config.warmup + 1e-6 * (config.warmup * steps == 1)
         return lr_scheduler.OneCycleLR(
-            optimizer, peak, steps, pct_start=config.warmup, cycle_momentum=False
+            optimizer, peak, steps, pct_start=warmup, cycle_momentum=False
         )
     if config.schedule is Schedule.cosine:
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)

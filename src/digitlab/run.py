@@ -64,7 +64,7 @@ def perform(
         digest = _keep(config, identity, fitted, record, lab)
     except Ended as end:
         state, reason = end.state, str(end)
-    except (UserError, OSError, Broken):
+    except (UserError, OSError, Broken, KeyboardInterrupt):
         record.end("interrupted")
         raise
     except Exception as exception:  # noqa: BLE001  a failed run is a result, with its reason

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import sys
@@ -23,6 +24,7 @@ from digitlab.errors import UserError, nearest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # s; a trial must not wait minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox tries again
 
@@ -196,7 +198,7 @@ def _reaching(method: Callable[_P, _T]) -> Callable[_P, _T]:
         except UserError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = _reason(error)
             raise UserError(
                 f"tracking: not reached ({reason}): try again when it is back"
             ) from error
@@ -223,7 +225,7 @@ class MlflowTracking:
                 self.experiment = self._experiment(experiment, artifacts)
         except Exception as error:  # sqlalchemy's, requests', MLflow's own: one cause for the user
             where = str(uri).split("?")[0].split("@")[-1]
-            reason = str(error).strip().splitlines()[0]
+            reason = _reason(error)
             raise UserError(
                 f"tracking.uri={where}: cannot be used ({reason}): "
                 "mend it, or run with tracking=none"
@@ -231,7 +233,14 @@ class MlflowTracking:
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
         found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name, artifacts)
+        if found is None:
+            try:
+                return self.client.create_experiment(name, artifacts)
+            except MlflowException:  # another process was faster
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return found.experiment_id
 
     def start(self, start: Start) -> RunRecord:
         tags = dict(start.tags)
@@ -298,11 +307,13 @@ class MlflowTracking:
         ]
         return sorted(values)
 
+    @_reaching
     def artifact(self, run_id: str, path: str) -> bytes:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
         except (MlflowException, OSError) as error:
+            self.client.get_run(run_id)  # raises when it is the tracker that is away
             raise UserError(f"run {run_id}: its artifact {path} is missing") from error
 
     @_reaching
@@ -378,6 +389,8 @@ class _MlflowRecord:
         self.tried = 0.0  # the last chance to deliver in this process
         tags = {"digitlab.state": state}
         self._do({"do": "end", "status": _STATUS[state], "tags": tags, "time": _now()})
+        if self.lock:  # the folder is whole: any process may hand it over
+            self.lock.release()
 
     def _do(self, operation: dict[str, Any]) -> None:
         if not self.kept:
@@ -385,7 +398,7 @@ class _MlflowRecord:
                 self._deliver(operation)
                 return
             except Exception as error:  # noqa: BLE001  whatever is wrong with the tracker, the run goes on
-                reason = str(error).strip().splitlines()[0]
+                reason = _reason(error)
                 print(f"tracking: not reached ({reason}); kept in {self.folder}", file=sys.stderr)
                 self.tried = time.monotonic()
                 self._lock()
@@ -414,14 +427,17 @@ class _MlflowRecord:
         state.with_suffix(".new").write_text(json.dumps({"run_id": self.run_id, "done": self.done}))
         state.with_suffix(".new").replace(state)
 
-    def _deliver_rest(self) -> bool:
-        while self.done < len(self.kept):
-            try:
+    def _deliver_rest(self, orphan: bool = False) -> bool:
+        try:
+            while self.done < len(self.kept):
                 self._deliver(self.kept[self.done])
-            except Exception:  # noqa: BLE001  still away: the folder holds the rest
-                return False
-            self.done += 1
-            self._write_state()
+                self.done += 1
+                self._write_state()
+            if orphan and self.run_id and self.client.get_run(self.run_id).info.status == "RUNNING":
+                tags = {"digitlab.state": "interrupted"}
+                self._deliver({"do": "end", "status": "KILLED", "tags": tags, "time": _now()})
+        except Exception:  # noqa: BLE001  still away: the folder holds the rest
+            return False
         self.kept, self.done = [], 0
         shutil.rmtree(self.folder)
         if self.lock:
@@ -441,21 +457,29 @@ class _MlflowRecord:
         except FileNotFoundError:  # killed before anything was written
             lines = []
         self.kept = [json.loads(line) for line in lines if line.endswith("\n")]
-        if self.kept and self.kept[-1]["do"] != "end":
-            tags = {"digitlab.state": "interrupted"}
-            self._write({"do": "end", "status": "KILLED", "tags": tags, "time": _now()})
-        return self._deliver_rest()
+        try:
+            return self._deliver_rest(orphan=True)
+        finally:
+            if self.lock:
+                self.lock.release()
 
     def _deliver(self, operation: dict[str, Any]) -> None:
         do = operation["do"]
         if do == "create":
+            mine = f"tags.`digitlab.record` = '{self.folder.name}'"
+            made = self.client.search_runs([self.experiment], mine) if self.kept else []
+            if made:  # its answer was lost, or the note that it was made
+                self.run_id = made[0].info.run_id
             if self.run_id is None:
                 run = self.client.create_run(
-                    self.experiment, operation["time"], operation["tags"], operation["name"]
+                    self.experiment,
+                    operation["time"],
+                    operation["tags"] | {"digitlab.record": self.folder.name},
+                    operation["name"],
                 )
                 self.run_id = run.info.run_id
             params = [
-                Param(key if not part else f"{key}[{part}]", value[at : at + _LONGEST])
+                Param(key if not part else f"{key}/{part}", value[at : at + _LONGEST])
                 for key, value in operation["params"].items()
                 for part, at in enumerate(range(0, len(value) or 1, _LONGEST))
             ]
@@ -471,13 +495,20 @@ class _MlflowRecord:
         elif do == "artifacts":
             folder = self.folder / operation["folder"]  # an absolute folder stays as it is
             self.client.log_artifacts(self.run_id, str(folder))
-            shutil.rmtree(folder)
+            if not self.kept:
+                shutil.rmtree(folder)
         else:
             self.client.log_batch(self.run_id, tags=tags)
             if operation["status"] == "RUNNING":
                 self.client.update_run(self.run_id, "RUNNING")
             else:
                 self.client.set_terminated(self.run_id, operation["status"], operation["time"])
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the password of an address."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"//[^/@\s]*@", "//", line)
 
 
 def _now() -> int:

@@ -1,6 +1,7 @@
 """Train one configuration: the course of a run on one page."""
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from digitlab.config import Config, Fold
 from digitlab.datamodule import DigitsData
-from digitlab.module import DigitModule, count_flops, count_parameters, evaluate, measure
+from digitlab.module import DigitModule, Diverged, count_flops, count_parameters, evaluate, measure
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, at each fit
 
@@ -88,7 +89,12 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders that are no DataLoader
-        trainer.fit(module, datamodule=data)
+        try:
+            trainer.fit(module, datamodule=data)
+        except SystemExit as end:  # what Lightning makes of Ctrl-C
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise end.__context__ from None
+            raise
     measured, labels = data.measured()
     metrics = loop.metrics
     if config.data.fold is Fold.test:
@@ -115,7 +121,7 @@ class _Loop(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         done = trainer.global_step / self.steps
         self.watch.batch(done)
-        if self.rungs and done >= self.rungs[0]:
+        while self.rungs and done >= self.rungs[0]:
             rung = self.rungs.pop(0)
             logits = evaluate(module.learned, self.data.holdout[0], self.data.config.data)
             accuracy = measure(logits, self.data.holdout[1], "val")["val_accuracy"]
@@ -132,4 +138,8 @@ class _Loop(pl.Callback):
             held, labels = self.data.holdout
             self.logits = evaluate(module.learned, held, self.data.config.data)
             self.metrics |= measure(self.logits, labels, "val")
+            if not math.isfinite(self.metrics["val_loss"]):
+                raise Diverged(
+                    f"the loss on the holdout is not finite after epoch {trainer.current_epoch + 1}"
+                )
         self.watch.epoch(trainer.current_epoch + 1, self.metrics)

@@ -16,6 +16,8 @@ def serve(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken.
     """
+    if not 0 < port < 65536:
+        raise UserError(f"--port={port}: allowed is 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
