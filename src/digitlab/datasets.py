@@ -245,7 +245,7 @@ def _parse_idx(content: bytes, path: Path) -> np.ndarray:
     start = 4 + 4 * dimensions
     if content[:3] == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
-        if min(shape) > 0 and len(content) == start + math.prod(shape):
+        if max(shape) < 2**31 and len(content) == start + math.prod(shape):
             return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
     raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
 
