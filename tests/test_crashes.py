@@ -45,7 +45,7 @@ def undisturbed(lab: Path, start: Callable[..., Parent], *overrides: str) -> lis
     beside = lab.parent / "beside"
     beside.mkdir()
     (beside / "data").symlink_to(lab / "data")
-    assert Parent(beside, [*TINY, *overrides]).wait() == 0
+    assert Parent(beside, [*TINY, *overrides]).wait(900) == 0
     return results(beside)
 
 
