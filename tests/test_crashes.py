@@ -71,14 +71,6 @@ def kill_at_random(lab: Path, start: Callable[[], Parent], kills: int, seed: int
         return parents + (len(killed.read_text().splitlines()) if killed.exists() else 0)
 
 
-def test_nothing_is_lost_or_doubled_over_ten_kills(lab, run_sweep) -> None:
-    # Random search draws by the trial's number alone, so every trial has a value to be held to.
-    study = ("study.trials=8", "study.sampler=random", "study.pruner=none", "study.workers=2")
-    assert kill_at_random(lab, lambda: run_sweep(*study), 10, seed=1) >= 10
-    assert_whole(lab, 8)
-    assert results(lab) == undisturbed(lab, run_sweep, *study)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None:

@@ -193,7 +193,11 @@ def test_kept_config_is_the_config(finished: Finished) -> None:
 
 
 def test_kept_environment_is_the_one_that_was_given(finished: Finished) -> None:
-    assert json.loads(finished[1].files["environment.json"]) == ENVIRONMENT
+    environment = json.loads(finished[1].files["environment.json"])
+    numerics = environment.pop("numerics")
+    assert environment == ENVIRONMENT
+    assert (numerics["device"], numerics["threads"]) == ("cpu", configure().trainer.threads)
+    assert numerics["deterministic"] is True
 
 
 def test_environment_names_commit_libraries_and_machine() -> None:

@@ -195,16 +195,17 @@ def test_the_audit_finds_and_mends(lab, run_sweep, capsys) -> None:
         ("no run", 0),
         ("value differs", 1),
         ("running", 2),
-        ("weights differ", 2),
+        ("record differs", 1),
+        ("record differs", 2),
     ]
     assert inspect([], lab, repair=True, as_json=True) == 1
     told = json.loads(capsys.readouterr().out)
-    assert [p["kind"] for p in told["problems"]] == ["value differs", "weights differ"]
+    assert [p["kind"] for p in told["problems"]] == ["value differs", *["record differs"] * 2]
     assert told["repaired"] == 2
     weights.unlink()
     assert inspect([], lab, repair=False, as_json=True) == 1
     kinds = [p["kind"] for p in json.loads(capsys.readouterr().out)["problems"]]
-    assert kinds == ["value differs", "missing artifact"]
+    assert kinds == ["value differs", "record differs", "missing artifact"]
 
 
 @pytest.mark.parametrize("store", ["optuna.db", "mlflow.db"])

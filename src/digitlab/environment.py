@@ -10,28 +10,38 @@ from typing import Any
 
 from digitlab.lab import ROOT
 
-# What may change the bits of a result; the lock file names the rest.
-_LIBRARIES = (
-    *("digitlab", "torch", "torchvision", "pytorch-lightning", "optuna", "mlflow"),
-    *("hydra-core", "omegaconf", "numpy", "safetensors"),
-)
+_SOURCES = ("src", "conf", "experiments")  # whose untracked files may have taken part
+_LARGEST = 2**20  # bytes of an untracked file that is kept whole
 
 
 def describe_environment() -> dict[str, Any]:
-    """Commit, uncommitted diff, library versions, Python and machine, as plain containers."""
-    versions = {d.metadata["Name"].lower(): d.version for d in distributions()}
+    """What a run's code, libraries and machine are, as plain containers.
+
+    `diff` and `untracked` (path -> text, None of a file too large or not text) are what a checkout
+    of `commit` lacks. `source` is the package's own digest: the same code at another commit.
+    """
+    libraries: dict[str, str] = {}
+    for distribution in distributions():  # of two of a name, the first is the one imported
+        libraries.setdefault(distribution.metadata["Name"].lower(), distribution.version)
+    listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "diff": _git("diff", "HEAD"),
-        "untracked": _git(
-            "ls-files", "--others", "--exclude-standard", "src", "conf", "experiments"
-        ),
-        "libraries": {name: versions.get(name, "") for name in _LIBRARIES},
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "diff": _git("diff", "--binary", "HEAD"),
+        "untracked": {path: _text(ROOT / path) for path in listed.split("\0") if path},
+        "source": source_digest(),
+        "libraries": dict(sorted(libraries.items())),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
     }
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text() if path.stat().st_size <= _LARGEST else None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def source_digest() -> str:
@@ -50,7 +60,7 @@ def _git(*arguments: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip("\n") if done.returncode == 0 else ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _processor() -> str:

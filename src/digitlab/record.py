@@ -1,8 +1,9 @@
 """What every run's record holds from its beginning, whoever begins it."""
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,34 @@ def stage(lab: Path, config: Config, identity: Identity) -> Path:
     """A new folder with the files that every run keeps; `RunRecord.keep` takes it over."""
     staging = lab / "staging"
     staging.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{identity.name}-", dir=staging))
+    folder = Path(tempfile.mkdtemp(dir=staging))  # not named by a name that a store may hold
     (folder / "config.yaml").write_text(config_to_yaml(config))
     environment = json.dumps(dict(identity.environment), indent=1)
     (folder / "environment.json").write_text(environment)
     return folder
+
+
+SUMS = "SHA256SUMS"  # the artifact that lists the others, as `sha256sum -c` reads it
+# The tags that a record's seal covers, beside its files and metrics.
+_SEALED = ("kind", "study", "trial", "seed", "weights_sha256", "predictions_sha256", "data_sha256")
+
+
+def sum_files(folder: Path) -> str:
+    """Write the SHA-256 of every file of a run's folder into it; returns the list."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        for path in paths
+    ]
+    (folder / SUMS).write_text("".join(lines))
+    return "".join(lines)
+
+
+def seal(sums: str, metrics: Iterable[tuple[str, int, float]], tags: Mapping[str, str]) -> str:
+    """SHA-256 over what a finished run's record holds: files, every metric of every step, tags.
+
+    A bit that changes in a store afterwards makes it another.
+    """
+    named = {name: tags.get(f"digitlab.{name}", "") for name in _SEALED}
+    told = sorted({(name, step, float(value).hex()) for name, step, value in metrics})
+    return hashlib.sha256(json.dumps([sums, told, named]).encode()).hexdigest()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,7 +12,7 @@ import safetensors.torch
 from digitlab.config import Config
 from digitlab.errors import UserError
 from digitlab.pictures import draw_confusions
-from digitlab.record import Identity, begin_record, stage
+from digitlab.record import Identity, begin_record, seal, stage, sum_files
 from digitlab.tracking import RunRecord, Tracking
 from digitlab.training import Fit, Watch, fit
 
@@ -57,11 +57,12 @@ def perform(
     record = begin_record(tracking, config, identity)
     begun = time.perf_counter()
     told = _Told(record, watch)
-    state, reason, error, digest = "finished", "", None, ""
+    state, reason, error = "finished", "", None
+    tags: dict[str, str] = {}
     try:
         fitted = fit(config, lab, told, rungs)
         told.metrics |= fitted.metrics
-        digest = _keep(config, identity, fitted, record, lab)
+        sums, tags = _keep(config, identity, fitted, record, lab)
     except Ended as end:
         state, reason = end.state, str(end)
     except (UserError, OSError, Broken, KeyboardInterrupt):
@@ -71,32 +72,41 @@ def perform(
         state, error = "failed", exception
         reason = f"{type(exception).__name__}: {exception}"
     told.metrics["seconds"] = time.perf_counter() - begun
-    if state != "finished":
-        record.log(tags={"digitlab.reason": reason[:5000]})
     final = {k: v for k, v in told.metrics.items() if k.startswith("test_") or k == "seconds"}
-    record.log(final, step=config.trainer.epochs)
+    told.logged += [(name, config.trainer.epochs, value) for name, value in final.items()]
+    if state == "finished":
+        known = {"digitlab.kind": identity.kind, **identity.tags, **tags}
+        tags["digitlab.seal"] = seal(sums, told.logged, known)
+    else:
+        tags = {"digitlab.reason": reason[:5000]}
+    record.log(final, config.trainer.epochs, tags)
     record.end(state)
+    digest = tags.get("digitlab.weights_sha256", "")
     return Outcome(state, reason, told.metrics, digest, record.run_id, error)
 
 
-def _keep(config: Config, identity: Identity, fitted: Fit, record: RunRecord, lab: Path) -> str:
-    """Record configuration, weights, predictions and pictures; returns the weights' SHA-256."""
-    folder = stage(lab, config, identity)
+def _keep(
+    config: Config, identity: Identity, fitted: Fit, record: RunRecord, lab: Path
+) -> tuple[str, dict[str, str]]:
+    """Record configuration, weights, predictions and pictures; returns their list and tags."""
+    environment = {**identity.environment, "numerics": fitted.numerics}
+    folder = stage(lab, config, replace(identity, environment=environment))
     weights = safetensors.torch.save(fitted.weights)
     (folder / "weights.safetensors").write_bytes(weights)
-    guesses = fitted.logits.argmax(1).byte()
-    predictions = safetensors.torch.save({"predictions": guesses, "logits": fitted.logits})
+    guesses, labels = fitted.logits.argmax(1).byte(), fitted.labels.byte()
+    predictions = safetensors.torch.save(
+        {"predictions": guesses, "labels": labels, "logits": fitted.logits}
+    )
     (folder / "predictions.safetensors").write_bytes(predictions)
     (folder / "pictures").mkdir()
     draw_confusions(fitted.logits, fitted.labels, fitted.images, folder / "pictures")
+    sums = sum_files(folder)
     record.keep(folder)
-    tags = {
+    return sums, {
         "digitlab.weights_sha256": hashlib.sha256(weights).hexdigest(),
         "digitlab.predictions_sha256": hashlib.sha256(predictions).hexdigest(),
         "digitlab.data_sha256": json.dumps(fitted.data_sha256),
     }
-    record.log(tags=tags)
-    return tags["digitlab.weights_sha256"]
 
 
 class _Told(Watch):
@@ -105,10 +115,15 @@ class _Told(Watch):
     def __init__(self, record: RunRecord, watch: Watch) -> None:
         self.record, self.watch = record, watch
         self.metrics: dict[str, float] = {}
+        self.logged: list[tuple[str, int, float]] = []  # name, step, value
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.logged += [(name, step, value) for name, value in metrics.items()]
+        self.record.log(metrics, step)
 
     def begin(self, facts: Mapping[str, float]) -> None:
         self.metrics |= facts
-        self.record.log(facts)
+        self._log(facts, 0)
         self.watch.begin(facts)
 
     def batch(self, done: float) -> None:
@@ -116,11 +131,12 @@ class _Told(Watch):
         self.watch.batch(done)
 
     def rung(self, rung: float, accuracy: float) -> None:
-        self.metrics |= {"rung": rung, "rung_accuracy": accuracy}
-        self.record.log({"rung": rung, "rung_accuracy": accuracy}, step=round(100 * rung))
+        metrics = {"rung": rung, "rung_accuracy": accuracy}
+        self.metrics |= metrics
+        self._log(metrics, round(100 * rung))
         self.watch.rung(rung, accuracy)
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self.metrics |= metrics
-        self.record.log(metrics, step=epoch)
+        self._log(metrics, epoch)
         self.watch.epoch(epoch, metrics)

@@ -50,6 +50,7 @@ class Fit:
     images: Tensor  # uint8 (M, 1, 28, 28)
     metrics: dict[str, float]
     data_sha256: dict[str, str]
+    numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
 def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = None) -> Fit:
@@ -104,7 +105,18 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
         name: value.detach().contiguous().clone()
         for name, value in module.learned.state_dict().items()
     }
-    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256)
+    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256, _numerics())
+
+
+def _numerics() -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "float32": torch.get_float32_matmul_precision(),
+    }
 
 
 class _Loop(pl.Callback):
