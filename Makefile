@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep audit ui reproduce bench check test clean
+.PHONY: help setup data train sweep audit ui reproduce compare bench check test clean
 SHELL := /bin/bash
 
 EXPERIMENT ?= default
@@ -56,9 +56,13 @@ audit: $(STAMP) ## hold all trials against their runs (ARGS=--repair mends)
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT)
 
-reproduce: $(STAMP) ## train a run again and compare (RUN= an id, a name or champion)
-	@test -n "$(RUN)" || { echo "RUN= is missing: an id, the beginning of one, a name, or champion"; exit 2; }
+reproduce: $(STAMP) ## train a run again, with a verdict (RUN= an id, a name, study/7 or champion)
+	@test -n "$(RUN)" || { echo "RUN= is missing: an id, a name, study/7, or champion"; exit 2; }
 	@$(BIN)/digitlab reproduce "$(RUN)" $(ARGS)
+
+compare: $(STAMP) ## what differs between runs (RUNS="one another")
+	@test -n "$(RUNS)" || { echo 'RUNS= is missing: two runs or more, such as RUNS="champion study/7"'; exit 2; }
+	@$(BIN)/digitlab compare $(RUNS) $(ARGS)
 
 bench: $(STAMP) ## time runs, workers and bookkeeping in turns (some minutes; leave the machine alone)
 	@$(BIN)/digitlab bench $(ARGS)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from digitlab.errors import UserError, nearest
@@ -14,7 +15,8 @@ _COMMANDS: dict[str, str] = {
     "sweep": "run a study, or go on with it; a Hydra application",
     "audit": "hold a study's trials against their runs; --repair mends",
     "bench": "measure what the machinery costs",
-    "reproduce": "train a run again from its record and compare",
+    "reproduce": "train a run or a study again from its record, with a verdict",
+    "compare": "what differs between runs, and whether that is chance",
     "ui": "open MLflow's pages on the lab's records",
 }
 
@@ -63,6 +65,7 @@ def _run(arguments: list[str]) -> int:
         "audit": _audit,
         "bench": _bench,
         "reproduce": _reproduce,
+        "compare": _compare,
         "ui": _ui,
     }
     return commands[command](rest)
@@ -86,6 +89,13 @@ def _train(arguments: list[str]) -> int:
     from digitlab.compose import compose
     from digitlab.lab import lab_folder
 
+    parser = _Parser("digitlab train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-from", metavar="RUN")
+    options, arguments = parser.parse_known_args(arguments)
+    if options.config_from:
+        from digitlab.reproduce import train_from
+
+        return train_from(options.config_from, arguments, lab_folder())
     jobs = compose("train", arguments)
     if not jobs:  # --help, --cfg and the like have printed what was asked for
         return 0
@@ -134,15 +144,52 @@ def _bench(arguments: list[str]) -> int:
 
 def _reproduce(arguments: list[str]) -> int:
     parser = _Parser(
-        "digitlab reproduce", description="Train a run again from its record alone and compare."
+        "digitlab reproduce",
+        description="Train again from a record alone. Exit status: 0 identical or within "
+        "tolerance, 1 not reproduced, 3 not comparable.",
     )
-    parser.add_argument("run", help="id, a unique beginning of one, a name, or champion")
+    parser.add_argument(
+        "run", nargs="?", help="id, a unique beginning of one, name, STUDY/TRIAL, or champion"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="trainer.threads=N, tracking.uri=...; any, with --config"
+    )
+    parser.add_argument("--study", help="replay a whole study, trial by trial, by one worker")
+    parser.add_argument("--config", help="train the configuration of a file", metavar="FILE")
+    parser.add_argument(
+        "--at-commit", action="store_true", help="run the recorded code: trust it first"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in (options.run, *options.overrides) if word and "=" in word]
+    runs = [word for word in (options.run, *options.overrides) if word and "=" not in word]
+    if len([*runs, *filter(None, (options.study, options.config))]) != 1:
+        parser.error("give one of RUN, --study NAME and --config FILE")
+    from digitlab.lab import lab_folder
+
+    if options.study:
+        from digitlab.replay import replay
+
+        return replay(options.study, lab_folder(), options.json)
+    from digitlab.reproduce import reproduce, reproduce_file
+
+    if options.config:
+        return reproduce_file(Path(options.config), overrides, lab_folder())
+    return reproduce(runs[0], overrides, lab_folder(), options.json, options.at_commit)
+
+
+def _compare(arguments: list[str]) -> int:
+    parser = _Parser("digitlab compare", description="What differs between runs.")
+    parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
+    parser.add_argument("--page", type=Path, help="write it as a page, too", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
+    overrides = [word for word in options.runs if "=" in word]
+    runs = [word for word in options.runs if "=" not in word]
+    from digitlab.compare import compare
     from digitlab.lab import lab_folder
-    from digitlab.reproduce import reproduce
 
-    return reproduce(options.run, lab_folder(), options.json)
+    return compare(runs, overrides, lab_folder(), options.json, options.page)
 
 
 def _ui(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, get_origin
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -189,6 +190,24 @@ def config_from_yaml(text: str) -> Config:
     return config_from_plain({str(key): value for key, value in plain.items()})
 
 
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Dotted keys and values of overrides in Hydra's grammar, for `with_values`.
+
+    Raises:
+        UserError: one does not parse, or is more than a value for a key.
+    """
+    values = {}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise UserError(f"{text}: not understood ({_explain(error)})") from error
+        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            raise UserError(f"{text}: a recorded configuration takes one value for a key it has")
+        values[override.key_or_group] = override.value()
+    return values
+
+
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the values at dotted keys replaced.
 
@@ -201,6 +220,9 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
         node = _at(plain, path)
         if not isinstance(node, dict) or last not in node:
             raise UserError(f"{key}: no such key, {nearest(key, flat(plain))}")
+        if isinstance(node[last], dict) and not isinstance(value, Mapping):
+            inner = ", ".join(f"{key}.{name}" for name in node[last])
+            raise UserError(f"{key}={value}: a group of settings: give {inner}")
         node[last] = value
     return config_from_plain(plain)
 

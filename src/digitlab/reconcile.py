@@ -1,6 +1,5 @@
 """Bring Optuna's trials and MLflow's runs to one truth, after whatever has happened to them."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from digitlab.compose import with_values
 from digitlab.config import Config
 from digitlab.errors import UserError
 from digitlab.record import Identity, begin_record, trial_tags
+from digitlab.recorded import damage
 from digitlab.search import Search, TrialRow, trial_value
 from digitlab.tracking import RunRow, Tracking
 
@@ -167,23 +167,18 @@ class _Audit:
         return True
 
     def artifacts(self, run: RunRow) -> None:
-        """A finished run that was trained has its files, and its weights are the recorded ones."""
-        digest = run.tags.get("digitlab.weights_sha256")
+        """A finished run that was trained has its files, and all is as it was recorded."""
         told = run.tags.keys() & {"digitlab.taken_from", "digitlab.repaired"}
         if run.tags.get("digitlab.state") != "finished" or told:
             return
         number = int(run.tags["digitlab.trial"]) if "digitlab.trial" in run.tags else None
         try:
             self.tracking.artifact(run.run_id, "config.yaml")
-            if run.tags.get("digitlab.kind") == "study":
-                return
-            weights = self.tracking.artifact(run.run_id, "weights.safetensors")
+            if run.tags.get("digitlab.kind") != "study":
+                for detail in damage(self.tracking, run):
+                    self._found("record differs", number, run, detail)
         except UserError as error:
             self._found("missing artifact", number, run, str(error))
-            return
-        if hashlib.sha256(weights).hexdigest() != digest:
-            detail = f"weights.safetensors of {run.name} is not the file that was recorded"
-            self._found("weights differ", number, run, detail)
 
 
 def _differences(row: TrialRow, run: RunRow) -> list[tuple[str, str]]:

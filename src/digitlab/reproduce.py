@@ -1,95 +1,245 @@
-"""Train a run again from its record alone, and say whether the same came out."""
+"""Train a run again from its record alone, and give a verdict that can be believed."""
 
-import hashlib
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from digitlab.compose import compose, config_from_yaml
+import numpy as np
+
+from digitlab.compose import (
+    Composed,
+    compose,
+    config_from_yaml,
+    config_to_plain,
+    flat,
+    override_values,
+    with_values,
+)
+from digitlab.config import Config, Fold
+from digitlab.datasets import TEST, TRAIN, load_digits
 from digitlab.environment import describe_environment
 from digitlab.errors import UserError
+from digitlab.lab import ROOT
 from digitlab.record import Identity
+from digitlab.recorded import (
+    accuracy_name,
+    damage,
+    find_run,
+    over_seeds,
+    recorded_config,
+    recorded_environment,
+    recorded_guesses,
+    trained,
+)
 from digitlab.run import perform
-from digitlab.single import Spoken
+from digitlab.single import Spoken, train
 from digitlab.tracking import RunRow, Tracking, open_tracking
-from digitlab.training import Watch
 
+IDENTICAL, WITHIN, NOT, INCOMPARABLE = (
+    *("identical", "within tolerance", "not reproduced", "not comparable"),
+)
+STATUS = {IDENTICAL: 0, WITHIN: 0, NOT: 1, INCOMPARABLE: 3}
 _COMPARED = ("train_", "val_", "test_")  # metrics; the others are times
 
+# What a difference is expected to do to a result.
+_NOTHING, _ROUNDING, _ANYTHING = (
+    "should change nothing",
+    "may round otherwise, and so give other weights",
+    "may change anything",
+)
+_EFFECTS = {
+    "source": _ANYTHING,
+    "data": _ANYTHING,
+    "study.workers": "gives trials another history to learn from",
+    "study.minutes": "ends the study at another trial",
+    "trainer.threads": _ROUNDING,
+    "python": _ROUNDING,
+    "platform": _ROUNDING,
+    "processor": _ROUNDING,
+    **{f"libraries.{name}": _ROUNDING for name in ("torch", "torchvision", "numpy")},
+    "libraries.pytorch-lightning": _ANYTHING,
+    "libraries.optuna": _ANYTHING,
+}
 
-def find_run(tracking: Tracking, name: str) -> RunRow:
-    """The run that `name` means; a champion stands for the fit that its weights are of."""
-    if name == "champion":
-        rows = tracking.find({"digitlab.kind": "champion"})
-        if not rows:
-            raise UserError("champion: no study has one yet: run `make sweep`")
-        row = rows[-1]
-    else:
-        row = tracking.get(name)
-    weights_run = row.tags.get("digitlab.weights_run")
-    return tracking.get(weights_run) if weights_run else row
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that was otherwise when the run was recorded, and what that is expected to do."""
+
+    name: str
+    was: Any
+    now: Any
+
+    @property
+    def effect(self) -> str:
+        if self.name.startswith(("numerics.", "libraries.nvidia", "libraries.cuda")):
+            return _ROUNDING
+        return _EFFECTS.get(self.name, _NOTHING)
+
+    @property
+    def harmless(self) -> bool:
+        return self.effect == _NOTHING
+
+    def __str__(self) -> str:
+        if self.name in ("diff", "untracked"):
+            return f"uncommitted changes ({self.name}) were others: {self.effect}"
+        return f"{self.name} was {self.was}, is {self.now}: {self.effect}"
 
 
-def reproduce(name: str, lab: Path, as_json: bool) -> int:
-    """Train the run again; returns 0 when every metric and weight is the same, else 1.
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """What two environments say differently; libraries and numerics one by one."""
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        was, is_now = then.get(key), now.get(key)
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping) and key != "untracked":
+            inner = differences(was, is_now)
+            found += [replace(item, name=f"{key}.{item.name}") for item in inner]
+        elif was != is_now:
+            found.append(Difference(key, was, is_now))
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of training a run again."""
+
+    verdict: str
+    differences: list[str]
+    run_id: str | None
+    original_run_id: str
+
+    def tell(self, as_json: bool, name: str) -> int:
+        """Print it; returns the exit status."""
+        if as_json:
+            print(json.dumps(self.__dict__, indent=1))
+        else:
+            for difference in self.differences:
+                print(f"  {difference}")
+            again = f" and its reproduction {self.run_id}" if self.run_id else ""
+            print(f"{self.verdict}: {name} ({self.original_run_id}){again}")
+        return STATUS[self.verdict]
+
+
+def reproduce(
+    name: str, overrides: Sequence[str], lab: Path, as_json: bool, at_commit: bool
+) -> int:
+    """Train the run again and compare; returns the exit status of the verdict.
+
+    Args:
+        overrides: of `trainer.threads` and `tracking.*`; anything else is another run.
 
     Raises:
         UserError: there is no such run, or its record does not allow it.
     """
-    tracking = open_tracking(compose("train", [])[0].config, lab)
-    row = find_run(tracking, name)
-    if row.tags.get("digitlab.state") != "finished":
-        state = row.tags.get("digitlab.state", "not one of digitlab's")
+    stores = [override for override in overrides if override.startswith("tracking.")]
+    tracking = open_tracking(compose("train", stores)[0].config, lab)
+    row = trained(tracking, name)
+    values = override_values([override for override in overrides if override not in stores])
+    if values.keys() - {"trainer.threads"}:
         raise UserError(
-            f"{row.name} ({row.run_id}) is {state}: only finished runs can be reproduced"
+            f"{', '.join(values)}: a reproduction changes trainer.threads at most: "
+            f"use `digitlab train --config-from {name} ...` for another run"
         )
-    if "digitlab.weights_sha256" not in row.tags:
-        raise UserError(
-            f"{row.name} ({row.run_id}) is of kind {row.tags.get('digitlab.kind')}, "
-            "which trains nothing: give a trial, a final fit or champion"
-        )
-    config = config_from_yaml(tracking.artifact(row.run_id, "config.yaml").decode())
+    broken = damage(tracking, row)
+    if broken:
+        verdict = Verdict(NOT, broken, None, row.run_id)
+    elif at_commit:
+        verdict = _at_commit(row, recorded_environment(tracking, row), overrides, lab)
+    else:
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            verdict = _again(tracking, row, values, lab)
+    said = f"{verdict.verdict} {verdict.run_id or ''}".strip()
+    tracking.resume(row.run_id).log(tags={"digitlab.reproduced": said})
+    return verdict.tell(as_json, row.name)
+
+
+def _again(tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path) -> Verdict:
+    recorded = recorded_config(tracking, row)
+    config = with_values(recorded, values)
     environment = describe_environment()
-    then = json.loads(tracking.artifact(row.run_id, "environment.json"))
-    differences = [
-        f"{key} was {then.get(key)}, is {environment.get(key)}"
-        for key in ("commit", "libraries", "python", "platform", "processor", "cores")
-        if then.get(key) != environment.get(key)
-    ]
-    say = sys.stderr if as_json else sys.stdout
-    print(f"reproducing {row.name} ({row.run_id})", file=say)
-    for difference in differences:
-        print(f"  {difference}", file=say)
+    then = recorded_environment(tracking, row)
+    data = Difference(
+        "data", json.loads(row.tags["digitlab.data_sha256"]), _data_sha256(config, lab)
+    )
+    threads = Difference("trainer.threads", recorded.trainer.threads, config.trainer.threads)
+    given = [item for item in (data, threads) if item.was != item.now]
+    before = {key: value for key, value in then.items() if key != "numerics"}
+    print(f"reproducing {row.name} ({row.run_id})")
+    for difference in [*given, *differences(before, environment)]:
+        print(f"  {difference}")
+    if data in given:
+        return Verdict(INCOMPARABLE, [str(data)], None, row.run_id)
     tags = {"digitlab.reproduction_of": row.run_id}
     identity = Identity(f"{row.name}-again", "reproduction", tags, None, (), environment)
-    with Spoken(config) if not as_json else _Silent() as watch:
+    with Spoken(config) as watch:
         outcome = perform(config, identity, tracking, lab, watch)
-    if outcome.state != "finished":
-        raise UserError(f"the reproduction {outcome.state}: {outcome.reason}")
-    assert outcome.run_id is not None
-    changed = compare_runs(tracking, row.run_id, outcome.run_id)
-    verdict = "not reproduced" if changed else "identical"
-    tracking.resume(outcome.run_id).log(tags={"digitlab.verdict": verdict})
-    document: dict[str, Any] = {
-        "verdict": verdict,
-        "differences": differences + changed,
-        "run_id": outcome.run_id,
-        "original_run_id": row.run_id,
-    }
-    if as_json:
-        print(json.dumps(document, indent=1))
-    else:
-        for difference in changed:
-            print(f"  {difference}")
-        print(f"{verdict}: {row.name} ({row.run_id}) and its reproduction {outcome.run_id}")
-    return 1 if changed else 0
+    if outcome.state == "interrupted":
+        raise KeyboardInterrupt
+    if outcome.state != "finished" or outcome.run_id is None:
+        failed = f"the reproduction {outcome.state}: {outcome.reason}"
+        return Verdict(NOT, [failed], outcome.run_id, row.run_id)
+    again = tracking.get(outcome.run_id)
+    found = given + differences(then, recorded_environment(tracking, again))
+    verdict, changed = judge(tracking, row, again, found)
+    tracking.resume(again.run_id).log(tags={"digitlab.verdict": verdict})
+    return Verdict(verdict, [*map(str, found), *changed], again.run_id, row.run_id)
+
+
+def _data_sha256(config: Config, lab: Path) -> dict[str, str]:
+    data = config.data
+    files = [TRAIN, TEST] if data.fold is Fold.test else [TRAIN]
+    loaded = [load_digits(lab, data.name, f, data.allow_unknown).sha256 for f in files]
+    return {name: digest for digests in loaded for name, digest in digests.items()}
+
+
+def judge(
+    tracking: Tracking, row: RunRow, again: RunRow, found: Sequence[Difference]
+) -> tuple[str, list[str]]:
+    """The verdict on two runs of one configuration, and what led to it.
+
+    Where nothing differs that may change a bit, a changed bit means that the run is not reproduced.
+    Where something does, accuracies may lie as far apart as those of two seeds; beyond that the two
+    runs cannot be compared, since the difference may well be the cause.
+    """
+    changed = compare_runs(tracking, row.run_id, again.run_id)
+    if not changed:
+        return IDENTICAL, []
+    if all(difference.harmless for difference in found):
+        return NOT, changed
+    name = accuracy_name(row)
+    distance = abs(row.metrics[name] - again.metrics.get(name, 0.0))
+    tolerance, reason = _tolerance(tracking, row, again)
+    said = f"{name} is {distance:.4f} off; {tolerance:.4f} is tolerated: {reason}"
+    return (WITHIN if distance <= tolerance else INCOMPARABLE), [*changed, said]
+
+
+def _tolerance(tracking: Tracking, row: RunRow, again: RunRow) -> tuple[float, str]:
+    """How far the accuracies of two runs may lie apart by chance, in 95 of 100 cases."""
+    seeds = over_seeds(tracking, row)
+    if len(seeds) >= 3:
+        deviation = float(np.std(seeds, ddof=1))
+        reason = f"two seeds differ so, from a deviation of {deviation:.5f} over {len(seeds)} seeds"
+        return 1.96 * 2**0.5 * deviation, reason
+    rights = []
+    for run in (row, again):
+        guesses, labels = recorded_guesses(tracking, run)
+        rights.append(guesses == labels)
+    disagree = int((rights[0] != rights[1]).sum())
+    reason = f"{disagree} images are right in one alone, which is chance for each (McNemar)"
+    return 1.96 * disagree**0.5 / len(rights[0]), reason
 
 
 def compare_runs(tracking: Tracking, original: str, again: str) -> list[str]:
-    """What differs between two runs of one configuration: every metric of every epoch, the weights
-    (as recorded and as they lie in the artifacts) and the data."""
-    differences = []
+    """What differs in what came out: every metric of every epoch, weights, predictions, data."""
+    found = []
     histories = [
         {(n, step): value for n, step, value in tracking.history(run) if n.startswith(_COMPARED)}
         for run in (original, again)
@@ -97,23 +247,91 @@ def compare_runs(tracking: Tracking, original: str, again: str) -> list[str]:
     for key in sorted(histories[0].keys() | histories[1].keys()):
         was, now = histories[0].get(key), histories[1].get(key)
         if was != now:
-            differences.append(f"{key[0]} of epoch {key[1]} was {was}, is {now}")
-    rows = [tracking.get(run) for run in (original, again)]
-    for tag in ("digitlab.weights_sha256", "digitlab.predictions_sha256", "digitlab.data_sha256"):
-        was_tag, now_tag = (row.tags.get(tag) for row in rows)
+            found.append(f"{key[0]} of epoch {key[1]} was {was}, is {now}")
+    tags = [tracking.get(run).tags for run in (original, again)]
+    for name in ("weights", "predictions", "data"):
+        was_tag, now_tag = (tag.get(f"digitlab.{name}_sha256") for tag in tags)
         if was_tag != now_tag:
-            differences.append(f"{tag} was {was_tag}, is {now_tag}")
-    for row in rows:
-        weights = tracking.artifact(row.run_id, "weights.safetensors")
-        if hashlib.sha256(weights).hexdigest() != row.tags.get("digitlab.weights_sha256"):
-            differences.append(
-                f"weights.safetensors of {row.run_id} is not the file that was recorded"
+            found.append(f"SHA-256 of the {name} was {was_tag}, is {now_tag}")
+    return found
+
+
+_COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"
+
+
+def _at_commit(
+    row: RunRow, then: Mapping[str, Any], overrides: Sequence[str], lab: Path
+) -> Verdict:
+    """The verdict of the recorded code on its own run, from a temporary work tree.
+
+    Raises:
+        UserError: the code cannot be had any more.
+    """
+    commit, name = str(then.get("commit") or ""), f"--at-commit: {row.name}"
+    untracked = then.get("untracked") or {}
+    if not commit:
+        raise UserError(f"{name} was recorded outside a repository: its commit is not known")
+    if isinstance(untracked, str) or None in untracked.values():
+        raise UserError(f"{name} had untracked files that are not in its record")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder).resolve() / "tree"
+        try:
+            _git("worktree", "add", "--detach", str(tree), commit)
+            if then.get("diff"):
+                _git("-C", str(tree), "apply", "--whitespace=nowarn", "-", given=str(then["diff"]))
+            for path, text in untracked.items():
+                target = (tree / path).resolve()
+                if not target.is_relative_to(tree):
+                    raise UserError(f"{name}: its untracked file {path} lies outside the checkout")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text)
+            command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, "--json"]
+            place = os.environ | {"PYTHONPATH": str(tree / "src"), "DIGITLAB_HOME": str(lab)}
+            done = subprocess.run(
+                [*command, *overrides], cwd=tree, env=place, stdout=subprocess.PIPE, check=False
             )
-    return differences
+        except subprocess.CalledProcessError as error:
+            raise UserError(f"{name} at {commit[:12]}: {error.stderr.strip()}") from error
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+            _git("worktree", "prune")
+    if done.returncode not in STATUS.values():
+        raise UserError(f"{name} at {commit[:12]}: its code ended with status {done.returncode}")
+    return Verdict(**{key: json.loads(done.stdout)[key] for key in Verdict.__annotations__})
 
 
-class _Silent(Watch):
-    def __enter__(self) -> "Watch":
-        return self
+def _git(*arguments: str, given: str | None = None) -> None:
+    command = ["git", "-C", str(ROOT), *arguments]
+    subprocess.run(command, input=given, text=True, capture_output=True, check=True)
 
-    def __exit__(self, *_: object) -> None: ...
+
+def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
+    """Train the configuration of a `config.yaml`; its exit status.
+
+    Where a finished run of the same configuration is recorded, this is its reproduction.
+
+    Raises:
+        UserError: the file cannot be read, or is not a configuration.
+    """
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: cannot be read: {error}") from error
+    config = with_values(config_from_yaml(text), override_values(overrides))
+    tracking = open_tracking(config, lab)
+    leaves = flat(config_to_plain(config))
+    for row in tracking.find({"digitlab.state": "finished"}):
+        same = all(str(leaves.get(key)) == value for key, value in row.params.items())
+        if same and "digitlab.weights_sha256" in row.tags:
+            return reproduce(row.run_id, [], lab, as_json=False, at_commit=False)
+    print(f"{file}: no finished run has this configuration: there is nothing to compare with")
+    return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": file.name})
+
+
+def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
+    """Train a recorded run's configuration with overrides; its exit status."""
+    tracking = open_tracking(compose("train", [])[0].config, lab)
+    row = find_run(tracking, name)
+    config = with_values(recorded_config(tracking, row), override_values(overrides))
+    composed = Composed(config, tuple(overrides))
+    return train(composed, lab, {"digitlab.config_from": row.run_id})

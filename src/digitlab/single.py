@@ -14,8 +14,8 @@ from digitlab.tracking import open_tracking
 from digitlab.training import Watch
 
 
-def train(composed: Composed, lab: Path) -> int:
-    """Train one configuration and record it; returns the exit status.
+def train(composed: Composed, lab: Path, tags: Mapping[str, str] | None = None) -> int:
+    """Train one configuration and record it, with tags beside; returns the exit status.
 
     Raises:
         UserError: data or stores cannot be used.
@@ -23,7 +23,8 @@ def train(composed: Composed, lab: Path) -> int:
     config = composed.config
     tracking = open_tracking(config, lab)
     name = f"{config.study.name}-seed-{config.trainer.seed}"
-    identity = Identity(name, "train", {}, None, composed.overrides, describe_environment())
+    environment = describe_environment()
+    identity = Identity(name, "train", tags or {}, None, composed.overrides, environment)
     with Spoken(config) as watch:
         outcome = perform(config, identity, tracking, lab, watch)
     said = f"run {outcome.run_id} ({name})" if outcome.run_id else "run"

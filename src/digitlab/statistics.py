@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 LEVEL = 0.95
 
@@ -61,3 +61,13 @@ def pooled_intervals(groups: Sequence[Sequence[float]]) -> list[Interval]:
         low, high = max(0.0, mean - half), min(1.0, mean + half)
         intervals.append(Interval(mean, low, high, len(group)))
     return intervals
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The exact two-sided p of McNemar's test (1947): are two classifiers equally often right?
+
+    Args:
+        only_first, only_second: images that one of them alone gets right.
+    """
+    both = only_first + only_second
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), both, 0.5))) if both else 1.0

@@ -236,7 +236,9 @@ class _Sweep:
         """Give jobs to workers as they become free, until there are none or the study stops."""
         if self.pool is None:
             setup = (self.config, self.overrides, self.lab, self.parent_run, self.environment)
-            self.pool = Pool(Setup(*setup), self._count_workers(total))
+            workers = self._count_workers(total)
+            self.search.note("workers", max(workers, self.search.notes().get("workers", 0)))
+            self.pool = Pool(Setup(*setup), workers)
         pool, begun, count = self.pool, time.monotonic(), 0
         while True:
             empty = bool(self.stopping)

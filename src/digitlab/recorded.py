@@ -1,0 +1,138 @@
+"""What the record of a finished run holds, read back and held against its own digests."""
+
+import hashlib
+import json
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from digitlab.compose import config_from_yaml, config_to_plain, flat
+from digitlab.config import Config
+from digitlab.errors import UserError, nearest
+from digitlab.record import SUMS, seal, trial_tags
+from digitlab.tracking import RunRow, Tracking
+
+
+def find_run(tracking: Tracking, name: str) -> RunRow:
+    """The run that a person means: an id, a unique beginning of one, a name, `study/7`, champion.
+
+    A champion stands for the fit that its weights are of.
+    """
+    study, _, number = name.rpartition("/")
+    if name == "champion":
+        rows = tracking.find({"digitlab.kind": "champion"})
+        if not rows:
+            raise UserError("champion: no study has one yet: run `make sweep`")
+        row = rows[-1]
+    elif study:
+        rows = (
+            tracking.find({"digitlab.kind": "trial", **trial_tags(study, int(number))})
+            if (number.isdecimal())
+            else []
+        )
+        if not rows:
+            trials = tracking.find({"digitlab.kind": "trial"})
+            known = {f"{r.tags['digitlab.study']}/{r.tags['digitlab.trial']}" for r in trials}
+            raise UserError(f"{name}: no such trial, {nearest(name, known)}")
+        row = rows[-1]
+    else:
+        row = tracking.get(name)
+    weights_run = row.tags.get("digitlab.weights_run")
+    return tracking.get(weights_run) if weights_run else row
+
+
+def trained(tracking: Tracking, name: str) -> RunRow:
+    """As `find_run`, of a run that was trained to its end.
+
+    Raises:
+        UserError: it was not, so that there is nothing to compare.
+    """
+    row = find_run(tracking, name)
+    state = row.tags.get("digitlab.state", "not one of digitlab's")
+    if state != "finished":
+        raise UserError(f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared")
+    if "digitlab.weights_sha256" not in row.tags:
+        taken = row.tags.get("digitlab.taken_from")
+        why = f"was taken from {taken}" if taken else f"is of kind {row.tags.get('digitlab.kind')}"
+        raise UserError(
+            f"{row.name} ({row.run_id}) {why}, and trained nothing itself: give a trial, "
+            "a final fit or champion"
+        )
+    return row
+
+
+def damage(tracking: Tracking, row: RunRow) -> list[str]:
+    """What of a finished run's record is no longer as it was written; nothing if all is."""
+    name = f"of {row.name} ({row.run_id})"
+    if "digitlab.seal" not in row.tags:  # a champion's, or from before 0.2: the weights alone
+        digest = hashlib.sha256(tracking.artifact(row.run_id, "weights.safetensors")).hexdigest()
+        whole = digest == row.tags.get("digitlab.weights_sha256")
+        return [] if whole else [f"weights.safetensors {name} is not the file that was recorded"]
+    sums = tracking.artifact(row.run_id, SUMS).decode(errors="replace")
+    if seal(sums, tracking.history(row.run_id), row.tags) != row.tags["digitlab.seal"]:
+        return [f"a metric, a tag or {SUMS} {name} is not what was recorded"]
+    found = []
+    for line in sums.splitlines():
+        digest, _, path = line.partition("  ")
+        if hashlib.sha256(tracking.artifact(row.run_id, path)).hexdigest() != digest:
+            found.append(f"{path} {name} is not the file that was recorded")
+    if not found:
+        leaves = flat(config_to_plain(recorded_config(tracking, row)))
+        found += [
+            f"parameter {key} {name} is {value}, {leaves[key]} in its config.yaml"
+            for key, value in row.params.items()
+            if key in leaves and str(leaves[key]) != value
+        ]
+    return found
+
+
+def recorded_config(tracking: Tracking, row: RunRow) -> Config:
+    """The configuration that a run was trained from.
+
+    Raises:
+        UserError: this version cannot read it; says which version wrote it.
+    """
+    text = tracking.artifact(row.run_id, "config.yaml").decode(errors="replace")
+    try:
+        return config_from_yaml(text)
+    except UserError as error:
+        version = recorded_environment(tracking, row).get("libraries", {}).get("digitlab")
+        raise UserError(
+            f"config.yaml of {row.name} ({row.run_id}), written by digitlab {version}: {error}"
+        ) from error
+
+
+def recorded_environment(tracking: Tracking, row: RunRow) -> dict[str, Any]:
+    """What `describe_environment` said when the run began, and what torch computed with."""
+    environment: Any = json.loads(tracking.artifact(row.run_id, "environment.json"))
+    return dict(environment)
+
+
+def recorded_guesses(tracking: Tracking, row: RunRow) -> tuple[Tensor, Tensor]:
+    """Predicted and true digits (M,) of the images that the run was measured on, in their order.
+
+    Raises:
+        UserError: a run from before 0.2, which kept no labels.
+    """
+    tensors = safetensors.torch.load(tracking.artifact(row.run_id, "predictions.safetensors"))
+    if "labels" not in tensors:
+        raise UserError(f"{row.name} ({row.run_id}) has kept no labels: reproduce it first")
+    return tensors["predictions"], tensors["labels"]
+
+
+def accuracy_name(row: RunRow) -> str:
+    """The metric that a run is judged by."""
+    return "test_accuracy" if "test_accuracy" in row.metrics else "val_accuracy"
+
+
+def over_seeds(tracking: Tracking, row: RunRow) -> list[float]:
+    """Accuracies of the runs that differ from `row` in the seed alone, its own among them."""
+    same = {key: value for key, value in row.params.items() if key != "trainer.seed"}
+    accuracies: dict[str, float] = {}
+    for other in [*tracking.find({"digitlab.state": "finished"}), row]:
+        whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
+        alike = {key: value for key, value in other.params.items() if key != "trainer.seed"}
+        if whole and alike == same:
+            accuracies[other.params["trainer.seed"]] = other.metrics[accuracy_name(row)]
+    return list(accuracies.values())
