@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep audit ui reproduce compare bench check test clean
+.PHONY: help setup data train sweep audit report ui dashboard reproduce compare bench check test clean
 SHELL := /bin/bash
 
 EXPERIMENT ?= default
@@ -53,8 +53,14 @@ sweep: $(STAMP) ## run the study of a recipe, or go on with it
 audit: $(STAMP) ## hold all trials against their runs (ARGS=--repair mends)
 	@$(BIN)/digitlab audit $(ARGS)
 
+report: $(STAMP) ## a study on one page, lab/reports/<study>.html (ARGS= a study, --out FILE)
+	@$(BIN)/digitlab report $(ARGS)
+
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT)
+
+dashboard: $(STAMP) ## open Optuna's pages on 127.0.0.1 (ARGS="--port 8080")
+	@$(BIN)/digitlab dashboard $(ARGS)
 
 reproduce: $(STAMP) ## train a run again, with a verdict (RUN= an id, a name, study/7 or champion)
 	@test -n "$(RUN)" || { echo "RUN= is missing: an id, a name, study/7, or champion"; exit 2; }

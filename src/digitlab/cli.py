@@ -17,7 +17,10 @@ _COMMANDS: dict[str, str] = {
     "bench": "measure what the machinery costs",
     "reproduce": "train a run or a study again from its record, with a verdict",
     "compare": "what differs between runs, and whether that is chance",
+    "report": "a study on one page that needs no network",
+    "explain": "what a network sees in a digit, and why it says so",
     "ui": "open MLflow's pages on the lab's records",
+    "dashboard": "open Optuna's pages on the lab's studies",
 }
 
 
@@ -66,7 +69,10 @@ def _run(arguments: list[str]) -> int:
         "bench": _bench,
         "reproduce": _reproduce,
         "compare": _compare,
+        "report": _report,
+        "explain": _explain,
         "ui": _ui,
+        "dashboard": _dashboard,
     }
     return commands[command](rest)
 
@@ -192,11 +198,48 @@ def _compare(arguments: list[str]) -> int:
     return compare(runs, overrides, lab_folder(), options.json, options.page)
 
 
-def _ui(arguments: list[str]) -> int:
-    parser = _Parser("digitlab ui", description="MLflow's pages on this machine.")
-    parser.add_argument("--port", type=int, default=5000)
-    port = parser.parse_args(arguments).port
+def _report(arguments: list[str]) -> int:
+    parser = _Parser("digitlab report", description="A study on one page that needs no network.")
+    parser.add_argument("study", nargs="?", help="its name; the one begun last if none is given")
+    parser.add_argument("--out", type=Path, help="a file beside the recipe, say", metavar="FILE")
+    options = parser.parse_args(arguments)
     from digitlab.lab import lab_folder
+    from digitlab.report import write_report
+
+    return write_report(options.study, options.out, lab_folder())
+
+
+def _explain(arguments: list[str]) -> int:
+    parser = _Parser("digitlab explain", description="What a network sees in a test image.")
+    parser.add_argument("index", type=int, help="of the test image, from 0")
+    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
+    parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
+    options = parser.parse_args(arguments)
+    from digitlab.explain import explain
+    from digitlab.lab import lab_folder
+
+    return explain(options.index, options.run, options.against, options.out, lab_folder())
+
+
+def _ui(arguments: list[str]) -> int:
     from digitlab.ui import serve
 
-    return serve(lab_folder(), port)
+    return _pages("ui", "MLflow's pages on this machine.", 5000, arguments, serve)
+
+
+def _dashboard(arguments: list[str]) -> int:
+    from digitlab.ui import dashboard
+
+    return _pages("dashboard", "Optuna's pages on this machine.", 8080, arguments, dashboard)
+
+
+def _pages(
+    command: str, text: str, port: int, arguments: list[str], serve: Callable[[Path, int], int]
+) -> int:
+    parser = _Parser(f"digitlab {command}", description=text)
+    parser.add_argument("--port", type=int, default=port)
+    options = parser.parse_args(arguments)
+    from digitlab.lab import lab_folder
+
+    return serve(lab_folder(), options.port)

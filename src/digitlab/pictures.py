@@ -1,10 +1,13 @@
-"""Pictures of what a run gets wrong."""
+"""Pictures of what a run gets wrong, and of how it learned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from digitlab.training import Frame
 
 _SHOWN = 32  # misread digits in the picture
 
@@ -28,6 +31,53 @@ def draw_confusions(logits: Tensor, labels: Tensor, images: Tensor, folder: Path
         titles = [f"{labels[i]} read as {guesses[i]}" for i in worst]
         figure = _draw_digits(images[worst, 0].numpy(), titles)
         figure.savefig(folder / "misread.png", dpi=100)
+
+
+def draw_film(film: Sequence[Frame], images: Tensor, labels: Tensor, folder: Path) -> None:
+    """Write `evolution.png`: how sure the network was of ten digits, and its first filters.
+
+    Args:
+        film: frames in the order of their epochs; of many, nine are shown.
+        images, labels: uint8 (10, 1, 28, 28) and (10,), the digits of the frames.
+    """
+    places = np.unique(np.linspace(0, len(film) - 1, min(9, len(film))).round().astype(int))
+    frames = [film[place] for place in places]
+    cell, height, top = 130, 30, 40  # pixels: a frame's width, a digit's row, the filters
+    canvas = np.full((top + 10 * height, 40 + cell * len(frames)), 0.97)
+    figure = Figure(
+        figsize=(canvas.shape[1] / 90, canvas.shape[0] / 90 + 0.5), layout="constrained"
+    )
+    axes = figure.subplots()
+    for row, image in enumerate(images[:, 0].numpy()):
+        canvas[top + row * height + 1 : top + row * height + 29, 4:32] = 1 - image / 255
+    for column, frame in enumerate(frames):
+        left = 40 + column * cell
+        _tile(canvas[4 : top - 6, left : left + cell - 10], frame.filters.numpy())
+        for row, probabilities in enumerate(frame.probabilities.numpy()):
+            base = top + (row + 1) * height - 3
+            for digit, probability in enumerate(probabilities):
+                bar = canvas[base - 1 - round(24 * float(probability)) : base, left + 12 * digit :]
+                bar[:, 1:11] = 0.15 if digit == labels[row] else 0.6
+        title = f"epoch {frame.epoch}" if frame.epoch else "untrained"
+        axes.text(left + cell / 2, -4, title, ha="center", va="bottom", fontsize=8)
+    axes.set_xlabel("above: filters of the first layer; a row a digit: probabilities of 0 to 9,\n"
+                    "the right one dark", fontsize=8)  # fmt: skip
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    figure.savefig(folder / "evolution.png", dpi=100)
+
+
+def _tile(canvas: np.ndarray, filters: np.ndarray) -> None:
+    """Paint as many filters side by side into the canvas as fit, each magnified alike."""
+    if not filters.size:
+        return
+    reach = np.abs(filters).max() or 1.0
+    magnified = np.kron(0.5 + 0.5 * filters / reach, np.ones((1, 4, 4)))
+    step = magnified.shape[1] + 2
+    across = canvas.shape[1] // step
+    for i, tile in enumerate(magnified[: across * (canvas.shape[0] // step)]):
+        y, x = i // across * step, i % across * step
+        canvas[y : y + step - 2, x : x + step - 2] = tile
 
 
 def _draw_matrix(counts: np.ndarray) -> Figure:

@@ -11,10 +11,10 @@ import safetensors.torch
 
 from digitlab.config import Config
 from digitlab.errors import UserError
-from digitlab.pictures import draw_confusions
+from digitlab.pictures import draw_confusions, draw_film
 from digitlab.record import Identity, begin_record, seal, stage, sum_files
 from digitlab.tracking import RunRecord, Tracking
-from digitlab.training import Fit, Watch, fit
+from digitlab.training import Fit, Watch, fit, one_of_each
 
 
 class Ended(Exception):
@@ -100,6 +100,9 @@ def _keep(
     (folder / "predictions.safetensors").write_bytes(predictions)
     (folder / "pictures").mkdir()
     draw_confusions(fitted.logits, fitted.labels, fitted.images, folder / "pictures")
+    if fitted.film:
+        shown = one_of_each(fitted.labels)
+        draw_film(fitted.film, fitted.images[shown], fitted.labels[shown], folder / "pictures")
     sums = sum_files(folder)
     record.keep(folder)
     return sums, {

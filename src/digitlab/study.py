@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from digitlab.champion import (
     Results,
@@ -27,10 +28,12 @@ from digitlab.errors import UserError
 from digitlab.guard import fitting_trials, guard
 from digitlab.reconcile import audit, reconcile_trial, record_taken
 from digitlab.record import Identity, begin_record, stage, trial_tags
-from digitlab.report import champion_text, pruning_text, sweep_command, trials_table
+from digitlab.report import keep_report, report
 from digitlab.search import STORE_ERRORS, Search, TrialRow, open_storage
 from digitlab.space import read_space
+from digitlab.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.tracking import open_tracking
+from digitlab.views import describe_study, view_addresses, view_tags
 from digitlab.workers import Done, Job, Pool, Setup, Worker, only_parent
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -135,6 +138,7 @@ class _Sweep:
     def _parent_run(self) -> str | None:
         """The study's own run, begun by the first call and taken up again by the others."""
         known = self.search.notes().get("run_id")
+        self.tracking.lay_out(view_tags(self.study))
         if known:
             self.tracking.resume(known).end("running")
             return str(known)
@@ -144,6 +148,7 @@ class _Sweep:
         tags = {
             "digitlab.study": self.study.name,
             "digitlab.data_sha256": json.dumps(self.data_sha256),
+            "mlflow.note.content": describe_study(self.config, self.overrides),
         }
         identity = Identity(self.study.name, "study", tags, None, self.overrides, self.environment)
         record = begin_record(self.tracking, self.config, identity)
@@ -347,12 +352,25 @@ class _Sweep:
             identity = self._identity("champion", "", {})
             summary = crown(self.tracking, self.config, identity, self.lab, choice, finals)
             self.search.note("champion", summary | {"asked": asked})
-            if self.parent_run:
-                self.tracking.resume(self.parent_run).log(test_metrics(summary))
+            self._publish(summary)
         self.board.print(trials_table(rows, self.study))
         self.board.say(pruning_text(rows, unpruned))
         self.board.say(champion_text(self.config, summary, self.overrides))
+        if self.parent_run:
+            addresses = view_addresses(self.tracking.runs_page(), self.study.name)
+            self.board.say(f"look:      make ui   and open {addresses['table']}")
         return 0
+
+    def _publish(self, summary: Mapping[str, Any]) -> None:
+        """The champion's figures and the report, on the study's own run."""
+        if not self.parent_run:
+            return
+        text = champion_text(self.config, summary, self.overrides)
+        note = describe_study(self.config, self.overrides, text)
+        record = self.tracking.resume(self.parent_run)
+        record.log(test_metrics(summary), tags={"mlflow.note.content": note})
+        page = report(self.search, self.config, self.tracking, self.lab)
+        keep_report(page, self.search, self.tracking, self.lab)
 
 
 def _value(row: TrialRow) -> float:

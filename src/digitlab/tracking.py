@@ -11,12 +11,16 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from digitlab.config import Config, Tracker
@@ -113,8 +117,17 @@ class Tracking(Protocol):
 
     def delete(self, run_id: str) -> None: ...
 
-    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
-        """A new version of a model in the registry, with the alias `champion`."""
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
+        """A new version of a model, the run's artifact `model`, with the alias `champion`.
+
+        `card` describes it, in Markdown.
+        """
+
+    def runs_page(self) -> str:
+        """The address of the page that lists the runs; empty where there is none."""
+
+    def lay_out(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment, which is where MLflow keeps saved views."""
 
     def kept_back(self) -> int:
         """How many runs wait for the tracker to be back."""
@@ -175,7 +188,12 @@ class NoTracking:
 
     def delete(self, run_id: str) -> None: ...
 
-    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None: ...
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
+
+    def runs_page(self) -> str:
+        return ""
+
+    def lay_out(self, tags: Mapping[str, str]) -> None: ...
 
     def kept_back(self) -> int:
         return 0
@@ -212,6 +230,8 @@ class MlflowTracking:
     def __init__(self, uri: str | None, experiment: str, lab: Path) -> None:
         self.outbox = lab / "outbox"
         artifacts = None
+        # The address of `digitlab ui`, where the records are in the lab.
+        self.server = uri if uri and uri.startswith("http") else "http://127.0.0.1:5000"
         try:
             if uri is None:
                 artifacts = (lab / "artifacts").as_uri()
@@ -321,13 +341,24 @@ class MlflowTracking:
         self.client.delete_run(run_id)
 
     @_reaching
-    def register(self, model: str, run_id: str, tags: Mapping[str, str]) -> None:
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
         known = self.client.search_registered_models(f"name = '{model}'")
         if not known:
             self.client.create_registered_model(model)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}"
-        version = self.client.create_model_version(model, source, run_id, dict(tags))
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
+        version = self.client.create_model_version(
+            model, source, run_id, dict(tags), description=card
+        )
         self.client.set_registered_model_alias(model, "champion", version.version)
+
+    def runs_page(self) -> str:
+        experiment = f"#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+        return f"{self.server}/{experiment}"
+
+    @_reaching
+    def lay_out(self, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_experiment_tag(self.experiment, key, value)
 
     def kept_back(self) -> int:
         return sum(1 for _ in self.outbox.glob("*/"))
@@ -503,6 +534,33 @@ class _MlflowRecord:
                 self.client.update_run(self.run_id, "RUNNING")
             else:
                 self.client.set_terminated(self.run_id, operation["status"], operation["time"])
+
+
+def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -> None:
+    """Write a model that MLflow loads and serves, without a pickle.
+
+    Args:
+        network: takes images (N, ...) and gives a row for each.
+        example: an input, which the signature is taken from.
+        folder: must not exist.
+    """
+    import mlflow.pytorch
+    from mlflow.models import infer_signature
+
+    network.eval()  # or dropout is baked in
+    with torch.no_grad():
+        output = network(torch.from_numpy(example)).numpy()
+    libraries = [f"{name}=={version(name)}" for name in ("torch", "numpy", "mlflow")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on tensors that share memory
+        mlflow.pytorch.save_model(
+            network,
+            folder,
+            signature=infer_signature(example, output),
+            input_example=example,
+            pip_requirements=libraries,
+            serialization_format="pt2",
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -37,6 +37,15 @@ class Watch:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What a network makes of ten digits of the holdout, one of each class, at one moment."""
+
+    epoch: int
+    probabilities: Tensor  # (10, 10), a row a digit
+    filters: Tensor  # (C, k, k), of the first convolution
+
+
+@dataclass(frozen=True)
 class Fit:
     """What came out of a run.
 
@@ -50,6 +59,7 @@ class Fit:
     images: Tensor  # uint8 (M, 1, 28, 28)
     metrics: dict[str, float]
     data_sha256: dict[str, str]
+    film: "list[Frame]"  # before the first epoch and after each, of a run with a holdout
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
@@ -105,7 +115,7 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
         name: value.detach().contiguous().clone()
         for name, value in module.learned.state_dict().items()
     }
-    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256, _numerics())
+    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256, loop.film, _numerics())
 
 
 def _numerics() -> dict[str, Any]:
@@ -119,6 +129,12 @@ def _numerics() -> dict[str, Any]:
     }
 
 
+def one_of_each(labels: Tensor) -> Tensor:
+    """The place (10,) of the first image of each digit that is there at all."""
+    places = [int((labels == digit).nonzero()[0]) for digit in range(10) if digit in labels]
+    return torch.tensor(places)
+
+
 class _Loop(pl.Callback):
     """Tells the watch of batches, rungs and epochs, and measures on the holdout at the latter."""
 
@@ -128,7 +144,18 @@ class _Loop(pl.Callback):
         self.steps = data.config.trainer.epochs * len(data.train_dataloader())
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
+        self.film: list[Frame] = []
         self.started = time.perf_counter()
+
+    def on_train_start(self, _: pl.Trainer, module: Any) -> None:
+        if self.data.config.data.fold is Fold.holdout:
+            images = self.data.holdout[0][one_of_each(self.data.holdout[1])]
+            self._frame(0, module.learned, evaluate(module.learned, images, self.data.config.data))
+
+    def _frame(self, epoch: int, network: torch.nn.Module, logits: Tensor) -> None:
+        filters = next((p for p in network.parameters() if p.ndim == 4), torch.empty(0, 1, 1, 1))
+        probabilities = logits.softmax(1)
+        self.film.append(Frame(epoch, probabilities, filters.detach().mean(1).clone()))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         done = trainer.global_step / self.steps
@@ -150,6 +177,8 @@ class _Loop(pl.Callback):
             held, labels = self.data.holdout
             self.logits = evaluate(module.learned, held, self.data.config.data)
             self.metrics |= measure(self.logits, labels, "val")
+            digits = self.logits[one_of_each(labels)]
+            self._frame(trainer.current_epoch + 1, module.learned, digits)
             if not math.isfinite(self.metrics["val_loss"]):
                 raise Diverged(
                     f"the loss on the holdout is not finite after epoch {trainer.current_epoch + 1}"

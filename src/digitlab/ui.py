@@ -1,4 +1,4 @@
-"""MLflow's own pages on the lab's records."""
+"""MLflow's and Optuna's own pages on the lab's records, on this machine alone."""
 
 import os
 import socket
@@ -7,7 +7,11 @@ from pathlib import Path
 
 from digitlab.compose import compose
 from digitlab.errors import UserError
+from digitlab.search import open_storage, study_names
 from digitlab.tracking import open_tracking, sqlite_uri
+from digitlab.views import view_addresses
+
+_SHOWN = 5  # studies whose addresses are printed
 
 
 def serve(lab: Path, port: int) -> int:
@@ -16,6 +20,36 @@ def serve(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken.
     """
+    _require_free(port, "ui")
+    tracking = open_tracking(compose("train", ["tracking=mlflow"])[0].config, lab)
+    page = tracking.runs_page().replace(":5000/", f":{port}/")
+    print(f"runs:   {page}   (Ctrl-C ends it)")
+    for study in study_names(open_storage(lab))[-_SHOWN:]:
+        for kind, address in view_addresses(page, study).items():
+            print(f"{study}, {kind}: {address}")
+    sys.stdout.flush()
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of the GenAI side; 8 processes
+    place = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", sqlite_uri(lab)]
+    _become(sys.executable, "-m", "mlflow", "server", "--workers", "1", *place)
+    return 0
+
+
+def dashboard(lab: Path, port: int) -> int:
+    """Become optuna-dashboard on 127.0.0.1.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    _require_free(port, "dashboard")
+    open_storage(lab)  # or it says in many lines that there is none
+    print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
+    program = str(Path(sys.executable).with_name("optuna-dashboard"))
+    _become(program, "--server", "wsgiref", "--host", "127.0.0.1", "--port", str(port),
+            f"sqlite:///{lab / 'optuna.db'}")  # fmt: skip
+    return 0
+
+
+def _require_free(port: int, target: str) -> None:
     if not 0 < port < 65536:
         raise UserError(f"--port={port}: allowed is 1 to 65535")
     with socket.socket() as probe:
@@ -25,15 +59,9 @@ def serve(lab: Path, port: int) -> int:
         except OSError as error:
             raise UserError(
                 f"--port={port}: taken by another program: end it, or give another port "
-                f"(make ui PORT={port + 1})"
+                f"(make {target} PORT={port + 1})"
             ) from error
-    tracking = open_tracking(compose("train", ["tracking=mlflow"])[0].config, lab)
-    experiment = getattr(tracking, "experiment", "0")
-    print(
-        f"runs: http://127.0.0.1:{port}/#/experiments/{experiment}/runs?workflowType=machine_learning"
-        "   (Ctrl-C ends it)",
-        flush=True,
-    )
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of the GenAI side; 8 processes
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [*command, "--workers", "1", "--backend-store-uri", sqlite_uri(lab)])  # noqa: S606
+
+
+def _become(*command: str) -> None:
+    os.execv(command[0], command)  # noqa: S606

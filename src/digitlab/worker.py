@@ -88,7 +88,8 @@ class _Work:
         twin = next((r for r in rows if r.state == "finished" and r.values == values), None)
         if twin is not None:
             return self._take_over(job, config, twin)
-        outcome = self._perform(job, config, _TrialWatch(self, trial, values))
+        watch = _TrialWatch(self, trial, values)
+        outcome = self._perform(job, config, watch)
         attempts = int(notes.get("attempts", 0))
         if outcome.state == "interrupted":
             self.search.put_back(job.number, attempts)
@@ -98,7 +99,9 @@ class _Work:
             self.search.put_back(job.number, attempts + 1)
             return Done("waiting", outcome.reason)
         value = trial_value(outcome.state, outcome.metrics)
-        told = {"metrics": outcome.metrics} | ({"reason": outcome.reason} if outcome.reason else {})
+        told: dict[str, Any] = {"metrics": outcome.metrics, "curve": watch.curve}
+        if outcome.reason:
+            told["reason"] = outcome.reason
         self.search.tell(job.number, outcome.state, value, told)
         return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
 
@@ -125,6 +128,7 @@ class _Told(Watch):
     def __init__(self, work: _Work, values: dict[str, Any] | None = None) -> None:
         self.connection, self.values = work.connection, values
         self.metrics: dict[str, float] = {}
+        self.curve: list[float] = []  # holdout accuracy after each epoch
         self.told = 0.0
 
     def batch(self, done: float) -> None:
@@ -142,6 +146,7 @@ class _Told(Watch):
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self.metrics = dict(metrics)
+        self.curve.append(metrics.get("val_accuracy", 0.0))
 
 
 class _TrialWatch(_Told):
