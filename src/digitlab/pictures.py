@@ -44,10 +44,9 @@ def draw_film(film: Sequence[Frame], images: Tensor, labels: Tensor, folder: Pat
     frames = [film[place] for place in places]
     cell, height, top = 130, 30, 40  # pixels: a frame's width, a digit's row, the filters
     canvas = np.full((top + 10 * height, 40 + cell * len(frames)), 0.97)
-    figure = Figure(
-        figsize=(canvas.shape[1] / 90, canvas.shape[0] / 90 + 0.5), layout="constrained"
-    )
-    axes = figure.subplots()
+    width, tall = canvas.shape[1] / 90, canvas.shape[0] / 90
+    figure = Figure(figsize=(width, tall + 0.8))
+    axes = figure.add_axes((0.01, 0.5 / (tall + 0.8), 0.98, tall / (tall + 0.8)))
     for row, image in enumerate(images[:, 0].numpy()):
         canvas[top + row * height + 1 : top + row * height + 29, 4:32] = 1 - image / 255
     for column, frame in enumerate(frames):
@@ -81,13 +80,14 @@ def _tile(canvas: np.ndarray, filters: np.ndarray) -> None:
 
 
 def _draw_matrix(counts: np.ndarray) -> Figure:
-    figure = Figure(figsize=(6, 5.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6, 5.8))  # placed by hand: a layout engine draws everything twice
+    axes = figure.add_axes((0.09, 0.08, 0.88, 0.86))
     wrong = counts * (1 - np.eye(10, dtype=int))
     axes.imshow(wrong, cmap="Reds", vmin=0, vmax=max(1, wrong.max()))
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=8)
+            ink = "white" if wrong[row, column] > 0.6 * wrong.max() else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=ink)
     axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
     correct = int(np.trace(counts))
     total = int(counts.sum())
@@ -103,8 +103,8 @@ def _draw_digits(images: np.ndarray, titles: list[str]) -> Figure:
     rows = -(-len(images) // columns)
     cell = 40  # pixels: the digit's 28, a line of text, space
     mosaic = np.full((rows * cell, columns * cell), 255, np.uint8)
-    figure = Figure(figsize=(columns * 1.1, rows * 1.1), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(columns * 1.1, rows * 1.1))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         y, x = i // columns * cell, i % columns * cell
         mosaic[y + 10 : y + 38, x + 6 : x + 34] = 255 - image

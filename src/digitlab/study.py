@@ -28,7 +28,6 @@ from digitlab.errors import UserError
 from digitlab.guard import fitting_trials, guard
 from digitlab.reconcile import audit, reconcile_trial, record_taken
 from digitlab.record import Identity, begin_record, stage, trial_tags
-from digitlab.report import keep_report, report
 from digitlab.search import STORE_ERRORS, Search, TrialRow, open_storage
 from digitlab.space import read_space
 from digitlab.summary import champion_text, pruning_text, sweep_command, trials_table
@@ -369,6 +368,8 @@ class _Sweep:
         note = describe_study(self.config, self.overrides, text)
         record = self.tracking.resume(self.parent_run)
         record.log(test_metrics(summary), tags={"mlflow.note.content": note})
+        from digitlab.report import keep_report, report  # plotly, after all else has run
+
         page = report(self.search, self.config, self.tracking, self.lab)
         keep_report(page, self.search, self.tracking, self.lab)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -75,6 +76,8 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     """
     torch.set_num_threads(config.trainer.threads)
     torch.manual_seed(config.trainer.seed)
+    if not torch.cuda.is_available():  # or torch's optimizers look for its library at every step
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Nothing here reads memory that it has not written, which is what filling it would guard.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     data = DigitsData(config, lab)
