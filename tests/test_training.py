@@ -23,10 +23,11 @@ from torch.optim import lr_scheduler
 
 from digitlab import datamodule
 from digitlab.augment import augment
-from digitlab.compose import compose
+from digitlab.compose import compose, config_from_plain, config_to_plain
 from digitlab.config import Config, OptimConfig, Schedule
 from digitlab.datamodule import DigitsData, random_stream
 from digitlab.datasets import stratified_split
+from digitlab.errors import UserError
 from digitlab.module import Diverged, build_optimizer, build_schedule
 from digitlab.networks import build_network
 from digitlab.training import Fit, Watch, fit
@@ -560,3 +561,24 @@ def test_watch_that_raises_ends_the_run_at_once(
         fit(configure(), lab, listener, [0.5])
     assert ended.value is raised
     assert listener.told[-1][:2] == (what, where)
+
+
+def test_a_run_may_learn_from_a_stratified_part_of_the_images(lab: Path) -> None:
+    whole = DigitsData(configure("data.fold=test"), lab)
+    part = DigitsData(configure("data.fold=test", "data.images=500"), lab)
+    again = DigitsData(configure("data.fold=test", "data.images=500", "trainer.seed=9"), lab)
+    assert len(part.learned[1]) == 500
+    shares = part.learned[1].bincount() / 500 - whole.learned[1].bincount() / 2000
+    assert shares.abs().max() < 0.005
+    assert torch.equal(part.learned[0], again.learned[0])  # the training seed keeps the part
+    with pytest.raises(UserError, match=r"data.images=2000: allowed is up to 1999 here"):
+        DigitsData(configure("data.fold=test", "data.images=2000"), lab)
+
+
+def test_a_configuration_from_before_a_key_was_added_is_migrated() -> None:
+    plain = config_to_plain(configure())
+    del plain["data"]["images"]
+    assert config_from_plain(plain) == configure()
+    del plain["data"]["mean"]
+    with pytest.raises(UserError, match=r"data.mean"):
+        config_from_plain(plain)

@@ -130,6 +130,7 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
     for key, value in flat(plain).items():
         if "${" in str(value):
             raise UserError(f"{key}={value}: an interpolation is not allowed in a configuration")
+    plain = _migrated(plain)
     model = plain.get("model")
     name = model.get("name") if isinstance(model, Mapping) else None
     try:
@@ -145,6 +146,19 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
         raise UserError(": ".join(filter(None, [given, _explain(error)])) + network) from error
     assert isinstance(config, Config)
     return config
+
+
+# Keys that came after 0.1.0, with the value that stands for what was done before.
+_ADDED = {"data.images": 0}
+
+
+def _migrated(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of an older version, with the keys that it did not know."""
+    for key, value in _ADDED.items():
+        section, name = key.split(".")
+        if isinstance(plain.get(section), Mapping) and name not in plain[section]:
+            plain = {**plain, section: {**plain[section], name: value}}
+    return plain
 
 
 def _refuse_mappings(plain: Mapping[str, Any], model_type: type) -> None:

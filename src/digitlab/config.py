@@ -72,6 +72,7 @@ class DataConfig:
     fold: Fold
     holdout: int  # images of the training set kept for validation
     split_seed: int  # of the holdout alone, so that a new training seed keeps the split
+    images: int  # to learn from, stratified; 0 is all
     batch_size: int
     mean: float  # of the pixels in [0, 1]; subtracted
     std: float  # of the pixels in [0, 1]; divided by
@@ -80,6 +81,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.holdout >= 10, f"data.holdout={self.holdout}", "an integer >= 10")
+        require(self.images >= 0, f"data.images={self.images}", "an integer >= 0, 0 for all")
         require(self.batch_size >= 1, f"data.batch_size={self.batch_size}", "an integer >= 1")
         seed = f"data.split_seed={self.split_seed}"
         require(0 <= self.split_seed < 2**31, seed, "0 to 2147483647")

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from digitlab.augment import augment
 from digitlab.config import Config, DataConfig, Fold
 from digitlab.datasets import TEST, TRAIN, load_digits, stratified_split
+from digitlab.errors import require
 
 
 def random_stream(seed: int, stream: int) -> Generator:
@@ -64,12 +65,17 @@ class DigitsData(pl.LightningDataModule):
         data = config.data
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         self.sha256 = dict(digits.sha256)
-        images = digits.images[:, None]
-        learn = torch.arange(len(images))
+        images, labels = digits.images[:, None], digits.labels
         if data.fold is Fold.holdout:
-            learn, held = stratified_split(digits.labels, data.holdout, data.split_seed)
-            self.holdout = (images[held], digits.labels[held])
-        self.learned = (images[learn], digits.labels[learn])
+            learn, held = stratified_split(labels, data.holdout, data.split_seed)
+            self.holdout = (images[held], labels[held])
+            images, labels = images[learn], labels[learn]
+        if data.images:
+            given, most = f"data.images={data.images}", len(labels) - 1
+            require(data.images <= most, given, f"up to {most} here, 0 for all")
+            _, learn = stratified_split(labels, data.images, data.split_seed)
+            images, labels = images[learn], labels[learn]
+        self.learned = (images, labels)
 
     def train_dataloader(self) -> Batches:
         return Batches(*self.learned, self.config.data, self.config.trainer.seed)

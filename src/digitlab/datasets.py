@@ -100,8 +100,9 @@ def load_digits(
     known = find_known(name)
     folder = lab / "data" / name
     contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
-    images = _parse_idx(contents[0], folder / files[0])
-    labels = _parse_idx(contents[1], folder / files[1])
+    (images_file, _), (labels_file, _) = contents
+    images = _parse_idx(images_file, folder / files[0])
+    labels = _parse_idx(labels_file, folder / files[1])
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise UserError(
             f"{folder}: images {images.shape} and labels {labels.shape} do not fit: "
@@ -112,25 +113,27 @@ def load_digits(
     return Digits(
         torch.from_numpy(images),
         torch.from_numpy(labels.astype(np.int64)),
-        {
-            file: hashlib.sha256(data).hexdigest()
-            for file, data in zip(files, contents, strict=True)
-        },
+        {file: digest for file, (_, digest) in zip(files, contents, strict=True)},
     )
 
 
-def _verified(folder: Path, file: str, known: Known, name: str, allow_unknown: bool) -> bytes:
-    """The file's bytes; a wrong file is set aside and fetched again, one process at a time."""
+def _verified(
+    folder: Path, file: str, known: Known, name: str, allow_unknown: bool
+) -> tuple[bytes, str]:
+    """The file's bytes and their SHA-256; a wrong file is set aside and fetched again.
+
+    One process at a time does the latter.
+    """
     path = folder / file
-    content = _read(path)
-    if content is not None and (allow_unknown or _is_known(content, known, file)):
-        return content
+    found = _read(path)
+    if found is not None and (allow_unknown or found[1] == known.sha256[file]):
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        content = _read(path)  # another may have fetched it
+        found = _read(path)  # another may have fetched it
         problem = f"{path} is missing"
-        if content is not None and not _is_known(content, known, file):
-            digest = hashlib.sha256(content).hexdigest()
+        if found is not None and found[1] != known.sha256[file]:
+            content, digest = found
             aside = path.with_name(f"{file}.{digest[:8]}.rejected")
             path.replace(aside)
             problem = (
@@ -138,18 +141,20 @@ def _verified(folder: Path, file: str, known: Known, name: str, allow_unknown: b
             )
             problem += f" and was set aside as {aside.name}"
             print(f"{problem}; fetching it again", file=sys.stderr)
-            content = None
-        if content is None:
+            found = None
+        if found is None:
             _fetch(folder, known, name, problem)
-            content = path.read_bytes()
-    return content
+            found = _read(path)
+    assert found is not None
+    return found
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Path) -> tuple[bytes, str] | None:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except FileNotFoundError:  # not there, or just set aside by another process
         return None
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def _is_known(content: bytes, known: Known, file: str) -> bool:
