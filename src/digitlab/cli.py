@@ -141,11 +141,14 @@ def _audit(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     parser = _Parser("digitlab bench", description="Time things in turns.")
     parser.add_argument("--repeats", type=int, default=5, help="of each figure, default 5")
+    parser.add_argument("--only", default="", help="a part of: start limit tracked workers article "
+                        "conventional trial")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON; lab/bench.json", metavar="FILE")
     options = parser.parse_args(arguments)
     from digitlab.bench import bench
     from digitlab.lab import lab_folder
 
-    return bench(lab_folder(), options.repeats)
+    return bench(lab_folder(), options.repeats, options.only, options.out)
 
 
 def _reproduce(arguments: list[str]) -> int:
