@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from digitlab import workers
+from digitlab.cli import main
 from digitlab.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -25,6 +26,38 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(DATA, folder / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
     monkeypatch.setenv("DIGITLAB_HOME", str(folder))
     return folder
+
+
+Call = Callable[..., tuple[int, str, str]]
+CallIn = Callable[[Path], Call]
+
+
+@pytest.fixture
+def call_in(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> CallIn:
+    """`digitlab` in this process, in the lab that is given, from an empty folder.
+
+    A call returns exit status, output and error output, those of its own processes among them.
+    """
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def call_in(lab: Path) -> Call:
+        monkeypatch.setenv("DIGITLAB_HOME", str(lab))
+
+        def call(*arguments: str) -> tuple[int, str, str]:
+            capfd.readouterr()
+            try:
+                status = main(arguments)
+            except SystemExit as end:
+                status = int(end.code or 0)
+            return status, *capfd.readouterr()
+
+        return call
+
+    return call_in
 
 
 class Parent:

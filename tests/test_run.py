@@ -156,7 +156,7 @@ def test_record_begins_with_identity_and_every_parameter(finished: Finished) -> 
     }
     leaves = flat(config_to_plain(configure()))
     assert begun.params == {
-        key: value
+        key: str(value)
         for key, value in leaves.items()
         if key.split(".")[0] not in ("study", "tracking")
     }
@@ -236,7 +236,7 @@ def test_record_names_the_files_of_data_that_were_read(finished: Finished) -> No
 def test_pictures_are_kept(finished: Finished) -> None:
     files = finished[1].files
     pictures = sorted(name for name in files if name.startswith("pictures/"))
-    assert pictures == ["pictures/confusion.png", "pictures/misread.png"]
+    assert pictures == ["pictures/confusion.png", "pictures/evolution.png", "pictures/misread.png"]
     assert all(files[name].startswith(PNG) for name in pictures)
 
 

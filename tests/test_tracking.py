@@ -364,10 +364,40 @@ def test_latest_registered_version_is_the_champion(tracking: Tracking, tmp_path:
     for number, record in enumerate(records):
         record.keep(parcel(tmp_path / "parcel"))
         record.end("finished")
-        tracking.register("digits", record.run_id, {"trial": str(number)})
+        card = f"**the {number}th**\n\n- reads digits"
+        tracking.register("digits", record.run_id, {"trial": str(number)}, card)
     champion = tracking.client.get_model_version_by_alias("digits", "champion")
     assert (champion.run_id, champion.tags["trial"]) == (records[1].run_id, "1")
-    assert len(tracking.client.search_model_versions("name = 'digits'")) == 2
+    assert champion.description == "**the 1th**\n\n- reads digits"
+    assert champion.source.endswith(f"{records[1].run_id}/artifacts/model")
+    versions = tracking.client.search_model_versions("name = 'digits'")
+    described = {version.run_id: version.description for version in versions}
+    assert described[str(records[0].run_id)] == "**the 0th**\n\n- reads digits"
+    assert len(described) == 2
+
+
+def test_views_are_laid_out_on_the_experiment_and_replaced_by_later_ones(
+    tracking: Tracking,
+) -> None:
+    assert isinstance(tracking, MlflowTracking)
+    for value in ("{}", LONG[:4999]):  # as long as a view may be
+        tracking.lay_out({"mlflow.sharedViewState.mine": value, "plain": "1"})
+    experiment = tracking.client.get_experiment(tracking.experiment)
+    assert experiment.tags["mlflow.sharedViewState.mine"] == LONG[:4999]
+    assert experiment.tags["plain"] == "1"
+    assert tracking.find({}) == []
+
+
+def test_runs_page_is_that_of_the_experiment_where_its_runs_are_served(
+    tracking: Tracking, request: pytest.FixtureRequest
+) -> None:
+    assert isinstance(tracking, MlflowTracking)
+    server = "http://127.0.0.1:5000"  # where `digitlab ui` serves what is in the lab
+    if request.node.callspec.id == "server":
+        server = request.getfixturevalue("server").uri
+    page, _, place = tracking.runs_page().partition("/#")
+    assert page == server
+    assert place.startswith(f"/experiments/{tracking.experiment}/runs?")
 
 
 def test_recording_prints_nothing(
@@ -386,7 +416,9 @@ def test_no_tracking_takes_everything_and_holds_nothing(tmp_path: Path) -> None:
         each.keep(folder)
         assert not folder.exists()
         each.end("finished")
-    tracking.register("digits", "0123456789", {})
+    tracking.register("digits", "0123456789", {}, "a card")
+    tracking.lay_out({"mlflow.sharedViewState.mine": "{}"})
+    assert tracking.runs_page() == ""
     tracking.delete("0123456789")
     assert record.run_id is None
     assert tracking.find({}) == tracking.find({"study": "s"}) == []
@@ -601,7 +633,8 @@ def test_reading_while_the_tracker_is_away_is_told_in_one_line(
         lambda: tracking.history(run_id),
         lambda: tracking.artifact(run_id, "config.yaml"),
         lambda: tracking.delete(run_id),
-        lambda: tracking.register("digits", run_id, {}),
+        lambda: tracking.register("digits", run_id, {}, "a card"),
+        lambda: tracking.lay_out({"mlflow.sharedViewState.mine": "{}"}),
     ):
         with pytest.raises(UserError, match="not reached") as told:
             ask()

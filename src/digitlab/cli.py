@@ -174,9 +174,16 @@ def _reproduce(arguments: list[str]) -> int:
     runs = [word for word in (options.run, *options.overrides) if word and "=" not in word]
     if len([*runs, *filter(None, (options.study, options.config))]) != 1:
         parser.error("give one of RUN, --study NAME and --config FILE")
+    if options.at_commit and not runs:
+        parser.error("--at-commit goes with RUN alone")
+    if (options.json and options.config) or (overrides and options.study):
+        parser.error("--config takes no --json, --study no overrides")
     from digitlab.lab import lab_folder
 
     if options.study:
+        from digitlab.workers import preload
+
+        preload()
         from digitlab.replay import replay
 
         return replay(options.study, lab_folder(), options.json)

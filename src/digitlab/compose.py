@@ -149,12 +149,12 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
 
 
 # Keys that came after 0.1.0, with the value that stands for what was done before.
-_ADDED = {"data.images": 0}
+ADDED = {"data.images": 0}
 
 
 def _migrated(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of an older version, with the keys that it did not know."""
-    for key, value in _ADDED.items():
+    for key, value in ADDED.items():
         section, name = key.split(".")
         if isinstance(plain.get(section), Mapping) and name not in plain[section]:
             plain = {**plain, section: {**plain[section], name: value}}
@@ -195,6 +195,8 @@ def config_from_yaml(text: str) -> Config:
     Raises:
         UserError: as `config_from_plain`, or the text is not a YAML mapping.
     """
+    if re.search(r"(?m)(^|[\s\[{,])[&*]\w", text):  # a few lines of them unfold to gigabytes
+        raise UserError("not a configuration: YAML's anchors and aliases are not allowed")
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # PyYAML's own errors reach here besides OmegaConf's

@@ -11,6 +11,11 @@ from typing import Any
 from digitlab.lab import ROOT
 
 _SOURCES = ("src", "conf", "experiments")  # whose untracked files may have taken part
+# Whatever a person's git is set to, the diff is one that `git apply` takes.
+_DIFF = (
+    *("--binary", "--no-color", "--no-ext-diff", "--no-textconv", "-U3"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
+)
 _LARGEST = 2**20  # bytes of an untracked file that is kept whole
 
 
@@ -22,11 +27,16 @@ def describe_environment() -> dict[str, Any]:
     """
     libraries: dict[str, str] = {}
     for distribution in distributions():  # of two of a name, the first is the one imported
-        libraries.setdefault(distribution.metadata["Name"].lower(), distribution.version)
+        try:
+            name = distribution.metadata["Name"]
+        except FileNotFoundError:  # what an uninstallation left behind
+            continue
+        if name:
+            libraries.setdefault(name.lower(), distribution.version)
     listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
     return {
         "commit": _git("rev-parse", "HEAD").strip(),
-        "diff": _git("diff", "--binary", "HEAD"),
+        "diff": _git("diff", *_DIFF, "HEAD"),
         "untracked": {path: _text(ROOT / path) for path in listed.split("\0") if path},
         "source": source_digest(),
         "libraries": dict(sorted(libraries.items())),
@@ -39,15 +49,15 @@ def describe_environment() -> dict[str, Any]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text() if path.stat().st_size <= _LARGEST else None
+        return path.read_bytes().decode() if path.stat().st_size <= _LARGEST else None
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def source_digest() -> str:
-    """SHA-256 of the package's source, the first 12 characters."""
+def source_digest(package: Path | None = None) -> str:
+    """SHA-256 of a package's source, this one's if none is given; the first 12 characters."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = package or Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -57,10 +67,11 @@ def _git(*arguments: str) -> str:
     """What git prints; empty where there is no git or no repository."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    # Names and changes need not be UTF-8; JSON takes the bytes that are not as surrogates.
+    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
 
 
 def _processor() -> str:

@@ -30,14 +30,15 @@ def trial_tags(study: str, number: int) -> dict[str, str]:
     return {"digitlab.study": study, "digitlab.trial": str(number)}
 
 
-def begin_record(tracking: Tracking, config: Config, identity: Identity) -> RunRecord:
-    """Begin the record of a run of `config`: names, tags, every parameter.
-
-    The settings of a study are parameters of the study's own run alone.
-    """
+def row_params(config: Config, kind: str) -> dict[str, str]:
+    """The parameters of a run of that kind: the settings of a study are the study's own alone."""
+    hidden = () if kind == "study" else ("study.", "tracking.")
     leaves = flat(config_to_plain(config))
-    whole = identity.kind == "study"
-    hidden = () if whole else ("study.", "tracking.")
+    return {key: str(value) for key, value in leaves.items() if not key.startswith(hidden)}
+
+
+def begin_record(tracking: Tracking, config: Config, identity: Identity) -> RunRecord:
+    """Begin the record of a run of `config`: names, tags, every parameter."""
     tags = {
         "digitlab.kind": identity.kind,
         "digitlab.state": "running",
@@ -49,7 +50,7 @@ def begin_record(tracking: Tracking, config: Config, identity: Identity) -> RunR
         Start(
             identity.name,
             {key: value for key, value in tags.items() if value},
-            {key: value for key, value in leaves.items() if not key.startswith(hidden)},
+            row_params(config, identity.kind),
             identity.parent,
         )
     )

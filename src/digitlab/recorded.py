@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from digitlab.compose import config_from_yaml, config_to_plain, flat
+from digitlab.compose import ADDED, config_from_yaml
 from digitlab.config import Config
 from digitlab.errors import UserError, nearest
-from digitlab.record import SUMS, seal, trial_tags
+from digitlab.record import SUMS, row_params, seal, trial_tags
 from digitlab.tracking import RunRow, Tracking
 
 
@@ -26,11 +27,9 @@ def find_run(tracking: Tracking, name: str) -> RunRow:
             raise UserError("champion: no study has one yet: run `make sweep`")
         row = rows[-1]
     elif study:
-        rows = (
-            tracking.find({"digitlab.kind": "trial", **trial_tags(study, int(number))})
-            if (number.isdecimal())
-            else []
-        )
+        rows = []
+        if number.isdecimal() and re.fullmatch(r"[\w.-]+", study):
+            rows = tracking.find({"digitlab.kind": "trial", **trial_tags(study, int(number))})
         if not rows:
             trials = tracking.find({"digitlab.kind": "trial"})
             known = {f"{r.tags['digitlab.study']}/{r.tags['digitlab.trial']}" for r in trials}
@@ -66,11 +65,18 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
     """What of a finished run's record is no longer as it was written; nothing if all is."""
     name = f"of {row.name} ({row.run_id})"
     if "digitlab.seal" not in row.tags:  # a champion's, or from before 0.2: the weights alone
+        try:
+            tracking.artifact(row.run_id, SUMS)
+            return [f"the seal {name} is missing"]
+        except UserError:
+            pass
         digest = hashlib.sha256(tracking.artifact(row.run_id, "weights.safetensors")).hexdigest()
         whole = digest == row.tags.get("digitlab.weights_sha256")
         return [] if whole else [f"weights.safetensors {name} is not the file that was recorded"]
     sums = tracking.artifact(row.run_id, SUMS).decode(errors="replace")
-    if seal(sums, tracking.history(row.run_id), row.tags) != row.tags["digitlab.seal"]:
+    history = tracking.history(row.run_id)
+    last = {metric: value for metric, _, value in sorted(history, key=lambda told: told[1])}
+    if seal(sums, history, row.tags) != row.tags["digitlab.seal"] or last != row.metrics:
         return [f"a metric, a tag or {SUMS} {name} is not what was recorded"]
     found = []
     for line in sums.splitlines():
@@ -78,11 +84,11 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
         if hashlib.sha256(tracking.artifact(row.run_id, path)).hexdigest() != digest:
             found.append(f"{path} {name} is not the file that was recorded")
     if not found:
-        leaves = flat(config_to_plain(recorded_config(tracking, row)))
+        known = row_params(recorded_config(tracking, row), row.tags["digitlab.kind"])
         found += [
-            f"parameter {key} {name} is {value}, {leaves[key]} in its config.yaml"
-            for key, value in row.params.items()
-            if key in leaves and str(leaves[key]) != value
+            f"parameter {key} {name} is {row.params.get(key)}, {known.get(key)} in its config.yaml"
+            for key in sorted(known.keys() | row.params.keys())
+            if row.params.get(key) != known.get(key) and key not in ADDED
         ]
     return found
 
@@ -105,8 +111,11 @@ def recorded_config(tracking: Tracking, row: RunRow) -> Config:
 
 def recorded_environment(tracking: Tracking, row: RunRow) -> dict[str, Any]:
     """What `describe_environment` said when the run began, and what torch computed with."""
-    environment: Any = json.loads(tracking.artifact(row.run_id, "environment.json"))
-    return dict(environment)
+    try:
+        environment: Any = json.loads(tracking.artifact(row.run_id, "environment.json"))
+        return dict(environment)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"environment.json of {row.name} ({row.run_id}) is damaged") from error
 
 
 def recorded_guesses(tracking: Tracking, row: RunRow) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,9 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
     config = with_values(recorded, _as_it_ended(original, notes) | {"study.workers": 1})
     names = (f"{study}-replay{number or ''}" for number in range(len(known) + 1))
     name = next(n for n in names if n not in known or "champion" not in original.notes(n))
-    config = with_values(config, {"study.name": name, "tracking.name": "none"})
+    # The total counts the trials that failed, as they are all run again.
+    own = {"study.name": name, "tracking.name": "none", "study.count_failed": True}
+    config = with_values(config, own)
 
     tracking = open_tracking(recorded, lab)
     row = tracking.get(str(notes["run_id"])) if notes.get("run_id") else None
@@ -58,7 +60,7 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
         print(f"replaying study {study} as {name}, by one worker")
         for difference in found:
             print(f"  {difference}")
-        status = sweep(Composed(config, ()), lab)
+        status = sweep(Composed(config, ()), lab, f"digitlab reproduce --study {study}")
     if status == 130:
         raise KeyboardInterrupt
     again = Search(storage, config.study, read_space(config))

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from digitlab.compose import (
 )
 from digitlab.config import Config, Fold
 from digitlab.datasets import TEST, TRAIN, load_digits
-from digitlab.environment import describe_environment
+from digitlab.environment import describe_environment, source_digest
 from digitlab.errors import UserError
 from digitlab.lab import ROOT
 from digitlab.record import Identity
@@ -139,25 +140,43 @@ def reproduce(
     Raises:
         UserError: there is no such run, or its record does not allow it.
     """
-    stores = [override for override in overrides if override.startswith("tracking.")]
+    stores, others = _stores(overrides)
     tracking = open_tracking(compose("train", stores)[0].config, lab)
-    row = trained(tracking, name)
-    values = override_values([override for override in overrides if override not in stores])
+    values = override_values(others)
     if values.keys() - {"trainer.threads"}:
         raise UserError(
             f"{', '.join(values)}: a reproduction changes trainer.threads at most: "
             f"use `digitlab train --config-from {name} ...` for another run"
         )
+    row = trained(tracking, name)
+    if at_commit and not damage(tracking, row):
+        verdict = _at_commit(row, recorded_environment(tracking, row), overrides, lab)
+        return _conclude(tracking, row, verdict, as_json)
+    return _held_to(tracking, row, values, lab, as_json)
+
+
+def _stores(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides that say where runs are recorded, and the others."""
+    stores = [override for override in overrides if override.startswith("tracking.")]
+    return stores, [override for override in overrides if override not in stores]
+
+
+def _held_to(
+    tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path, as_json: bool
+) -> int:
     broken = damage(tracking, row)
     if broken:
-        verdict = Verdict(NOT, broken, None, row.run_id)
-    elif at_commit:
-        verdict = _at_commit(row, recorded_environment(tracking, row), overrides, lab)
-    else:
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            verdict = _again(tracking, row, values, lab)
+        return _conclude(tracking, row, Verdict(NOT, broken, None, row.run_id), as_json)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        verdict = _again(tracking, row, values, lab)
+    return _conclude(tracking, row, verdict, as_json)
+
+
+def _conclude(tracking: Tracking, row: RunRow, verdict: Verdict, as_json: bool) -> int:
     said = f"{verdict.verdict} {verdict.run_id or ''}".strip()
     tracking.resume(row.run_id).log(tags={"digitlab.reproduced": said})
+    if verdict.run_id:
+        tracking.resume(verdict.run_id).log(tags={"digitlab.verdict": verdict.verdict})
     return verdict.tell(as_json, row.name)
 
 
@@ -189,7 +208,6 @@ def _again(tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path
     again = tracking.get(outcome.run_id)
     found = given + differences(then, recorded_environment(tracking, again))
     verdict, changed = judge(tracking, row, again, found)
-    tracking.resume(again.run_id).log(tags={"digitlab.verdict": verdict})
     return Verdict(verdict, [*map(str, found), *changed], again.run_id, row.run_id)
 
 
@@ -269,7 +287,7 @@ def _at_commit(
     """
     commit, name = str(then.get("commit") or ""), f"--at-commit: {row.name}"
     untracked = then.get("untracked") or {}
-    if not commit:
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         raise UserError(f"{name} was recorded outside a repository: its commit is not known")
     if isinstance(untracked, str) or None in untracked.values():
         raise UserError(f"{name} had untracked files that are not in its record")
@@ -284,25 +302,39 @@ def _at_commit(
                 if not target.is_relative_to(tree):
                     raise UserError(f"{name}: its untracked file {path} lies outside the checkout")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text)
+                target.write_bytes(text.encode())
+            package = tree / "src" / "digitlab"
+            if not package.is_dir() or source_digest(package) != then.get("source"):
+                raise UserError(f"{name} at {commit[:12]}: its code is not all in its record")
             command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, "--json"]
             place = os.environ | {"PYTHONPATH": str(tree / "src"), "DIGITLAB_HOME": str(lab)}
             done = subprocess.run(
-                [*command, *overrides], cwd=tree, env=place, stdout=subprocess.PIPE, check=False
+                [*command, *overrides], cwd=tree, env=place, capture_output=True, check=False
             )
         except subprocess.CalledProcessError as error:
-            raise UserError(f"{name} at {commit[:12]}: {error.stderr.strip()}") from error
+            reason = error.stderr.decode(errors="replace").strip().splitlines()
+            raise UserError(
+                f"{name} at {commit[:12]}: {reason[-1] if reason else error}"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{name} at {commit[:12]}: {error}") from error
         finally:
             shutil.rmtree(tree, ignore_errors=True)
-            _git("worktree", "prune")
-    if done.returncode not in STATUS.values():
-        raise UserError(f"{name} at {commit[:12]}: its code ended with status {done.returncode}")
-    return Verdict(**{key: json.loads(done.stdout)[key] for key in Verdict.__annotations__})
+            with suppress(OSError, subprocess.CalledProcessError):
+                _git("worktree", "prune")
+    try:
+        told = json.loads(done.stdout)
+        return Verdict(**{key: told[key] for key in Verdict.__annotations__})
+    except (ValueError, KeyError, TypeError) as error:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()
+        said = reason[-1] if reason else f"it ended with status {done.returncode}"
+        raise UserError(f"{name} at {commit[:12]}: its code says: {said}") from error
 
 
-def _git(*arguments: str, given: str | None = None) -> None:
+def _git(*arguments: str, given: str = "") -> None:
     command = ["git", "-C", str(ROOT), *arguments]
-    subprocess.run(command, input=given, text=True, capture_output=True, check=True)
+    content = given.encode(errors="surrogateescape")
+    subprocess.run(command, input=content, capture_output=True, check=True)
 
 
 def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
@@ -317,21 +349,35 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file}: cannot be read: {error}") from error
-    config = with_values(config_from_yaml(text), override_values(overrides))
-    tracking = open_tracking(config, lab)
+    stores, others = _stores(overrides)
+    config = with_values(config_from_yaml(text), override_values(others))
+    tracking = open_tracking(compose("train", stores)[0].config, lab)
     leaves = flat(config_to_plain(config))
     for row in tracking.find({"digitlab.state": "finished"}):
         same = all(str(leaves.get(key)) == value for key, value in row.params.items())
         if same and "digitlab.weights_sha256" in row.tags:
-            return reproduce(row.run_id, [], lab, as_json=False, at_commit=False)
+            return _held_to(tracking, row, {}, lab, as_json=False)
     print(f"{file}: no finished run has this configuration: there is nothing to compare with")
+    config = with_values(config, _tracking_values(stores))
     return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": file.name})
 
 
 def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
     """Train a recorded run's configuration with overrides; its exit status."""
-    tracking = open_tracking(compose("train", [])[0].config, lab)
+    stores, others = _stores(overrides)
+    tracking = open_tracking(compose("train", stores)[0].config, lab)
     row = find_run(tracking, name)
-    config = with_values(recorded_config(tracking, row), override_values(overrides))
+    if "digitlab.seal" in row.tags:
+        broken = damage(tracking, row)
+        if broken:
+            raise UserError(f"--config-from {name}: {broken[0]}")
+    values = override_values(others) | _tracking_values(stores)
+    config = with_values(recorded_config(tracking, row), values)
     composed = Composed(config, tuple(overrides))
     return train(composed, lab, {"digitlab.config_from": row.run_id})
+
+
+def _tracking_values(stores: Sequence[str]) -> dict[str, Any]:
+    """Where a new run is recorded: where this call says, not where an old one was."""
+    tracking = config_to_plain(compose("train", stores)[0].config)["tracking"]
+    return {f"tracking.{key}": value for key, value in tracking.items()}

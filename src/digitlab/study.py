@@ -40,8 +40,11 @@ _TICK = 0.2  # seconds between two looks at the clock and the board
 _GRACE = 5.0  # seconds beyond study.trial_minutes after which a worker no longer answers
 
 
-def sweep(composed: Composed, lab: Path) -> int:
+def sweep(composed: Composed, lab: Path, again: str | None = None) -> int:
     """Run or go on with a study; returns the exit status.
+
+    Args:
+        again: the command that goes on, where it is not `make sweep`; such a study is not extended.
 
     Raises:
         UserError: the study cannot be run as it is asked for.
@@ -59,11 +62,12 @@ def sweep(composed: Composed, lab: Path) -> int:
         )
     read_space(config)
     with only_parent(lab, config.study.name), Board() as board:
-        return _Sweep(composed, lab, board).run()
+        return _Sweep(composed, lab, board, again).run()
 
 
 class _Sweep:
-    def __init__(self, composed: Composed, lab: Path, board: Board) -> None:
+    def __init__(self, composed: Composed, lab: Path, board: Board, again: str | None) -> None:
+        self.again = again
         self.config, self.lab, self.board = composed.config, lab, board
         self.overrides = composed.overrides
         self.study = composed.config.study
@@ -111,7 +115,7 @@ class _Sweep:
             ended = sum(row.ended for row in self.search.rows())
             self.board.say(
                 f"stopped with {ended} of {self.study.trials} trials; "
-                f"go on with: {sweep_command(self.overrides)}"
+                f"go on with: {self.again or sweep_command(self.overrides)}"
             )
 
     def _seconds(self) -> float:
@@ -354,7 +358,8 @@ class _Sweep:
             self._publish(summary)
         self.board.print(trials_table(rows, self.study))
         self.board.say(pruning_text(rows, unpruned))
-        self.board.say(champion_text(self.config, summary, self.overrides))
+        overrides = None if self.again else self.overrides
+        self.board.say(champion_text(self.config, summary, overrides))
         if self.parent_run:
             addresses = view_addresses(self.tracking.runs_page(), self.study.name)
             self.board.say(f"look:      make ui   and open {addresses['table']}")

@@ -78,8 +78,13 @@ def sweep_command(overrides: Sequence[str], *more: str) -> str:
     return f"{command} ARGS={shlex.quote(rest)}" if rest else command
 
 
-def champion_text(config: Config, summary: Mapping[str, Any], overrides: Sequence[str]) -> str:
-    """The champion, how sure its accuracy is, and what to do next."""
+def champion_text(
+    config: Config, summary: Mapping[str, Any], overrides: Sequence[str] | None
+) -> str:
+    """The champion, how sure its accuracy is, and what to do next.
+
+    `overrides` are those of the study; None where it is not to be extended.
+    """
     study = config.study
     test = Interval(**summary["test_accuracy"])
     holdout = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}
@@ -95,9 +100,9 @@ def champion_text(config: Config, summary: Mapping[str, Any], overrides: Sequenc
         lines.append(f"  tied: {summary['tied']}; trial {number} is the cheapest of them")
     lines.append(f"  test accuracy {test}, 95 % interval over seeds, all training images")
     run = summary.get("run_id")
-    more = study.trials + max(1, study.trials // 2)
+    more = f"study.trials={study.trials + max(1, study.trials // 2)}"
     lines += [
         f"reproduce: make reproduce RUN={run}" if run else "",
-        f"extend:    {sweep_command(overrides, f'study.trials={more}')}",
+        "" if overrides is None else f"extend:    {sweep_command(overrides, more)}",
     ]
     return "\n".join(line for line in lines if line)

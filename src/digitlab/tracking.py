@@ -241,6 +241,8 @@ class MlflowTracking:
                     self.experiment = self._experiment(experiment, artifacts)
                     _use_wal(lab / "mlflow.db")
             else:
+                if not uri.startswith("http"):  # a database: it has no place for files of its own
+                    artifacts = (lab / "artifacts").as_uri()
                 self.client = MlflowClient(uri)
                 self.experiment = self._experiment(experiment, artifacts)
         except Exception as error:  # sqlalchemy's, requests', MLflow's own: one cause for the user
@@ -310,8 +312,9 @@ class MlflowTracking:
             rows = [_row(found) for found in self._search("")]
         matches = [row for row in rows if row.name == run]
         matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
-        if len(matches) == 1:
-            return matches[0]
+        finished = [row for row in matches if row.status == "FINISHED"]
+        if len(matches) == 1 or len(finished) == 1:
+            return (finished or matches)[0]
         if matches:
             ids = ", ".join(row.run_id[:8] for row in matches[-5:])
             raise UserError(f"{run}: {len(matches)} runs are called so, give an id: {ids}")
