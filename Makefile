@@ -59,8 +59,9 @@ report: $(STAMP) ## a study on one page, lab/reports/<study>.html (ARGS= a study
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT)
 
-dashboard: $(STAMP) ## open Optuna's pages on 127.0.0.1 (ARGS="--port 8080")
-	@$(BIN)/digitlab dashboard $(ARGS)
+dashboard: PORT = 8080
+dashboard: $(STAMP) ## open Optuna's pages on 127.0.0.1 (PORT=)
+	@$(BIN)/digitlab dashboard --port $(PORT)
 
 reproduce: $(STAMP) ## train a run again, with a verdict (RUN= an id, a name, study/7 or champion)
 	@test -n "$(RUN)" || { echo "RUN= is missing: an id, a name, study/7, or champion"; exit 2; }

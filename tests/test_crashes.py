@@ -80,6 +80,7 @@ def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None
     assert results(lab) == undisturbed(lab, run_sweep, *study)
 
 
+@pytest.mark.long
 def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> None:
     study = (
         "study.trials=8",

@@ -490,7 +490,7 @@ def test_importance_has_a_spread_and_finds_the_knob_that_matters() -> None:
         values = {"model.hidden": int(chance.integers(16, 64)), "optim.learning_rate": 0.003}
         values["optim.learning_rate"] += accuracy * 0.027
         study.search.add(values, float(accuracy), {"metrics": METRICS})
-    chart = next(c for c in study_charts(study.search) if c.title == "What mattered")
+    chart = next(c for c in study_charts(study.search, 1) if c.title == "What mattered")
     bars = chart.figure.data[0]
     assert list(bars.y) == ["optim.learning_rate", "model.hidden"]
     assert bars.x[0] > 0.7 > 0.3 > bars.x[1] >= 0
@@ -499,7 +499,7 @@ def test_importance_has_a_spread_and_finds_the_knob_that_matters() -> None:
     assert max(above) > 0 < max(below)
     assert all(0 <= x - b <= x + a <= 1 for x, a, b in zip(bars.x, above, below, strict=True))
     assert f"optim.learning_rate {bars.x[0]:.0%}, model.hidden {bars.x[1]:.0%}" in chart.says
-    again = next(c for c in study_charts(study.search) if c.title == "What mattered")
+    again = next(c for c in study_charts(study.search, 1) if c.title == "What mattered")
     assert again.figure == chart.figure
 
 
@@ -507,9 +507,14 @@ def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
     study = new_study("study.pruner=halving")
     for accuracy in (0.3, 0.4, 0.5, 0.6):
         prune(study.search, accuracy)
-    charts = {chart.title: chart for chart in study_charts(study.search)}
+    number = study.search.claim(1000)
+    assert number is not None
+    trial, _ = study.search.ask(number)
+    trial.report(0.7, 0)
+    study.search.tell(number, "finished", 0.9, {"metrics": METRICS, "curve": [0.9]})
+    charts = {chart.title: chart for chart in study_charts(study.search, 1)}
     assert "accuracy at 0.3 of the steps" in charts["Slices"].says
-    assert {y for line in charts["Slices"].figure.data for y in line.y} == {0.3, 0.4, 0.5, 0.6}
+    assert {y for line in charts["Slices"].figure.data for y in line.y} == {0.3, 0.4, 0.5, 0.6, 0.7}
     assert charts["Parallel coordinates"].figure.data
 
 

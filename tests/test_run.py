@@ -160,8 +160,8 @@ def test_record_begins_with_identity_and_every_parameter(finished: Finished) -> 
         for key, value in leaves.items()
         if key.split(".")[0] not in ("study", "tracking")
     }
-    assert begun.params["trainer.epochs"] == 3
-    assert begun.params["model.widths"] == [4]
+    assert begun.params["trainer.epochs"] == "3"
+    assert begun.params["model.widths"] == "[4]"
 
 
 def test_metrics_are_recorded_by_epoch_as_they_were_heard(finished: Finished) -> None:

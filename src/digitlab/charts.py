@@ -34,8 +34,8 @@ class Chart:
     figure: Any = None
 
 
-def study_charts(search: Search) -> list[Chart]:
-    """All charts that a study's trials can be drawn in."""
+def study_charts(search: Search, epochs: int) -> list[Chart]:
+    """All charts of a study's trials; `epochs` is of those that do not search it."""
     study = optuna.load_study(study_name=search.config.name, storage=search.storage)
     rows = search.rows()
     judged, measure = _judged(search, rows)
@@ -47,7 +47,7 @@ def study_charts(search: Search) -> list[Chart]:
         ("History", "Each finished trial, and the best so far.",
          lambda: plot_optimization_history(study, target_name="holdout accuracy")),
         ("Learning curves", "Holdout accuracy by epoch; pruned trials are dashed.",
-         lambda: _curves(rows)),
+         lambda: _curves(rows, epochs)),
         ("Parallel coordinates", f"A line a trial, from its knobs to {measure}.",
          lambda: plot_parallel_coordinate(judged, knobs, target_name=measure)),
         ("What mattered", f"Importance of each knob for {measure} (PED-ANOVA), median and 10 to "
@@ -87,7 +87,7 @@ def _judged(search: Search, rows: Sequence[TrialRow]) -> tuple[optuna.Study, str
     pruning = search.config.pruner is not Pruner.none
     trials = search.storage.get_all_trials(search.id, deepcopy=False)
     judged = optuna.create_study(direction="maximize")
-    for trial, row in zip(trials, rows, strict=True):
+    for trial, row in zip(trials, rows, strict=False):  # more may have begun meanwhile
         value = trial.intermediate_values.get(0) if pruning else row.value
         if value is not None and len(trial.params) == len(search.knobs):
             judged.add_trial(
@@ -136,15 +136,15 @@ def _importance_bars(important: Mapping[str, tuple[float, float, float]]) -> go.
     )
 
 
-def _curves(rows: Sequence[TrialRow]) -> go.Figure:
+def _curves(rows: Sequence[TrialRow], epochs: int) -> go.Figure:
     figure = go.Figure()
     for row in rows:
         curve = row.notes.get("curve", [])
         metrics = row.notes.get("metrics", {})
         points = [(float(epoch), value) for epoch, value in enumerate(curve, 1)]
-        if row.state == "pruned" and metrics.get("done") and row.value is not None:
-            epochs = len(curve) + 0.5  # within the epoch that it did not end
-            points.append((epochs, row.value))
+        if row.state == "pruned" and "rung" in metrics and row.value is not None:
+            place = metrics["rung"] * row.values.get("trainer.epochs", epochs)
+            points = [point for point in points if point[0] < place] + [(place, row.value)]
         if points:
             pruned = row.state == "pruned"
             x, y = zip(*points, strict=True)

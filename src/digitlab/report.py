@@ -42,7 +42,10 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     name = study or known[-1]
     if name not in known:
         raise UserError(f"{name}: no such study, {nearest(name, known)}")
-    config = recorded_config(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
+    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+    if "config" not in notes:
+        raise UserError(f"{name}: it never began: run `make sweep` for it first")
+    config = recorded_config(notes)
     search = Search(storage, config.study, read_space(config))
     tracking = open_tracking(config, lab)
     page = report(search, config, tracking, lab)
@@ -69,7 +72,7 @@ def report(search: Search, config: Config, tracking: Tracking, lab: Path) -> str
     parts = [
         _section("Result", _result(config, rows, champion, overrides)),
         _section("Best trials", _table(rows, champion, config)),
-        *(_figure(chart) for chart in study_charts(search)),
+        *(_figure(chart) for chart in study_charts(search, config.trainer.epochs)),
         _section("What pruning saved", _text(pruning_text(rows, _unpruned(config, rows, notes)))),
         *_champion(config, champion, tracking, lab),
         _section("How the champion learned", _film(search, champion, tracking)),
@@ -106,6 +109,7 @@ def _figure(chart: Chart) -> str:
     if chart.figure is None:
         return _section(chart.title, _text(chart.says))
     layout = {"title": None, "template": "none", "margin": {"l": 70, "r": 30, "t": 30, "b": 60}}
+    chart.figure.update_yaxes(automargin=True)  # for the names of knobs
     chart.figure.update_layout(**layout, height=420, width=None, autosize=True)
     drawn = chart.figure.to_json().replace("</", "<\\/")
     label = html.escape(f"{chart.title}. {chart.says}", quote=True)

@@ -89,6 +89,7 @@ def _state(study: StudyConfig) -> dict[str, Any]:
     ]
     plain: dict[str, Any] = {"deleted": False, "isGenerated": False, "metricSectionId": section}
     axis = {"xAxisKey": "step", "useGlobalXaxisKey": False, "showAllRuns": True}
+    axis |= {"useGlobalLineSmoothing": False, "lineSmoothness": 0}  # shown as measured
     return {
         "searchFilter": f"tags.`digitlab.study` = '{study.name}' AND "
         "tags.`digitlab.kind` = 'trial'",
@@ -103,6 +104,7 @@ def _state(study: StudyConfig) -> dict[str, Any]:
         "columnWidths": dict.fromkeys(columns, 105),  # pixels
         "runsHiddenMode": "SHOW_ALL",
         "groupBy": None,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0},
         "compareRunCharts": [
             {"uuid": f"{section}-{i}", "runsCountToCompare": 1000, **plain, **axis, **chart}
             for i, chart in enumerate(charts)
