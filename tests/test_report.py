@@ -156,14 +156,14 @@ def fail(search: Search, reason: str) -> None:
     search.tell(number, "failed", None, {"reason": reason})
 
 
-def prune(search: Search, accuracy: float, rung: float = 0.5, seconds: float = 1.0) -> None:
-    """A trial that ended at its first rung."""
+def prune(search: Search, accuracy: float, rung: float = 0.5, curve: Sequence[float] = ()) -> None:
+    """A trial that ended at a rung; the curve is of the epochs before."""
     number = search.claim(1000)
     assert number is not None
     trial, _ = search.ask(number)
     trial.report(accuracy, 0)
-    metrics = METRICS | {"rung": rung, "done": rung, "seconds": seconds}
-    search.tell(number, "pruned", accuracy, {"metrics": metrics, "curve": []})
+    metrics = METRICS | {"rung": rung, "done": rung}
+    search.tell(number, "pruned", accuracy, {"metrics": metrics, "curve": list(curve)})
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -519,11 +519,21 @@ def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
 
 
 def test_curve_of_a_pruned_trial_ends_where_it_was_pruned() -> None:
-    study = new_study("study.pruner=halving", "trainer.epochs=5", "study.rungs=[0.2]")
-    for accuracy in (0.25, 0.75):
+    study = new_study("study.pruner=halving", "trainer.epochs=5", "study.rungs=[0.2,0.5]")
+    prune(study.search, 0.25, rung=0.2)
+    prune(study.search, 0.75, rung=0.5, curve=[0.5, 0.625])
+    lines = Page(study.report()).drawn["Learning curves"]["data"]
+    assert [(line["x"], line["y"]) for line in lines] == [
+        ([1.0], [0.25]),
+        ([1.0, 2.0, 2.5], [0.5, 0.625, 0.75]),
+    ]
+    # Where the epochs are searched too, it is the trial's own that count.
+    study = new_study("study.pruner=halving", "trainer.epochs=choice(10,20)", "study.rungs=[0.2]")
+    for accuracy in (0.25, 0.5, 0.75):
         prune(study.search, accuracy, rung=0.2)
     lines = Page(study.report()).drawn["Learning curves"]["data"]
-    assert [(line["x"], line["y"]) for line in lines] == [([1.0], [0.25]), ([1.0], [0.75])]
+    asked = [row.values["trainer.epochs"] for row in study.search.rows()]
+    assert [line["x"] for line in lines] == [[epochs / 5] for epochs in asked]
 
 
 # ---- in a browser --------------------------------------------------------------------------------

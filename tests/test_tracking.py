@@ -845,3 +845,22 @@ def test_note_on_a_finished_run_kept_back_leaves_it_finished(
     row = tracking.get("done")
     assert row.tags["verdict"] == "identical"
     assert (row.status, row.tags["digitlab.state"]) == ("FINISHED", "finished")
+
+
+def test_process_killed_while_it_makes_the_tables_leaves_a_lab_that_can_be_used(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from digitlab.tracking import MlflowTracking; "
+        "MlflowTracking(None, 'digitlab', Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    new = tmp_path / "mlflow.db.new"
+    while process.poll() is None and not (new.exists() and new.stat().st_size > 100_000):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert new.exists()  # it was killed half-way
+    assert not (tmp_path / "mlflow.db").exists()
+    assert MlflowTracking(None, "digitlab", tmp_path).find({}) == []
+    assert not new.exists()

@@ -475,7 +475,7 @@ def fill(lab: Path) -> Study:
 
 def timed(what: str, limit: float, do: Callable[[], Any], times: int = 1) -> Any:
     """Do it so often, and take the best; where the cores have more to do than ours, allow more."""
-    limit *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    limit *= min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
     seconds = []
     for _ in range(times):
         begun = time.monotonic()

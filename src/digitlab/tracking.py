@@ -237,6 +237,8 @@ class MlflowTracking:
                 artifacts = (lab / "artifacts").as_uri()
                 uri = sqlite_uri(lab)
                 with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
+                    if not (lab / "mlflow.db").exists():
+                        _make_database(lab)
                     self.client = MlflowClient(uri)
                     self.experiment = self._experiment(experiment, artifacts)
                     _use_wal(lab / "mlflow.db")
@@ -574,6 +576,14 @@ def _reason(error: Exception) -> str:
 
 def _now() -> int:
     return int(time.time() * 1000)  # MLflow counts milliseconds
+
+
+def _make_database(lab: Path) -> None:
+    """Make MLflow's tables beside their place: a kill half-way would leave some that it refuses."""
+    new = lab / "mlflow.db.new"
+    new.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    new.replace(lab / "mlflow.db")
 
 
 def _use_wal(path: Path) -> None:
