@@ -51,14 +51,14 @@ program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
     page = browser.new_page(viewport={"width": 1500, "height": 760})
+    # MLflow opens its assistant beside the runs on a browser's first visit.
+    for key, value in (("panelOpen_v1", "false"), ("fab.autoOpenedOnFirstLoad_v1", "true")):
+        page.add_init_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
     runs_page = (
         f"{server}/#/experiments/{experiment['experiment_id']}/runs?workflowType=machine_learning"
     )
     for kind, mode in (("table", ""), ("charts", "&compareRunsMode=CHART")):
         page.goto(f"{runs_page}{mode}&viewStateShareKey=digitlab-{study}-{kind}")
-        page.get_by_text(f"{study}-", exact=False).first.wait_for()
-        page.evaluate("localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')")
-        page.reload()
         page.get_by_text(f"{study}-", exact=False).first.wait_for()
         page.wait_for_timeout(3000)  # ms; charts are drawn one after another
         page.screenshot(path=here / f"{study}-{kind}.png")

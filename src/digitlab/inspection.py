@@ -26,6 +26,8 @@ def inspect(studies: list[str], lab: Path, repair: bool, as_json: bool) -> int:
             raise UserError(f"{name}: no such study, {nearest(name, known)}")
         with only_parent(lab, name):
             notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+            if "config" not in notes:  # its first call was refused before it began
+                continue
             config = recorded_config(notes)
             search = Search(storage, config.study, read_space(config))
             problems += audit(search, open_tracking(config, lab), config, repair)

@@ -207,7 +207,11 @@ def _champion(
     if not weights_run:
         yield _section("What the champion gets wrong", _text("Missing: no champion is recorded."))
         return
-    kept = tracking.artifact(weights_run, "predictions.safetensors")
+    try:
+        kept = tracking.artifact(weights_run, "predictions.safetensors")
+    except UserError as error:
+        yield _section("What the champion gets wrong", _text(f"Missing: {error}"))
+        return
     logits = safetensors.torch.load(kept)["logits"]
     digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
     yield from (_figure(chart) for chart in champion_charts(logits, digits.labels))
@@ -281,7 +285,7 @@ h2 {{ margin: 2.5rem 0 .5rem; }}
 pre, .wide {{ overflow-x: auto; border: 1px solid var(--line); padding: .6rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }}
-th[scope=row] {{ text-align: left; }}
+td {{ white-space: nowrap; }} th[scope=row] {{ text-align: left; }}
 figure {{ margin: 0; }} .chart {{ min-height: 420px; }} .film {{ max-width: 100%; }}
 .digits {{ display: flex; flex-wrap: wrap; gap: .6rem; }} .digit {{ text-align: center; }}
 .digit figcaption {{ font-size: .75rem; line-height: 1.2; }}

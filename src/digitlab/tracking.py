@@ -542,7 +542,9 @@ class _MlflowRecord:
 
 
 def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -> None:
-    """Write a model that MLflow loads and serves, without a pickle.
+    """Write a model that MLflow loads and serves: a pt2 archive, no code of ours in a pickle.
+
+    Of pickles the archive holds torch's sample input, plain tensors, which MLflow asks for.
 
     Args:
         network: takes images (N, ...) and gives a row for each.

@@ -10,7 +10,7 @@ import time
 import zlib
 from typing import Any
 
-from digitlab.config import Config, StudyConfig
+from digitlab.config import Config, Pruner, StudyConfig
 from digitlab.summary import sweep_command
 
 _METRICS = ("model_parameters", "seconds", "images_per_second", "rung")
@@ -71,15 +71,18 @@ def _state(study: StudyConfig) -> dict[str, Any]:
     """The trials, best first; columns and charts of what was searched and what came of it."""
     knobs = list(study.space)
     shown = knobs if "trainer.epochs" in knobs else [*knobs, "trainer.epochs"]
+    pruning = study.pruner is not Pruner.none  # and pruned trials have an accuracy at a rung alone
+    judged = "rung_accuracy" if pruning else "val_accuracy"
     columns = [
         "metrics.`val_accuracy`",
+        *(["metrics.`rung_accuracy`"] if pruning else []),
         *(f"params.`{knob}`" for knob in shown),
         *(f"metrics.`{name}`" for name in _METRICS),
         "tags.`digitlab.state`",
     ]
     section = "digitlab"
     charts: list[dict[str, Any]] = [
-        {"type": "PARALLEL", "selectedParams": knobs, "selectedMetrics": ["val_accuracy"]},
+        {"type": "PARALLEL", "selectedParams": knobs, "selectedMetrics": [judged]},
         {"type": "LINE", "metricKey": "val_accuracy", "selectedMetricKeys": ["val_accuracy"]},
         {
             "type": "SCATTER",
