@@ -151,6 +151,7 @@ def test_equal_configurations_are_trained_once(lab, run_sweep) -> None:
     assert_whole(lab, 4)
 
 
+@pytest.mark.long
 def test_a_grid_ends_when_it_is_complete_and_patience_when_nothing_improves(lab, run_sweep) -> None:
     grid = ("model.hidden=choice(16,32)", "optim.learning_rate=choice(0.01,0.02)")
     assert run_sweep(*grid, "study.sampler=grid", "study.trials=9", "study.pruner=none").wait() == 0
@@ -191,13 +192,9 @@ def test_the_audit_finds_and_mends(lab, run_sweep, capsys) -> None:
         database.commit()
     assert inspect(["smoke"], lab, repair=False, as_json=True) == 1
     found = json.loads(capsys.readouterr().out)["problems"]
-    assert [(p["kind"], p["trial"]) for p in found] == [
-        ("no run", 0),
-        ("value differs", 1),
-        ("running", 2),
-        ("record differs", 1),
-        ("record differs", 2),
-    ]
+    trials = [(p["kind"], p["trial"]) for p in found]
+    assert trials[:3] == [("no run", 0), ("value differs", 1), ("running", 2)]
+    assert sorted(trials[3:]) == [("record differs", 1), ("record differs", 2)]
     assert inspect([], lab, repair=True, as_json=True) == 1
     told = json.loads(capsys.readouterr().out)
     assert [p["kind"] for p in told["problems"]] == ["value differs", *["record differs"] * 2]
@@ -205,7 +202,7 @@ def test_the_audit_finds_and_mends(lab, run_sweep, capsys) -> None:
     weights.unlink()
     assert inspect([], lab, repair=False, as_json=True) == 1
     kinds = [p["kind"] for p in json.loads(capsys.readouterr().out)["problems"]]
-    assert kinds == ["value differs", "record differs", "missing artifact"]
+    assert sorted(kinds) == ["missing artifact", "record differs", "value differs"]
 
 
 @pytest.mark.parametrize("store", ["optuna.db", "mlflow.db"])
