@@ -151,5 +151,6 @@ def worker_sizes(lab: Path) -> list[tuple[int, int]]:
             and str(lab / "locks" / "smoke.parent") not in held
         ):
             facts = dict(line.split(":\t", 1) for line in lines)
-            sizes.append((int(facts["Threads"]), int(facts["VmRSS"].split()[0])))
+            if "VmRSS" in facts:  # one that is ending has given its memory back
+                sizes.append((int(facts["Threads"]), int(facts["VmRSS"].split()[0])))
     return sorted(sizes)
