@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep audit report ui dashboard reproduce compare bench check test clean
+.PHONY: help setup data train sweep audit report predict draw ui dashboard reproduce compare bench check test clean
 SHELL := /bin/bash
 
 EXPERIMENT ?= default
@@ -38,6 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@if [ "$(TORCH)" != default ]; then $(UV) install --quiet --python $(BIN)/python \
 		--torch-backend "$(TORCH)" $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock); fi
 	@$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c "from digitlab.tracking import keep_tables; keep_tables()"
 	@echo "$(TORCH)" > .venv/torch-backend
 	@touch $@
 
@@ -55,6 +56,14 @@ audit: $(STAMP) ## hold all trials against their runs (ARGS=--repair mends)
 
 report: $(STAMP) ## a study on one page, lab/reports/<study>.html (ARGS= a study, --out FILE)
 	@$(BIN)/digitlab report $(ARGS)
+
+predict: $(STAMP) ## which digits images show (IMAGE="one.png another.jpg", or a folder)
+	@test -n "$(IMAGE)" || { echo "IMAGE= is missing: image files, or a folder of them"; exit 2; }
+	@$(BIN)/digitlab predict $(IMAGE) $(ARGS)
+
+draw: PORT = 8000
+draw: $(STAMP) ## draw a digit on a page, and see what the network makes of it (PORT=)
+	@$(BIN)/digitlab draw --port $(PORT) $(ARGS)
 
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT)

@@ -851,8 +851,9 @@ def test_process_killed_while_it_makes_the_tables_leaves_a_lab_that_can_be_used(
     tmp_path: Path,
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from digitlab.tracking import MlflowTracking; "
-        "MlflowTracking(None, 'digitlab', Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from digitlab import tracking; "
+        "tracking._TABLES = Path('none are kept'); "
+        "tracking.MlflowTracking(None, 'digitlab', Path(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     new = tmp_path / "mlflow.db.new"

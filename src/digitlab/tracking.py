@@ -584,8 +584,27 @@ def _make_database(lab: Path) -> None:
     """Make MLflow's tables beside their place: a kill half-way would leave some that it refuses."""
     new = lab / "mlflow.db.new"
     new.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    if _TABLES.exists():
+        shutil.copyfile(_TABLES, new)
+    else:
+        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    with closing(sqlite3.connect(new)) as database, database:  # MLflow's own experiment
+        place = (lab / "artifacts" / "0").as_uri()
+        database.execute("UPDATE experiments SET artifact_location = ?", [place])
     new.replace(lab / "mlflow.db")
+
+
+# MLflow takes 3 to 8 s to make its tables, so an installation makes them once, and copies them.
+_TABLES = Path(sys.prefix) / "share" / "digitlab" / f"mlflow-{version('mlflow')}.db"
+
+
+def keep_tables() -> None:
+    """Make MLflow's tables for labs to come; `make setup` does it."""
+    with tempfile.TemporaryDirectory() as folder:
+        _make_database(Path(folder))
+        _TABLES.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(folder) / "mlflow.db", new := _TABLES.with_suffix(".new"))
+        new.replace(_TABLES)
 
 
 def _use_wal(path: Path) -> None:

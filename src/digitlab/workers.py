@@ -76,23 +76,13 @@ class Worker:
     killed: str = ""  # why the parent killed it
 
 
-# numpy's threads, since torch's own are set by each run; and glibc's allocator told to keep the
-# pages of a step's tensors for the next step, not to hand them back and fault them in again.
-_FAST = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-}
-
-
 def preload(*modules: str) -> None:
     """Begin to import what workers need, in a process that they will be forked from.
 
     It has imported and not computed, so that a fork of it is ready in a moment. It and the workers
     leave Ctrl-C and a closed terminal to the parent, which tells them what to do.
     """
-    os.environ.update({key: value for key, value in _FAST.items() if key not in os.environ})
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's; each run sets torch's own
     _CONTEXT.set_forkserver_preload(["digitlab.worker", *modules])
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
     multiprocessing.forkserver.ensure_running()
