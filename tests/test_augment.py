@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
@@ -19,13 +20,13 @@ from digitlab.config import AugmentConfig
 from digitlab.datasets import TRAIN, load_digits
 
 SIDE = 28
-ALL = {"shift": 2.5, "rotate": 15.0, "scale": 0.15, "shear": 10.0, "erase": 5}
+ALL = {"shift": 2.5, "rotate": 15.0, "scale": 0.15, "shear": 10.0, "erase": 5, "stroke": 0.5}
 
 
 def amounts(**largest: float) -> AugmentConfig:
     """Largest amounts; what is not named is off."""
     return AugmentConfig(
-        **({"shift": 0, "rotate": 0, "scale": 0, "shear": 0, "erase": 0} | largest)
+        **({"shift": 0, "rotate": 0, "scale": 0, "shear": 0, "erase": 0, "stroke": 0} | largest)
     )  # type: ignore[arg-type]
 
 
@@ -92,6 +93,7 @@ CONFIGS = st.builds(
     scale=st.floats(0, 0.99),
     shear=st.floats(0, 60),
     erase=st.integers(0, 28),
+    stroke=st.floats(0, 1),
 )
 
 
@@ -143,7 +145,7 @@ def test_each_image_of_a_batch_gets_its_own_amounts(change: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_digits_move_as_scipy_moves_them(digits: Tensor, seed: int) -> None:
-    config = amounts(**(ALL | {"erase": 0}))
+    config = amounts(**(ALL | {"erase": 0, "stroke": 0}))
     out = augment(digits, config, chance(seed))
     centre = (SIDE - 1) / 2
     for image, moved, xy in zip(digits, out, sources(config, len(digits), seed), strict=True):
@@ -310,3 +312,14 @@ def test_erasing_comes_after_moving() -> None:
 def test_mean_of_augmented_digits_stays_near_that_of_the_digits(digits: Tensor) -> None:
     out = augment(digits, amounts(shift=1.5, rotate=12, scale=0.12, shear=6), chance())
     assert math.isclose(out.mean().item(), digits.mean().item(), rel_tol=0.05)
+
+
+def test_strokes_become_thicker_and_thinner_by_less_than_a_pixel(digits: Tensor) -> None:
+    many = digits.repeat(20, 1, 1, 1)
+    out = augment(many.clone(), amounts(stroke=1), chance())
+    thick, thin = F.max_pool2d(many, 3, 1, 1), -F.max_pool2d(-many, 3, 1, 1)
+    assert (out <= thick + 1e-6).all()
+    assert (out >= thin - 1e-6).all()
+    gain = out.mean((1, 2, 3)) / many.mean((1, 2, 3))
+    assert (gain > 1.2).float().mean() > 0.25
+    assert (gain < 0.8).float().mean() > 0.25

@@ -539,7 +539,7 @@ def test_without_network_and_npm_the_error_says_so(
 
 
 def parse(content: bytes) -> np.ndarray:
-    return datasets._parse_idx(content, Path("somewhere"))
+    return datasets._parse_idx(np.frombuffer(bytearray(content), np.uint8), Path("somewhere"))
 
 
 def sizes(*values: int) -> bytes:

@@ -14,7 +14,7 @@ from digitlab.compose import compose
 from digitlab.errors import UserError
 from digitlab.lab import ROOT
 from digitlab.networks import NETWORKS, ModelConfig, build_network, find_network
-from digitlab.networks.convnet import Convnet, ConvnetConfig
+from digitlab.networks.convnet import Convnet, ConvnetConfig, FlattenLast
 from digitlab.networks.seed import Seed, SeedConfig
 
 PLAIN = ConvnetConfig(
@@ -104,7 +104,7 @@ def test_the_seed_network_computes_what_the_article_s_layers_do() -> None:
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
         features = F.relu(F.conv2d(images(4), module.convolution.weight, module.convolution.bias))
         assert features.shape == (4, 32, 26, 26)
-        flat = F.max_pool2d(features, 2).reshape(4, 32 * 13 * 13)
+        flat = F.max_pool2d(features, 2).permute(0, 2, 3, 1).reshape(4, 13 * 13 * 32)
         expected = flat @ module.dense.weight.T + module.dense.bias
         torch.testing.assert_close(module(images(4)), expected)
 
@@ -164,7 +164,7 @@ def test_a_convnet_is_of_the_side_it_predicts_and_gives_ten_logits(
     module = build_network(config).eval()
     sides = []
     for layer in module.modules():
-        if isinstance(layer, nn.Flatten):
+        if isinstance(layer, FlattenLast):
             layer.register_forward_hook(lambda _, given, __: sides.append(given[0].shape))
     logits = module(images(n))
     assert logits.shape == (n, 10)
@@ -215,7 +215,8 @@ def test_a_convnet_computes_what_its_layers_do(batch_norm: bool) -> None:
             x = F.conv2d(x, weight, layer.bias, stride, padding=weight.shape[-1] // 2)
             # norm's slope is positive at the start, so that it may follow pooling or precede it
             x = F.max_pool2d(F.relu(next(norms)(x) if batch_norm else x), 2)
-        hidden = F.linear(x.flatten(1), layers[2].weight, layers[2].bias)
+        flat = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+        hidden = F.linear(flat, layers[2].weight, layers[2].bias)
         x = F.relu(next(norms)(hidden) if batch_norm else hidden)
         expected = F.linear(x, layers[3].weight, layers[3].bias)
         torch.testing.assert_close(module(images(4)), expected, atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from digitlab import datamodule
 from digitlab.augment import augment
@@ -28,8 +30,11 @@ from digitlab.config import Config, OptimConfig, Schedule
 from digitlab.datamodule import DigitsData, random_stream
 from digitlab.datasets import stratified_split
 from digitlab.errors import UserError
-from digitlab.module import Diverged, build_optimizer, build_schedule
+from digitlab.module import DigitModule, Diverged, build_optimizer, build_schedule
 from digitlab.networks import build_network
+from digitlab.record import Identity
+from digitlab.run import perform
+from digitlab.tracking import NoRecord, NoTracking
 from digitlab.training import Fit, Watch, fit
 
 DATA = Path(__file__).parent / "data"
@@ -192,9 +197,7 @@ def bare_fit(config: Config, lab: Path) -> dict[str, Tensor]:
             optimizer.zero_grad()
             loss.backward()
             if optim.gradient_clip:
-                # Lightning adds up the norm in the order of the optimizer's groups.
-                grouped = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(grouped, optim.gradient_clip)
+                nn.utils.clip_grad_norm_(network.parameters(), optim.gradient_clip)
             optimizer.step()
             schedule.step()
             step += 1
@@ -381,19 +384,33 @@ def test_average_of_less_than_four_steps_has_learned(lab: Path, steps: int) -> N
 def test_pass_is_as_many_steps_as_batches_and_gives_each_image_once(lab: Path, size: int) -> None:
     data = DigitsData(configure(f"data.batch_size={size}"), lab)
     loader = data.train_dataloader()
-    batches = list(loader)
-    assert len(batches) == len(loader) == math.ceil(LEARNED / size)
+    blocks = list(loader)
+    assert len(blocks) == len(loader)
+    batches = list(chain.from_iterable(blocks))
+    assert len(batches) == loader.steps == LEARNED // size + (LEARNED % size > 1)
     assert [len(labels) for _, labels in batches[:-1]] == [size] * (len(batches) - 1)
     seen = torch.cat([images for images, _ in batches]).double().sum((1, 2, 3)).sort().values
     images = (data.learned[0].double() / 255 - 0.1307) / 0.3081
-    assert torch.allclose(seen, images.sum((1, 2, 3)).sort().values, atol=1e-3)
+    sums = images.sum((1, 2, 3)).sort().values
+    if size == 1599:  # the image that would be a batch of its own is left out: batch norm needs two
+        assert len(seen) == 1599
+        return
+    assert torch.allclose(seen, sums, atol=1e-3)
 
 
 def test_each_pass_has_its_own_order(lab: Path) -> None:
     loader = DigitsData(configure(), lab).train_dataloader()
-    first, second = (torch.cat([labels for _, labels in loader]) for _ in range(2))
+    first, second = (
+        torch.cat([labels for _, labels in chain.from_iterable(loader)]) for _ in range(2)
+    )
     assert not torch.equal(first, second)
     assert torch.equal(first.bincount(), second.bincount())
+
+
+def test_blocks_are_at_most_a_twentieth_of_a_pass_or_one_batch(lab: Path) -> None:
+    for size, most in ((128, 1), (40, 2), (10, 8), (2, 16)):
+        loader = DigitsData(configure(f"data.batch_size={size}"), lab).train_dataloader()
+        assert max(map(len, loader)) == most
 
 
 def test_images_are_prepared_by_whole_batches(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,8 +594,75 @@ def test_a_run_may_learn_from_a_stratified_part_of_the_images(lab: Path) -> None
 
 def test_a_configuration_from_before_a_key_was_added_is_migrated() -> None:
     plain = config_to_plain(configure())
-    del plain["data"]["images"]
+    del plain["data"]["images"], plain["data"]["augment"]["stroke"], plain["trainer"]["precision"]
     assert config_from_plain(plain) == configure()
     del plain["data"]["mean"]
     with pytest.raises(UserError, match=r"data.mean"):
         config_from_plain(plain)
+
+
+# ---- what makes a run fast, counted --------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of torch's operators, and notes those that copy or change a layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.copies: list[tuple[str, torch.Size]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        self.count += 1
+        if func.overloadpacket in COPIES and isinstance(given, Tensor) and given.numel() > 1000:
+            self.copies.append((str(func), given.shape))
+        return given
+
+
+COPIES = {getattr(torch.ops.aten, name) for name in ("clone", "copy_", "_to_copy", "contiguous")}
+
+
+@pytest.mark.parametrize("experiment", ["default", "seed", "fast99", "fast994"])
+def test_no_step_copies_a_tensor_or_changes_its_layout(lab: Path, experiment: str) -> None:
+    plain = [f"experiments={experiment}", "data=sample", "data.images=0", "optim.ema=0"]
+    config = compose("train", [*plain, "trainer.precision=float32"])[0].config
+    module = DigitModule(config, 10)
+    block = next(iter(DigitsData(config, lab).train_dataloader()))
+    with Calls() as calls:
+        module.training_step(block[:1], 0)
+    assert calls.copies == []
+    assert calls.count > 20
+
+
+def test_a_batch_takes_as_many_operators_whatever_its_size(lab: Path) -> None:
+    moved = ["data.augment.shift=2", "data.augment.rotate=9", "data.augment.erase=3"]
+    counts = set()
+    for size in (16, 400):
+        data = DigitsData(configure(f"data.batch_size={size}", *moved), lab)
+        with Calls() as calls:
+            data.train_dataloader()._batch(torch.arange(size))
+        counts.add(calls.count)
+    assert len(counts) == 1
+
+
+def test_a_run_calls_its_tracker_once_an_epoch(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(NoRecord, "log", lambda _, __, step=0, ___=None: steps.append(step))
+    config = configure("tracking=none", "trainer.epochs=5")
+    outcome = perform(config, Identity("a", "train"), NoTracking(), lab, Watch())
+    assert outcome.state == "finished", outcome.reason
+    assert steps == [0, 1, 2, 3, 4, 5, 5]  # what is known before, the epochs, and the end
+
+
+def test_a_last_batch_of_one_image_is_left_out(lab: Path) -> None:
+    fitted = train(lab, "data.images=1025", "trainer.epochs=1")
+    assert math.isfinite(fitted.metrics["train_loss"])  # batch norm refuses a batch of one
+
+
+def test_bfloat16_is_of_the_step_alone_and_gives_the_same_bits_again(lab: Path) -> None:
+    half = train(lab, *ALL, "trainer.precision=bfloat16")
+    assert digest(half.weights) == digest(train(lab, *ALL, "trainer.precision=bfloat16").weights)
+    assert digest(half.weights) != digest(train(lab, *ALL).weights)
+    assert {value.dtype for value in half.weights.values()} <= {torch.float32, torch.int64}
+    assert half.logits.dtype == torch.float32

@@ -12,7 +12,7 @@ SIDE = 28  # pixels
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Turn, stretch, shear, shift and blot each image by its own random amounts.
+    """Turn, stretch, shear, shift, blot and thicken each image by its own random amounts.
 
     Args:
         images: (N, 1, 28, 28), float, 0 is black; what moves in from outside is black.
@@ -24,6 +24,8 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     """
     if config.shift or config.rotate or config.scale or config.shear:
         images = _move(images, config, generator)
+    if config.stroke:
+        images = _stroke(images, config.stroke, generator)
     if config.erase:
         images = _erase(images, config.erase, generator)
     return images
@@ -59,3 +61,11 @@ def _erase(images: Tensor, side: int, generator: Generator) -> Tensor:
     inside = (pixels >= corners) & (pixels < corners + side)  # (2, N, 28)
     square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     return images.masked_fill(square, 0)
+
+
+def _stroke(images: Tensor, most: float, generator: Generator) -> Tensor:
+    """Some of the way to the lightest, or to the darkest, of each pixel and its neighbours."""
+    way = torch.rand(len(images), 1, 1, 1, generator=generator).mul_(2).sub_(1).mul_(most)
+    thick = F.max_pool2d(images, 3, 1, 1)
+    thin = -F.max_pool2d(-images, 3, 1, 1)
+    return images + way.clamp(min=0) * (thick - images) + way.clamp(max=0) * (images - thin)

@@ -1,6 +1,7 @@
 """The edge where Hydra's configuration becomes typed objects, and back again for the record."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import os
@@ -149,16 +150,18 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
 
 
 # Keys that came after 0.1.0, with the value that stands for what was done before.
-ADDED = {"data.images": 0}
+ADDED = {"data.images": 0, "data.augment.stroke": 0.0, "trainer.precision": "float32"}
 
 
 def _migrated(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of an older version, with the keys that it did not know."""
+    new: dict[str, Any] = copy.deepcopy(dict(plain))
     for key, value in ADDED.items():
-        section, name = key.split(".")
-        if isinstance(plain.get(section), Mapping) and name not in plain[section]:
-            plain = {**plain, section: {**plain[section], name: value}}
-    return plain
+        path, _, name = key.rpartition(".")
+        section = _at(new, path)
+        if isinstance(section, dict):
+            section.setdefault(name, value)
+    return new
 
 
 def _refuse_mappings(plain: Mapping[str, Any], model_type: type) -> None:

@@ -27,6 +27,11 @@ class Schedule(StrEnum):
     constant = "constant"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"  # products in 8 significant bits, sums and weights in float32
+
+
 class Sampler(StrEnum):
     tpe = "tpe"
     gp = "gp"
@@ -55,6 +60,7 @@ class AugmentConfig:
     scale: float  # largest change of size, fraction: 0.1 is 0.9 to 1.1
     shear: float  # largest horizontal shear, degrees
     erase: int  # side of a square set to black, pixels
+    stroke: float  # how far strokes go towards a pixel thicker or thinner, fraction
 
     def __post_init__(self) -> None:
         require(0 <= self.shift <= 14, f"data.augment.shift={self.shift}", "0 to 14 pixels")
@@ -62,6 +68,7 @@ class AugmentConfig:
         require(0 <= self.scale < 1, f"data.augment.scale={self.scale}", "0 <= scale < 1")
         require(0 <= self.shear <= 60, f"data.augment.shear={self.shear}", "0 to 60 degrees")
         require(0 <= self.erase <= 28, f"data.augment.erase={self.erase}", "0 to 28 pixels")
+        require(0 <= self.stroke <= 1, f"data.augment.stroke={self.stroke}", "0 to 1")
 
 
 @dataclass
@@ -126,6 +133,7 @@ class TrainerConfig:
     epochs: int
     seed: int  # of the weights, the order of the images, augmentation and dropout
     threads: int  # of torch; another number may give other bits
+    precision: Precision  # of training; bfloat16 pays where the processor has it
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"trainer.epochs={self.epochs}", "an integer >= 1")

@@ -14,6 +14,9 @@ from digitlab.config import Config, DataConfig, Fold
 from digitlab.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.errors import require
 
+_BLOCKS = 20  # of a pass, at least: how finely progress is told and rungs are met
+_MOST = 16  # batches of a block: a quarter of a second until a run notices that it shall stop
+
 
 def random_stream(seed: int, stream: int) -> Generator:
     """A generator of its own for each use of one seed, so that the uses do not disturb each other.
@@ -35,21 +38,32 @@ def standardise(images: Tensor, config: DataConfig) -> Tensor:
 
 
 class Batches:
-    """The training images in a new order at each pass, a batch at a time."""
+    """The training images in a new order at each pass: blocks of batches, prepared as formed.
+
+    A block is what Lightning's loop turns over at once. What the loop does beside the step takes
+    0.5 ms, a third of the step of a small network: shared by a block, it is no longer felt.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, config: DataConfig, seed: int) -> None:
         self.images, self.labels, self.config = images, labels, config
         self.order = random_stream(seed, 0)
         self.chance = random_stream(seed, 1)
+        lone = len(labels) % config.batch_size == 1 < len(labels)
+        self.count = len(labels) - lone  # of a pass: batch norm has no use for a batch of one
+        self.steps = math.ceil(self.count / config.batch_size)  # batches of a pass
+        self.block = min(_MOST, max(1, self.steps // _BLOCKS))  # batches
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.config.batch_size)
+        return math.ceil(self.steps / self.block)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels), generator=self.order)
-        for index in torch.split(order, self.config.batch_size):
-            images = augment(to_unit(self.images[index]), self.config.augment, self.chance)
-            yield standardise(images, self.config), self.labels[index]
+    def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        order = torch.randperm(len(self.labels), generator=self.order)[: self.count]
+        for indices in torch.split(order, self.block * self.config.batch_size):
+            yield [self._batch(index) for index in torch.split(indices, self.config.batch_size)]
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        images = augment(to_unit(self.images[index]), self.config.augment, self.chance)
+        return standardise(images, self.config), self.labels[index]
 
 
 class DigitsData(pl.LightningDataModule):

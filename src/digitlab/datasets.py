@@ -119,7 +119,7 @@ def load_digits(
 
 def _verified(
     folder: Path, file: str, known: Known, name: str, allow_unknown: bool
-) -> tuple[bytes, str]:
+) -> tuple[np.ndarray, str]:
     """The file's bytes and their SHA-256; a wrong file is set aside and fetched again.
 
     One process at a time does the latter.
@@ -149,12 +149,14 @@ def _verified(
     return found
 
 
-def _read(path: Path) -> tuple[bytes, str] | None:
+def _read(path: Path) -> tuple[np.ndarray, str] | None:
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            content = content[: file.readinto(content.data)]
     except FileNotFoundError:  # not there, or just set aside by another process
         return None
-    return content, hashlib.sha256(content).hexdigest()
+    return content, hashlib.sha256(content.data).hexdigest()
 
 
 def _is_known(content: bytes, known: Known, file: str) -> bool:
@@ -240,18 +242,18 @@ _SOURCES = {
 }
 
 
-def _parse_idx(content: bytes, path: Path) -> np.ndarray:
+def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
     """The array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, the data.
 
     Raises:
         UserError: the header or the length is not that of such a file.
     """
-    dimensions = content[3] if len(content) > 3 else 0
+    dimensions = int(content[3]) if len(content) > 3 else 0
     start = 4 + 4 * dimensions
-    if content[:3] == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:
+    if bytes(content[:3]) == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
         if max(shape) < 2**31 and len(content) == start + math.prod(shape):
-            return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+            return content[start:].reshape(shape)
     raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
 
 

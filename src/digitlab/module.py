@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from digitlab.config import Config, DataConfig, OptimConfig, Optimizer, Schedule
+from digitlab.config import Config, DataConfig, OptimConfig, Optimizer, Precision, Schedule
 from digitlab.datamodule import standardise, to_unit
 from digitlab.networks import build_network
 
@@ -26,16 +26,20 @@ class Diverged(RuntimeError):
 class DigitModule(pl.LightningModule):
     """Cross-entropy on a network of the table, with the optimizer and schedule of the config."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, steps: int) -> None:
+        """Args: steps: of the whole run."""
         super().__init__()
+        self.automatic_optimization = False  # a call of training_step takes many steps
         self.config = config
         self.network = build_network(config.model)
+        self.optimizer = build_optimizer(config.optim, self.network)
+        self.schedule = build_schedule(config.optim, self.optimizer, steps)
         self.averaged = None
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema**_EMA_STEPS)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.loss_sum = self.correct = torch.zeros(())
-        self.seen = 0
+        self.seen = self.steps = 0
 
     @property
     def learned(self) -> nn.Module:
@@ -46,24 +50,36 @@ class DigitModule(pl.LightningModule):
         assert isinstance(network, nn.Module)
         return network
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        images, labels = batch
-        logits = self.network(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
-        if not torch.isfinite(loss):
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            raise Diverged(
-                f"the loss is {float(loss)} in epoch {self.current_epoch + 1} "
-                f"at learning rate {rate:.3g}"
-            )
-        self.loss_sum = self.loss_sum + loss.detach() * len(labels)
-        self.correct = self.correct + (logits.argmax(1) == labels).sum()
+    def training_step(self, block: list[tuple[Tensor, Tensor]], _: int) -> None:
+        """One optimizer step for each batch of images (N, 1, 28, 28) and labels (N,)."""
+        optimizer, schedule = self.optimizer, self.schedule
+        config, losses, guesses = self.config.optim, [], []
+        half = self.config.trainer.precision is Precision.bfloat16
+        for images, labels in block:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                logits = self.network(images).float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.gradient_clip:
+                nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
+            optimizer.step()
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
+            self.steps += 1
+            if self.averaged is not None and self.steps % _EMA_STEPS == 0:
+                self.averaged.update_parameters(self.network)
+            losses.append(loss.detach() * len(labels))
+            guesses.append(logits.detach())
+        labels = torch.cat([labels for _, labels in block])
+        self.loss_sum = self.loss_sum + torch.stack(losses).sum()
+        self.correct = self.correct + (torch.cat(guesses).argmax(1) == labels).sum()
         self.seen += len(labels)
-        return loss
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.averaged is not None and self.trainer.global_step % _EMA_STEPS == 0:
-            self.averaged.update_parameters(self.network)
+        if not torch.isfinite(self.loss_sum):
+            raise Diverged(
+                f"the loss is {float(losses[-1]) / len(block[-1][1])} in epoch "
+                f"{self.current_epoch + 1} at learning rate {rate:.3g}"
+            )
 
     def train_metrics(self) -> dict[str, float]:
         """Mean loss and accuracy over the images since the last call."""
@@ -76,10 +92,7 @@ class DigitModule(pl.LightningModule):
         return metrics
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.config.optim, self.network)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(self.config.optim, optimizer, steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return self.optimizer
 
 
 def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from digitlab.compose import ADDED, config_from_yaml
 from digitlab.config import Config
 from digitlab.errors import UserError, nearest
+from digitlab.networks import build_network
 from digitlab.record import SUMS, row_params, seal, trial_tags
 from digitlab.tracking import RunRow, Tracking
 
@@ -68,7 +70,7 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
         try:
             tracking.artifact(row.run_id, SUMS)
             return [f"the seal {name} is missing"]
-        except UserError:
+        except UserError:  # it has none; a tracker that is away is met again just below
             pass
         digest = hashlib.sha256(tracking.artifact(row.run_id, "weights.safetensors")).hexdigest()
         whole = digest == row.tags.get("digitlab.weights_sha256")
@@ -88,7 +90,7 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
         found += [
             f"parameter {key} {name} is {row.params.get(key)}, {known.get(key)} in its config.yaml"
             for key in sorted(known.keys() | row.params.keys())
-            if row.params.get(key) != known.get(key) and key not in ADDED
+            if row.params.get(key, known.get(key) if key in ADDED else None) != known.get(key)
         ]
     return found
 
@@ -107,6 +109,27 @@ def recorded_config(tracking: Tracking, row: RunRow) -> Config:
         raise UserError(
             f"config.yaml of {row.name} ({row.run_id}), written by digitlab {version}: {error}"
         ) from error
+
+
+def load_network(tracking: Tracking, row: RunRow, config: Config) -> nn.Module:
+    """The network of a run with its weights, for evaluation."""
+    network = build_network(config.model)
+    weights = tracking.artifact(row.run_id, "weights.safetensors")
+    libraries = recorded_environment(tracking, row).get("libraries", {})
+    old = str(libraries.get("digitlab", "")).startswith(("0.1.", "0.2."))
+    tensors = safetensors.torch.load(weights)
+    network.load_state_dict(_flattened_last(tensors, network) if old else tensors)
+    return network.eval()
+
+
+def _flattened_last(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Weights from before 0.3, when features were flattened channels first."""
+    shapes = {name: value.shape for name, value in network.named_parameters()}  # in their order
+    channels = [shape[0] for shape in shapes.values() if len(shape) == 4][-1]
+    name = next(name for name, shape in shapes.items() if len(shape) == 2)
+    side = math.isqrt(shapes[name][1] // channels)
+    columns = weights[name].reshape(-1, channels, side, side).permute(0, 2, 3, 1).flatten(1)
+    return weights | {name: columns}
 
 
 def recorded_environment(tracking: Tracking, row: RunRow) -> dict[str, Any]:

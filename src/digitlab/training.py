@@ -1,5 +1,6 @@
 """Train one configuration: the course of a run on one page."""
 
+import ctypes
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ class Watch:
         """Before the first step: what is known of the run, as metrics."""
 
     def batch(self, done: float) -> None:
-        """After each step; `done` is the fraction of the run's training steps."""
+        """After each block of steps; `done` is the fraction of the run's training steps."""
 
     def rung(self, rung: float, accuracy: float) -> None:
         """At a fraction of the schedule that was asked for, with the holdout accuracy there."""
@@ -78,21 +79,22 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     torch.manual_seed(config.trainer.seed)
     if not torch.cuda.is_available():  # or torch's optimizers look for its library at every step
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _keep_pages()
     # Nothing here reads memory that it has not written, which is what filling it would guard.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     data = DigitsData(config, lab)
-    module = DigitModule(config)
+    steps = config.trainer.epochs * data.train_dataloader().steps
+    module = DigitModule(config, steps)
     images = len(data.learned[1])
     flops = 3 * count_flops(module.network) * images * config.trainer.epochs  # back is twice forth
     parameters = count_parameters(module.network)
     watch.begin({"model_parameters": parameters, "training_flops": flops})
-    loop = _Loop(data, watch, rungs or [])
+    loop = _Loop(data, watch, rungs or [], steps)
     trainer = pl.Trainer(
         max_epochs=config.trainer.epochs,
         accelerator="cpu",
         devices=1,
         deterministic=True,
-        gradient_clip_val=config.optim.gradient_clip or None,
         callbacks=[loop],
         logger=False,
         enable_checkpointing=False,
@@ -121,6 +123,19 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     return Fit(weights, loop.logits, labels, measured, metrics, data.sha256, loop.film, _numerics())
 
 
+def _keep_pages() -> None:
+    """Tell glibc's allocator to keep the pages of a step's tensors for the next step.
+
+    It would hand them back and fault them in again, which makes a step of large tensors take twice
+    as long. Other allocators have no such setting.
+    """
+    settings = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}  # malloc.h: trim, top pad, mmap threshold; B
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, value in settings.items():
+            mallopt(name, value)
+
+
 def _numerics() -> dict[str, Any]:
     return {
         "device": "cpu",
@@ -141,10 +156,10 @@ def one_of_each(labels: Tensor) -> Tensor:
 class _Loop(pl.Callback):
     """Tells the watch of batches, rungs and epochs, and measures on the holdout at the latter."""
 
-    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float]) -> None:
+    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float], steps: int) -> None:
         self.data, self.watch = data, watch
         self.rungs = sorted(rungs)
-        self.steps = data.config.trainer.epochs * len(data.train_dataloader())
+        self.steps = steps
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
         self.film: list[Frame] = []
@@ -160,8 +175,8 @@ class _Loop(pl.Callback):
         probabilities = logits.softmax(1)
         self.film.append(Frame(epoch, probabilities, filters.detach().mean(1).clone()))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        done = trainer.global_step / self.steps
+    def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
+        done = module.steps / self.steps
         self.watch.batch(done)
         while self.rungs and done >= self.rungs[0]:
             rung = self.rungs.pop(0)

@@ -69,6 +69,17 @@ def _are_positive(values: list[int]) -> bool:
     return bool(values) and all(isinstance(value, int) and value >= 1 for value in values)
 
 
+class FlattenLast(nn.Module):
+    """(N, C, H, W) in channels-last layout to (N, H * W * C), a view.
+
+    `nn.Flatten` keeps the order of channels-first: it copies forth, and sends back gradients in a
+    layout that makes batch norm and ReLU before it ten times slower.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1).flatten(1)
+
+
 class Convnet(nn.Module):
     """Convolution, pooling, batch norm, ReLU, as often as asked; then the linear layers.
 
@@ -89,7 +100,7 @@ class Convnet(nn.Module):
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
             channels = width
-        layers.append(nn.Flatten())
+        layers.append(FlattenLast())
         features = channels * config.side() ** 2
         dropout = [nn.Dropout(config.dropout)] if config.dropout else []
         if config.hidden:

@@ -31,5 +31,5 @@ class Seed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 10) of images (N, 1, 28, 28)."""
         features = self.pool(self.convolution(images)).relu()
-        logits: Tensor = self.dense(features.flatten(1))
+        logits: Tensor = self.dense(features.permute(0, 2, 3, 1).flatten(1))  # as in Convnet
         return logits
