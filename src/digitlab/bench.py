@@ -4,19 +4,22 @@ import json
 import os
 import random
 import sqlite3
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from digitlab.compose import compose, with_values
 from digitlab.config import Config
@@ -25,12 +28,12 @@ from digitlab.datamodule import DigitsData
 from digitlab.environment import describe_environment
 from digitlab.errors import UserError, require
 from digitlab.lab import ROOT
-from digitlab.module import build_optimizer, build_schedule, evaluate
+from digitlab.module import DigitModule, build_optimizer, build_schedule, evaluate
 from digitlab.networks import build_network
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import perform
 from digitlab.search import Search, open_storage
-from digitlab.space import Knob, read_space
+from digitlab.space import Knob, read_space, suggest
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.training import Watch, fit
 from digitlab.workers import Job, Pool, Setup, preload
@@ -38,20 +41,33 @@ from digitlab.workers import Job, Pool, Setup, preload
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: the median of n values, and their extremes."""
+    """One line of the table: n values, and the bar that their median is held against."""
 
     name: str
     unit: str
     values: list[float]
+    least: float | None = None  # the bar: at least this
+    most: float | None = None  # or at most this
 
     def row(self) -> list[str]:
-        numbers = (statistics.median(self.values), min(self.values), max(self.values))
-        return [
-            self.name,
-            *(f"{number:.3g}" for number in numbers),
-            str(len(self.values)),
-            self.unit,
-        ]
+        low, middle, high = (_quantile(self.values, share) for share in (0.25, 0.5, 0.75))
+        spread = f"{min(self.values):.3g} to {max(self.values):.3g}"
+        bar, verdict = "", ""
+        if self.least is not None:
+            bar, verdict = f">= {self.least:g}", _verdict(low >= self.least, high < self.least)
+        if self.most is not None:
+            bar, verdict = f"<= {self.most:g}", _verdict(high <= self.most, low > self.most)
+        number = str(len(self.values))
+        return [self.name, f"{middle:.3g}", spread, number, self.unit, bar, verdict]
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def _verdict(met: bool, missed: bool) -> str:
+    """Told by the middle half of the values: it lies on one side of the bar, or across it."""
+    return "met" if met else "not met" if missed else "too wide to tell"
 
 
 def bench(lab: Path, repeats: int, only: str, out: Path | None) -> int:
@@ -66,22 +82,24 @@ def bench(lab: Path, repeats: int, only: str, out: Path | None) -> int:
     recipe = compose("train", ["trainer.epochs=1"])[0].config
     measurements: dict[str, Callable[[], list[Figure]]] = {
         "start": lambda: start(lab, repeats),
-        "limit": lambda: [step_against_peak(recipe, lab, repeats)],
+        "limit": lambda: step_against_limits(recipe, lab, repeats),
         "tracked": lambda: [tracked_against_bare(recipe, lab, repeats)],
         "workers": lambda: [two_workers_against_one(recipe, lab, repeats)],
         "article": lambda: against_the_article(lab, repeats),
         "conventional": lambda: [against_the_conventional_stack(recipe, lab, repeats)],
-        "trial": lambda: [empty_trial(lab, n, 20 * repeats) for n in (100, 1000, 10000)],
+        "trial": lambda: [f for n in (100, 1000, 10000) for f in empty_trial(lab, n, repeats)],
     }
     chosen = [name for name in measurements if only in name]
     require(bool(chosen), f"--only {only}", f"a part of {', '.join(measurements)}")
-    figures = [figure for name in chosen for figure in measurements[name]()]
     environment = describe_environment()
     machine = f"{environment['processor']}, {environment['cores']} cores"
-    columns = ["figure", "median", "least", "most", "n", "unit"]
+    figures: list[Figure] = []
+    for name in chosen:
+        figures += measurements[name]()
+        document = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
+        (out or lab / "bench.json").write_text(json.dumps(document, indent=1))
+    columns = ["figure", "median", "spread", "n", "unit", "bar", "verdict"]
     Board().print(table(machine, columns, [figure.row() for figure in figures]))
-    document = {"machine": machine, "figures": {f.name: f.values for f in figures}}
-    (out or lab / "bench.json").write_text(json.dumps(document, indent=1))
     return 0
 
 
@@ -99,10 +117,10 @@ def bare_loop(config: Config, lab: Path) -> None:
     network = build_network(config.model)
     optimizer = build_optimizer(config.optim, network)
     batches = data.train_dataloader()
-    schedule = build_schedule(config.optim, optimizer, config.trainer.epochs * len(batches))
+    schedule = build_schedule(config.optim, optimizer, config.trainer.epochs * batches.steps)
     smoothing = config.optim.label_smoothing
     for _ in range(config.trainer.epochs):
-        for images, labels in batches:
+        for images, labels in chain.from_iterable(batches):
             optimizer.zero_grad()
             loss = F.cross_entropy(network(images), labels, label_smoothing=smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -129,9 +147,9 @@ def start(lab: Path, repeats: int) -> list[Figure]:
                 [[milliseconds]] = database.execute(query)
             stepped.append(milliseconds / 1000 - begun)
     return [
-        Figure("digitlab --help", "ms", helped),
+        Figure("digitlab --help", "ms", helped, most=300),
         Figure("digitlab train --cfg job", "s", configured),
-        Figure("sweep in an empty lab, to the first step", "s", stepped),
+        Figure("sweep in an empty lab, to the first step", "s", stepped, most=8),
     ]
 
 
@@ -143,17 +161,70 @@ def _run(command: list[str], lab: Path) -> str:
     return done.stdout
 
 
-def step_against_peak(recipe: Config, lab: Path, repeats: int) -> Figure:
-    """Floating-point operations a second of training over those of a matrix product, one thread."""
+def step_against_limits(recipe: Config, lab: Path, repeats: int) -> list[Figure]:
+    """An epoch on one thread against what the processor can multiply and copy; where it goes."""
+    config = with_values(recipe, {"trainer.threads": 1})
     torch.set_num_threads(1)
-    matrix = torch.randn(2048, 2048)
-    shares = []
+    matrix, memory = torch.randn(2048, 2048), torch.zeros(2**26)
+    data = DigitsData(config, lab)
+    moved = _bytes_of_a_step(config, data) * data.train_dataloader().steps
+    multiplied, copied = [], []
     for _ in range(repeats):
         peak = 2 * 2048**3 / min(_timed(lambda: matrix @ matrix) for _ in range(5))
+        width = 8 * 2**26 / min(_timed(memory.clone) for _ in range(5))  # read and written
         watch = _Facts()
-        fit(with_values(recipe, {"trainer.threads": 1}), lab, watch)
-        shares.append(watch.flops / watch.seconds / peak)
-    return Figure("operations a second of an epoch / of a matrix product", "ratio", shares)
+        fit(config, lab, watch)
+        multiplied.append(watch.flops / watch.seconds / peak)
+        copied.append(moved / watch.seconds / width)
+    with torch.profiler.profile() as profile:
+        fit(config, lab, Watch())
+    spent: dict[str, float] = dict.fromkeys(_PARTS.values(), 0.0)
+    for event in profile.key_averages():
+        part = next((p for word, p in _PARTS.items() if word in event.key.lower()), "the rest")
+        spent[part] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    return [
+        Figure("operations a second of an epoch / of a matrix product", "ratio", multiplied),
+        Figure("bytes a second of an epoch's operators / of a copy", "ratio", copied),
+        *(Figure(f"share of a run: {part}", "ratio", [t / whole]) for part, t in spent.items()),
+    ]
+
+
+# Parts of a step by a word in the names of torch's operators; the first that fits.
+_PARTS = {
+    "convolution": "convolutions",
+    "batch_norm": "batch norm",
+    "max_pool": "pooling",
+    "optimizer": "optimizer",
+    "fused": "optimizer",
+    "foreach": "optimizer",
+    "grid_sampler": "augmentation",
+    "aten::mm": "linear layers and the grid of augmentation",
+    "addmm": "linear layers and the grid of augmentation",
+    "": "the rest",
+}
+
+
+def _bytes_of_a_step(config: Config, data: DigitsData) -> float:
+    """Read and written by the operators of one step, each as if nothing were cached."""
+    module = DigitModule(config, 1)
+    block = next(iter(data.train_dataloader()))[:1]
+    with _Traffic() as traffic:  # type: ignore[no-untyped-call]
+        module.training_step(block, 0)
+    return float(traffic.bytes)
+
+
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the sizes of what each operator takes and gives; views cost nothing."""
+
+    bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, given)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return given
 
 
 class _Facts(Watch):
@@ -168,50 +239,51 @@ class _Facts(Watch):
         self.seconds = time.perf_counter() - self.begun
 
 
+# Runs in a fresh process, as the article's program does; imports are counted for neither.
+_FIT = """
+import json, sys, time
+from pathlib import Path
+from digitlab.compose import compose
+from digitlab.training import Watch, fit
+config = compose("train", sys.argv[2:])[0].config
+begun = time.perf_counter()
+accuracy = fit(config, Path(sys.argv[1]), Watch()).metrics["test_accuracy"]
+print(json.dumps({"all": time.perf_counter() - begun, "accuracy": accuracy}))
+"""
+
+
 def against_the_article(lab: Path, repeats: int) -> list[Figure]:
-    """The article's program in Keras against its recipe and the fast ones, all cores for each."""
+    """The article's program in Keras against its recipe and the fast ones, all cores for each.
+
+    Times go from reading the data to the accuracy on the test set.
+    """
     python = _article_python(lab)
-    cores = os.cpu_count() or 1
-    recipes = {
-        name: compose("train", [f"experiments={name}", "data.fold=test", f"trainer.threads={n}"])
-        for name, n in (("seed", cores), *((name, cores) for name in _FAST_RECIPES))
-    }
-    program = [sys.executable, "-c", "from digitlab.cli import main; main()", "train"]
-    keras: list[dict[str, float]] = []
-    seconds: dict[str, list[float]] = {name: [] for name in recipes}
-    accuracies: dict[str, list[float]] = {name: [] for name in recipes}
-    wholes: list[tuple[float, float]] = []
-    for repeat in range(max(repeats, _SEEDS)):
-        if repeat < repeats:
-            article = [str(python), str(ROOT / "experiments/article.py"), str(lab / "data/mnist")]
+    article = [str(python), str(ROOT / "experiments/article.py"), str(lab / "data/mnist")]
+    threads = f"trainer.threads={os.cpu_count() or 1}"
+    told: dict[str, list[dict[str, float]]] = {name: [] for name in ("article", *_RECIPES)}
+    wholes = []
+    for seed in range(max(repeats, _SEEDS)):
+        seconds = {}
+        for name, runs in told.items():
+            asked = [f"experiments={name}", "data.fold=test", threads, f"trainer.seed={seed}"]
+            ours = [sys.executable, "-c", _FIT, str(lab), *asked]
             begun = time.perf_counter()
-            keras.append(json.loads(_run(article, lab).splitlines()[-1]))
-            theirs = time.perf_counter() - begun
-            ours = [*program, "experiments=seed", "data.fold=test", f"trainer.threads={cores}"]
-            wholes.append((theirs, _timed(partial(_run, [*ours, "tracking=none"], lab))))
-        for name, composed in recipes.items():
-            if repeat < (repeats if name == "seed" else _SEEDS):
-                config = with_values(composed[0].config, {"trainer.seed": repeat})
-                begun = time.perf_counter()
-                fitted = fit(config, lab, Watch())
-                seconds[name].append(time.perf_counter() - begun)
-                accuracies[name].append(100 * fitted.metrics["test_accuracy"])
-    article_fit = statistics.median(run["fit"] for run in keras)
-    figures = [
-        Figure("the article's program, 3 epochs", "s", [run["fit"] for run in keras]),
-        Figure("the article's program, test accuracy", "%", [100 * r["accuracy"] for r in keras]),
-        Figure("as whole processes: article / seed", "ratio", [a / b for a, b in wholes]),
-    ]
-    for name in recipes:
+            runs.append(json.loads(_run(article if name == "article" else ours, lab)))
+            seconds[name] = time.perf_counter() - begun
+        wholes.append(seconds["article"] / seconds["seed"])
+    figures = [Figure("as whole processes: article / seed", "ratio", wholes)]
+    for name, runs in told.items():
+        share = [a["all"] / run["all"] for a, run in zip(told["article"], runs, strict=True)]
         figures += [
-            Figure(f"{name}, test accuracy", "%", accuracies[name]),
-            Figure(f"{name}, load to measured", "s", seconds[name]),
-            Figure(f"article / {name}", "ratio", [article_fit / s for s in seconds[name]]),
+            Figure(f"{name}, test accuracy", "%", [100 * run["accuracy"] for run in runs]),
+            Figure(f"{name}, load to measured", "s", [run["all"] for run in runs]),
         ]
+        if name in _RECIPES:
+            figures.append(Figure(f"article / {name}", "ratio", share, least=_RECIPES[name]))
     return figures
 
 
-_FAST_RECIPES = ("fast98", "fast99", "fast994")
+_RECIPES = {"seed": 2.0, "fast98": 25.0, "fast99": 10.0, "fast994": 1.0}  # times as fast, at least
 _SEEDS = 10  # of a mean accuracy
 
 
@@ -247,7 +319,7 @@ def against_the_conventional_stack(recipe: Config, lab: Path, repeats: int) -> F
                 ratios.append(theirs / ours)
     finally:
         pool.close()
-    return Figure("trials an hour / the conventional stack", "ratio", ratios)
+    return Figure("trials an hour / the conventional stack", "ratio", ratios, least=6)
 
 
 def tracked_against_bare(recipe: Config, lab: Path, repeats: int) -> Figure:
@@ -259,9 +331,8 @@ def tracked_against_bare(recipe: Config, lab: Path, repeats: int) -> Figure:
     for _ in range(repeats + 1):
         bare = _timed(lambda: bare_loop(config, lab))
         ratios.append(_timed(lambda: perform(config, identity, tracking, lab, Watch())) / bare)
-    return Figure(
-        "a tracked run / the same loop bare, 2 epochs", "ratio", ratios[1:]
-    )  # less the warm-up
+    del ratios[0]  # the warm-up
+    return Figure("a tracked run / the same loop bare, 2 epochs", "ratio", ratios, most=1.05)
 
 
 def two_workers_against_one(recipe: Config, lab: Path, repeats: int) -> Figure:
@@ -293,9 +364,12 @@ def _runs(pool: Pool, config: Config, count: int) -> None:
             ended += 1
 
 
-def empty_trial(lab: Path, earlier: int, count: int) -> Figure:
-    """Choose the values of a trial, record a run of it and tell the study; nothing is trained."""
-    overrides = ["study.pruner=none", "study.rungs=[]", f"study.trials={earlier + count}"]
+def empty_trial(lab: Path, earlier: int, repeats: int) -> list[Figure]:
+    """Choose the values of a trial, record a run of it and tell the study; nothing is trained.
+
+    In turns with Optuna's own ask and tell on the same storage.
+    """
+    overrides = ["study.pruner=none", "study.rungs=[]", "study.trials=100000"]
     config = compose("sweep", overrides)[0].config
     with tempfile.TemporaryDirectory(dir=lab) as folder:
         beside = Path(folder)
@@ -305,8 +379,20 @@ def empty_trial(lab: Path, earlier: int, count: int) -> Figure:
         for _ in range(earlier):
             values = {knob.name: _value_of(knob, chance) for knob in search.knobs}
             search.add(values, chance.uniform(0.98, 0.995), {})
-        seconds = [_timed(lambda: _empty(search, tracking, config)) for _ in range(count)]
-    return Figure(f"an empty trial after {earlier} others", "ms", [1000 * s for s in seconds])
+        first = search.claim(config.study.trials)
+        assert first is not None
+        study = search.ask(first)[0].study
+        pairs = [
+            (
+                _timed(lambda: _empty(search, tracking, config)),
+                _timed(lambda: _bare(study, search.knobs)),
+            )
+            for _ in range(4 * repeats)
+        ]
+    return [
+        Figure(f"an empty trial after {earlier} others", "ms", [1000 * ours for ours, _ in pairs]),
+        Figure("the same / ask and tell of bare Optuna", "ratio", [a / b for a, b in pairs]),
+    ]
 
 
 def _value_of(knob: Knob, chance: random.Random) -> object:
@@ -315,6 +401,12 @@ def _value_of(knob: Knob, chance: random.Random) -> object:
         return chance.choice(values)
     low, high = values
     return chance.randint(low, high) if isinstance(low, int) else chance.uniform(low, high)
+
+
+def _bare(study: Any, knobs: list[Knob]) -> None:
+    trial = study.ask()
+    suggest(trial, knobs)
+    study.tell(trial, 0.5)
 
 
 def _empty(search: Search, tracking: Tracking, config: Config) -> None:
