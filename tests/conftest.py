@@ -60,12 +60,15 @@ def call_in(
     return call_in
 
 
+LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a study imports
+
+
 class Parent:
     """`digitlab sweep` in a process of its own, forked from one that has imported everything."""
 
     def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
         self.log = lab / "log.txt"
-        workers.preload("digitlab.study", "killer")
+        workers.preload("digitlab.study", "digitlab.report", *LATE, "killer")
         self.process = workers._CONTEXT.Process(target=_sweep, args=(lab, list(overrides)))
         self.process.start()
 

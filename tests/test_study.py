@@ -77,6 +77,7 @@ def test_every_run_of_a_study_is_recorded_whole(lab, run_sweep) -> None:
         assert {k: run.params[k] for k in row.values} == {k: str(v) for k, v in row.values.items()}
 
 
+@pytest.mark.long
 def test_a_study_that_differs_is_refused_by_name_and_can_be_forked(lab, run_sweep) -> None:
     plain = ("study.pruner=none", "study.workers=1")
     assert run_sweep(*plain).wait() == 0
@@ -115,6 +116,7 @@ def test_a_signal_stops_a_study_that_can_go_on(lab, run_sweep, number) -> None:
         assert "go on with: make sweep EXPERIMENT=smoke" in parent.log.read_text()
 
 
+@pytest.mark.long
 def test_trials_that_raise_hang_or_diverge_do_not_end_the_study(lab, run_sweep) -> None:
     (lab / "killer.json").write_text(json.dumps({"raise": [0], "hang": [1]}))
     parent = run_sweep("study.trials=4", "study.retries=1", "study.trial_minutes=0.05")
@@ -127,6 +129,7 @@ def test_trials_that_raise_hang_or_diverge_do_not_end_the_study(lab, run_sweep) 
     assert_whole(lab, 4)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_fails_the_trial_once(lab, run_sweep) -> None:
     wild = ("data.mean=1e39", "model.batch_norm=false")  # more than a float32 can hold
     assert run_sweep(*wild, "study.trials=2").wait() == 1
@@ -138,6 +141,7 @@ def test_a_loss_that_is_not_finite_fails_the_trial_once(lab, run_sweep) -> None:
     assert problems(lab, open_study(lab)) == []
 
 
+@pytest.mark.long
 def test_equal_configurations_are_trained_once(lab, run_sweep) -> None:
     space = ("model.hidden=choice(16,32)", "optim.learning_rate=0.01", "study.workers=1")
     assert (
@@ -163,6 +167,7 @@ def test_a_grid_ends_when_it_is_complete_and_patience_when_nothing_improves(lab,
     assert values.index(max(values)) == len(values) - 2
 
 
+@pytest.mark.long
 def test_two_parents_of_one_study_do_not_run_together(lab, run_sweep) -> None:
     first = run_sweep("trainer.epochs=200", "study.pruner=none")
     until(lambda: (lab / "optuna.db").exists() and "running" in states(lab))
@@ -172,6 +177,7 @@ def test_two_parents_of_one_study_do_not_run_together(lab, run_sweep) -> None:
     assert first.wait(10) == 130
 
 
+@pytest.mark.long
 def test_the_audit_finds_and_mends(lab, run_sweep, capsys) -> None:
     assert run_sweep("study.pruner=none").wait() == 0
     capsys.readouterr()
@@ -205,6 +211,7 @@ def test_the_audit_finds_and_mends(lab, run_sweep, capsys) -> None:
     assert sorted(kinds) == ["missing artifact", "record differs", "value differs"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("store", ["optuna.db", "mlflow.db"])
 def test_a_broken_database_is_named_and_left_alone(lab, run_sweep, store) -> None:
     assert run_sweep("study.trials=1", "study.pruner=none").wait() == 0
@@ -239,6 +246,7 @@ def fill(path: Path) -> None:
         assert error.errno == errno.ENOSPC  # noqa: PT017
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_the_study_and_space_lets_it_go_on(lab, run_sweep, tmp_path) -> None:
     small = tmp_path / "small"
     small.mkdir()

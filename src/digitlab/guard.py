@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from digitlab.compose import config_from_yaml, config_to_plain, config_to_yaml, flat
 from digitlab.config import Config
 from digitlab.environment import source_digest
 from digitlab.errors import UserError, nearest
-from digitlab.search import Search
+from digitlab.search import Search, open_storage, study_names
 from digitlab.space import read_space
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
@@ -58,6 +59,23 @@ def _facts(config: Config, data_sha256: Mapping[str, str]) -> dict[str, Any]:
 def recorded_config(notes: Mapping[str, Any]) -> Config:
     """The configuration that a study was begun with, from its notes."""
     return config_from_yaml(str(notes["config"]))
+
+
+def begun_study(lab: Path, name: str) -> tuple[Search, Config]:
+    """A study of the lab, and what it was begun with.
+
+    Raises:
+        UserError: there is none of the name, or its first call was refused before it began.
+    """
+    storage = open_storage(lab)
+    known = study_names(storage)
+    if name not in known:
+        raise UserError(f"{name}: no such study, {nearest(name, known)}")
+    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+    if "config" not in notes:
+        raise UserError(f"{name}: it never began: run `make sweep` for it first")
+    config = recorded_config(notes)
+    return Search(storage, config.study, read_space(config)), config
 
 
 def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from typing import Any
 from digitlab.compose import Composed, with_values
 from digitlab.config import Config
 from digitlab.environment import describe_environment
-from digitlab.errors import UserError, nearest
-from digitlab.guard import recorded_config
+from digitlab.errors import UserError
+from digitlab.guard import begun_study
 from digitlab.record import Identity, begin_record
 from digitlab.recorded import recorded_environment
 from digitlab.reproduce import IDENTICAL, INCOMPARABLE, NOT, Difference, Verdict, differences
-from digitlab.search import Search, TrialRow, open_storage, study_names
+from digitlab.search import Search, TrialRow
 from digitlab.space import read_space
 from digitlab.study import sweep
 from digitlab.tracking import Tracking, open_tracking
@@ -32,15 +32,11 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
     Raises:
         UserError: there is no such study, or it has no champion yet.
     """
-    storage = open_storage(lab)
-    known = study_names(storage)
-    if study not in known:
-        raise UserError(f"--study {study}: no such study, {nearest(study, known)}")
-    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(study))
+    original, recorded = begun_study(lab, study)
+    known = original.names()
+    notes = original.notes()
     if "champion" not in notes:
-        raise UserError(f"--study {study} has no champion yet: go on with `make sweep` first")
-    recorded = recorded_config(notes)
-    original = Search(storage, recorded.study, read_space(recorded))
+        raise UserError(f"{study} has no champion yet: go on with `make sweep` first")
     config = with_values(recorded, _as_it_ended(original, notes) | {"study.workers": 1})
     names = (f"{study}-replay{number or ''}" for number in range(len(known) + 1))
     name = next(n for n in names if n not in known or "champion" not in original.notes(n))
@@ -63,7 +59,7 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
         status = sweep(Composed(config, ()), lab, f"digitlab reproduce --study {study}")
     if status == 130:
         raise KeyboardInterrupt
-    again = Search(storage, config.study, read_space(config))
+    again = Search(original.storage, config.study, read_space(config))
     parted = where_they_part(original, again)
     harmless = all(difference.harmless for difference in found)
     verdict = IDENTICAL if not parted else NOT if harmless else INCOMPARABLE

@@ -17,11 +17,10 @@ from digitlab.champion import Results, unpruned_jobs
 from digitlab.charts import Chart, champion_charts, study_charts
 from digitlab.config import Config
 from digitlab.datasets import TEST, load_digits
-from digitlab.errors import UserError, nearest
-from digitlab.guard import recorded_config
+from digitlab.errors import UserError
+from digitlab.guard import begun_study
 from digitlab.recorded import recorded_environment
 from digitlab.search import Search, TrialRow, open_storage, study_names
-from digitlab.space import read_space
 from digitlab.statistics import Interval
 from digitlab.summary import champion_text, pruning_text, short, sweep_command
 from digitlab.tracking import RunRow, Tracking, open_tracking
@@ -35,18 +34,11 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     Raises:
         UserError: there is no such study, or the file cannot be written.
     """
-    storage = open_storage(lab)
-    known = study_names(storage)
+    known = study_names(open_storage(lab))
     if not known:
         raise UserError("report: no study has begun yet: run `make sweep`")
     name = study or known[-1]
-    if name not in known:
-        raise UserError(f"{name}: no such study, {nearest(name, known)}")
-    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
-    if "config" not in notes:
-        raise UserError(f"{name}: it never began: run `make sweep` for it first")
-    config = recorded_config(notes)
-    search = Search(storage, config.study, read_space(config))
+    search, config = begun_study(lab, name)
     tracking = open_tracking(config, lab)
     page = report(search, config, tracking, lab)
     target = out or lab / "reports" / f"{name}.html"
