@@ -176,9 +176,9 @@ def test_explain_takes_a_run_a_digit_and_a_file(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["500"], "explain 500: allowed is an index of a test image, 0 to 499"),
-        (["-1"], "explain -1: allowed is"),
-        (["three"], "'three'"),
+        (["500"], "explain 500: allowed is a file, or an index of a test image, 0 to 499"),
+        (["-1"], "-1: no such file"),
+        (["three"], "three: no such file"),
         (["3", "--against", "10"], "10"),
         (["3", "--run", "smoek"], "smoek: no such run"),
         (["3", "--run", "smoke"], "trained nothing itself"),

@@ -19,6 +19,9 @@ _COMMANDS: dict[str, str] = {
     "compare": "what differs between runs, and whether that is chance",
     "report": "a study on one page that needs no network",
     "explain": "what a network sees in a digit, and why it says so",
+    "predict": "which digit an image shows, and how sure that is",
+    "draw": "a page to draw digits on and see them read",
+    "evaluate": "a run's network on test images that are changed: --shift",
     "ui": "open MLflow's pages on the lab's records",
     "dashboard": "open Optuna's pages on the lab's studies",
 }
@@ -71,6 +74,9 @@ def _run(arguments: list[str]) -> int:
         "compare": _compare,
         "report": _report,
         "explain": _explain,
+        "predict": _predict,
+        "draw": _draw,
+        "evaluate": _evaluate,
         "ui": _ui,
         "dashboard": _dashboard,
     }
@@ -220,8 +226,8 @@ def _report(arguments: list[str]) -> int:
 
 
 def _explain(arguments: list[str]) -> int:
-    parser = _Parser("digitlab explain", description="What a network sees in a test image.")
-    parser.add_argument("index", type=int, help="of the test image, from 0")
+    parser = _Parser("digitlab explain", description="What a network sees in an image.")
+    parser.add_argument("image", help="a file, or the index of a test image, from 0")
     parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
     parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
     parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
@@ -229,7 +235,49 @@ def _explain(arguments: list[str]) -> int:
     from digitlab.explain import explain
     from digitlab.lab import lab_folder
 
-    return explain(options.index, options.run, options.against, options.out, lab_folder())
+    return explain(options.image, options.run, options.against, options.out, lab_folder())
+
+
+def _predict(arguments: list[str]) -> int:
+    parser = _Parser(
+        "digitlab predict",
+        description="Which digits images show. Exit status: 0, or 2 where one could not be read.",
+    )
+    parser.add_argument("image", nargs="+", help="files, folders, - for standard input")
+    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--explain", action="store_true", help="draw why, in lab/explained/")
+    parser.add_argument("--save", type=Path, help="the 28x28 that are read", metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    from digitlab.lab import lab_folder
+    from digitlab.predict import predict
+
+    given = (options.image, options.run, options.json, options.explain, options.save)
+    return predict(*given, lab_folder())
+
+
+def _draw(arguments: list[str]) -> int:
+    parser = _Parser("digitlab draw", description="A page to draw digits on, on this machine.")
+    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--port", type=int, default=8000, help="8000")
+    options = parser.parse_args(arguments)
+    from digitlab.draw import draw
+    from digitlab.lab import lab_folder
+
+    return draw(options.run, lab_folder(), options.port)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    parser = _Parser("digitlab evaluate", description="A run's network on changed test images.")
+    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--shift", action="store_true", required=True, help="every change there is")
+    parser.add_argument("--prepared", type=int, default=1000, help="images of each, prepared; 1000")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    options = parser.parse_args(arguments)
+    from digitlab.lab import lab_folder
+    from digitlab.shift import evaluate_shift
+
+    return evaluate_shift(options.run, options.prepared, options.json, lab_folder())
 
 
 def _ui(arguments: list[str]) -> int:

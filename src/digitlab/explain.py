@@ -3,26 +3,31 @@
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from digitlab.compose import compose
+from digitlab.config import DataConfig
 from digitlab.datamodule import standardise, to_unit
 from digitlab.datasets import TEST, load_digits
+from digitlab.decode import read_image
 from digitlab.errors import UserError, require
-from digitlab.networks import build_network
-from digitlab.recorded import recorded_config, trained
+from digitlab.prepare import prepare
+from digitlab.recorded import load_network, recorded_config, trained
 from digitlab.tracking import open_tracking
 
 _STEPS = 64  # of the integral
 _MAPS = 8  # of a layer, in the picture
 
 
-def explain(index: int, run: str, against: int | None, out: Path | None, lab: Path) -> int:
-    """Say what a run's network reads in a test image, and draw why; returns 0.
+def explain(shown: str, run: str, against: int | None, out: Path | None, lab: Path) -> int:
+    """Say what a run's network reads in an image, and draw why; returns 0.
+
+    Args:
+        shown: the index of a test image, or an image file, prepared as MNIST's were.
+        against: the digit that the answer is held against; the next likely one if None.
 
     Raises:
         UserError: no such run or image, or the picture cannot be written.
@@ -30,31 +35,48 @@ def explain(index: int, run: str, against: int | None, out: Path | None, lab: Pa
     tracking = open_tracking(compose("train", [])[0].config, lab)
     row = trained(tracking, run)
     config = recorded_config(tracking, row)
-    digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
-    count = len(digits.labels)
-    require(0 <= index < count, f"explain {index}", f"an index of a test image, 0 to {count - 1}")
-    network = build_network(config.model)
-    weights = tracking.artifact(row.run_id, "weights.safetensors")
-    network.load_state_dict(safetensors.torch.load(weights))
-    network.eval()
-    pixels = digits.images[index][None, None]
-    image = standardise(to_unit(pixels), config.data)
-    maps, logits = activations(network, image)
+    if shown.isdecimal():
+        digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
+        count = len(digits.labels)
+        allowed = f"a file, or an index of a test image, 0 to {count - 1}"
+        require(int(shown) < count, f"explain {shown}", allowed)
+        pixels = digits.images[int(shown)]
+        what, name = f"test image {shown}, a {int(digits.labels[int(shown)])}", shown
+    else:
+        prepared = prepare(read_image(Path(shown)))
+        require(not prepared.problem, f"{shown}: {prepared.problem}", "an image of one digit")
+        pixels = torch.from_numpy(prepared.image)
+        what, name = shown, Path(shown).stem
+    network = load_network(tracking, row, config)
+    logits = network(standardise(to_unit(pixels[None, None]), config.data))
     probabilities = logits.softmax(1)[0]
     ranked = probabilities.argsort(descending=True).tolist()
     said, other = ranked[0], ranked[1] if against is None else against
     require(said != other, f"--against {other}", "a digit that the network did not say")
-    reasons = attribution(network, image, said, other)
     told = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
-    print(f"test image {index}, a {int(digits.labels[index])}: {row.name} says {told}")
-    target = out or lab / "explained" / f"{row.name}-{index}-{said}-not-{other}.png"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _draw(pixels[0, 0].numpy(), reasons.numpy(), maps, said, other).savefig(target, dpi=110)
-    except OSError as error:
-        raise UserError(f"--out {target}: cannot be written: {error.strerror}") from error
+    print(f"{what}: {row.name} says {told}")
+    target = out or lab / "explained" / f"{row.name}-{name}-{said}-not-{other}.png"
+    draw_reasons(network, config.data, pixels, (said, other), target)
     print(f"why {said} and not {other}, and what each layer sees: {target}")
     return 0
+
+
+def draw_reasons(
+    network: nn.Module, data: DataConfig, pixels: Tensor, digits: tuple[int, int], target: Path
+) -> None:
+    """Draw why a network says the first digit and not the second of uint8 pixels (28, 28).
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    image = standardise(to_unit(pixels[None, None]), data)
+    maps, _ = activations(network, image)
+    reasons = attribution(network, image, *digits)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _draw(pixels.numpy(), reasons.numpy(), maps, *digits).savefig(target, dpi=110)
+    except OSError as error:
+        raise UserError(f"--out {target}: cannot be written: {error.strerror}") from error
 
 
 def activations(network: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:

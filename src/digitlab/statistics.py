@@ -63,6 +63,14 @@ def pooled_intervals(groups: Sequence[Sequence[float]]) -> list[Interval]:
     return intervals
 
 
+def share_interval(share: float, n: int) -> Interval:
+    """Wilson's interval (1927) of a share of n independent cases."""
+    z = 1.959964  # of the normal distribution, for 95 %
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """The exact two-sided p of McNemar's test (1947): are two classifiers equally often right?
 
