@@ -13,6 +13,7 @@ from digitlab import workers
 from digitlab.cli import main
 from digitlab.errors import UserError
 
+pytest_plugins = ["parts"]  # PostgreSQL, MLflow, Ray
 DATA = Path(__file__).parent / "data"
 
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab

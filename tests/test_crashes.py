@@ -12,8 +12,9 @@ from conftest import TINY, Parent
 from digitlab.compose import compose
 from digitlab.guard import recorded_config
 from digitlab.reconcile import audit
-from digitlab.search import Search, open_storage
+from digitlab.search import Search
 from digitlab.space import read_space
+from digitlab.storage import open_storage
 from digitlab.tracking import open_tracking
 
 

@@ -42,9 +42,10 @@ from digitlab.datasets import TEST, load_digits
 from digitlab.guard import recorded_config
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.report import report
-from digitlab.search import Search, TrialRow, open_storage
+from digitlab.search import Search, TrialRow
 from digitlab.space import read_space
 from digitlab.statistics import Interval, mean_interval
+from digitlab.storage import open_storage
 from digitlab.summary import short
 from digitlab.tracking import NoTracking, Tracking, open_tracking, sqlite_uri
 
@@ -160,7 +161,7 @@ def prune(search: Search, accuracy: float, rung: float = 0.5, curve: Sequence[fl
     """A trial that ended at a rung; the curve is of the epochs before."""
     number = search.claim(1000)
     assert number is not None
-    trial, _ = search.ask(number)
+    trial, *_ = search.ask(number)
     trial.report(accuracy, 0)
     metrics = METRICS | {"rung": rung, "done": rung}
     search.tell(number, "pruned", accuracy, {"metrics": metrics, "curve": list(curve)})
@@ -509,7 +510,7 @@ def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
         prune(study.search, accuracy)
     number = study.search.claim(1000)
     assert number is not None
-    trial, _ = study.search.ask(number)
+    trial, *_ = study.search.ask(number)
     trial.report(0.7, 0)
     study.search.tell(number, "finished", 0.9, {"metrics": METRICS, "curve": [0.9]})
     charts = {chart.title: chart for chart in study_charts(study.search, 1)}

@@ -29,8 +29,9 @@ from digitlab.cli import main
 from digitlab.compose import compose, config_to_yaml
 from digitlab.lab import ROOT
 from digitlab.record import Identity, begin_record, stage, trial_tags
-from digitlab.search import Search, open_storage
+from digitlab.search import Search
 from digitlab.space import read_space
+from digitlab.storage import open_storage
 from digitlab.tracking import open_tracking
 from digitlab.views import describe_study, view_addresses, view_tags
 

@@ -32,8 +32,9 @@ from digitlab.module import DigitModule, build_optimizer, build_schedule, evalua
 from digitlab.networks import build_network
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import perform
-from digitlab.search import Search, open_storage
+from digitlab.search import Search
 from digitlab.space import Knob, read_space, suggest
+from digitlab.storage import open_storage
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.training import Watch, fit
 from digitlab.workers import Job, Pool, Setup, preload
@@ -86,7 +87,7 @@ def bench(lab: Path, repeats: int, only: str, out: Path | None) -> int:
         "tracked": lambda: [tracked_against_bare(recipe, lab, repeats)],
         "workers": lambda: [two_workers_against_one(recipe, lab, repeats)],
         "article": lambda: against_the_article(lab, repeats),
-        "conventional": lambda: [against_the_conventional_stack(recipe, lab, repeats)],
+        "conventional": lambda: against_the_conventional_stack(lab, repeats),
         "trial": lambda: [f for n in (100, 1000, 10000) for f in empty_trial(lab, n, repeats)],
     }
     chosen = [name for name in measurements if only in name]
@@ -300,26 +301,44 @@ def _article_python(lab: Path) -> Path:
     return folder / "bin/python"
 
 
-def against_the_conventional_stack(recipe: Config, lab: Path, repeats: int) -> Figure:
-    """Trials an hour of one epoch: a worker a core, over one process of the usual stack."""
-    config = with_values(recipe, {"study.name": "bench"})
-    cores = os.cpu_count() or 1
-    (lab / "locks").mkdir(exist_ok=True)
-    pool = Pool(Setup(config, (), lab, None, {}), cores)
-    ratios = []
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "MNIST").mkdir()
-            (Path(folder) / "MNIST/raw").symlink_to(lab / "data/mnist")
-            program = [sys.executable, str(ROOT / "experiments/conventional.py"), folder, "1", "1"]
-            _runs(pool, config, cores)  # the warm-up
-            for _ in range(repeats):
-                theirs = json.loads(_run(program, lab).splitlines()[-1])["seconds"][0]
-                ours = _timed(partial(_runs, pool, config, 2 * cores)) / (2 * cores)
-                ratios.append(theirs / ours)
-    finally:
-        pool.close()
-    return Figure("trials an hour / the conventional stack", "ratio", ratios, least=6)
+def against_the_conventional_stack(lab: Path, repeats: int) -> list[Figure]:
+    """The default study against the same one on the usual stack, in turns of eight trials.
+
+    A turn goes from the start of its first trial to the end of its last. Their study without a
+    pruner has one length of trial, so that two of them tell.
+    """
+    whole, pruned = [], []
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
+        (Path(ours) / "data").symlink_to(lab / "data")
+        for kind in ("whole", "pruned"):
+            (Path(theirs) / kind / "MNIST").mkdir(parents=True)
+            (Path(theirs) / kind / "MNIST/raw").symlink_to(lab / "data/mnist")
+        for turn in range(repeats):
+            seconds = _study_seconds(Path(ours), 8 * turn, 8 * (turn + 1)) / 8
+            pruned.append(_conventional_seconds(Path(theirs) / "pruned", 8, lab) / seconds)
+            whole.append(_conventional_seconds(Path(theirs) / "whole", 2, lab) / seconds)
+    return [
+        Figure("trials an hour / the conventional stack", "ratio", whole, least=6),
+        Figure("trials an hour / the conventional stack, pruned", "ratio", pruned),
+    ]
+
+
+def _study_seconds(lab: Path, first: int, total: int) -> float:
+    """Of the trials from `first` on, of the default study in its own processes."""
+    program = str(Path(sys.executable).with_name("digitlab"))
+    few = ["study.confirm=1", "study.confirm_seeds=1", "study.final_seeds=1"]
+    _run([program, "sweep", "experiments=default", f"study.trials={total}", *few], lab)
+    span = "max(julianday(datetime_complete)) - min(julianday(datetime_start))"
+    with closing(sqlite3.connect(lab / "optuna.db")) as database:
+        [[days]] = database.execute(f"SELECT {span} FROM trials WHERE number >= {first}")  # noqa: S608
+    return float(days) * 86400
+
+
+def _conventional_seconds(folder: Path, trials: int, lab: Path) -> float:
+    """The mean of so many more trials of the study in the folder."""
+    how = [str(folder), str(trials), folder.name]
+    told = _run([sys.executable, str(ROOT / "experiments/conventional.py"), *how], lab)
+    return float(sum(json.loads(told.splitlines()[-1])["seconds"])) / trials
 
 
 def tracked_against_bare(recipe: Config, lab: Path, repeats: int) -> Figure:
@@ -412,7 +431,7 @@ def _bare(study: Any, knobs: list[Knob]) -> None:
 def _empty(search: Search, tracking: Tracking, config: Config) -> None:
     number = search.claim(config.study.trials)
     assert number is not None
-    _, values = search.ask(number)
+    _, values, _ = search.ask(number)
     tags = trial_tags(config.study.name, number)
     record = begin_record(tracking, with_values(config, values), Identity("empty", "trial", tags))
     record.log({"val_accuracy": 0.5, "val_loss": 1.0}, step=1)

@@ -13,6 +13,7 @@ _COMMANDS: dict[str, str] = {
     "data": "fetch and verify a data set",
     "train": "train one configuration; a Hydra application",
     "sweep": "run a study, or go on with it; a Hydra application",
+    "worker": "take trials of a study that machines share, until none are left",
     "audit": "hold a study's trials against their runs; --repair mends",
     "bench": "measure what the machinery costs",
     "reproduce": "train a run or a study again from its record, with a verdict",
@@ -68,6 +69,7 @@ def _run(arguments: list[str]) -> int:
         "data": _data,
         "train": _train,
         "sweep": _sweep,
+        "worker": _worker,
         "audit": _audit,
         "bench": _bench,
         "reproduce": _reproduce,
@@ -130,6 +132,19 @@ def _sweep(arguments: list[str]) -> int:
     from digitlab.study import sweep
 
     return max(sweep(job, lab_folder()) for job in jobs)
+
+
+def _worker(arguments: list[str]) -> int:
+    parser = _Parser("digitlab worker", description="Take trials of a study on a shared storage.")
+    parser.add_argument("study", help="as `digitlab sweep` has begun it")
+    parser.add_argument(
+        "--storage", metavar="ADDRESS", help="postgresql+psycopg://...; else DIGITLAB_STORAGE"
+    )
+    options = parser.parse_args(arguments)
+    from digitlab.join import worker
+    from digitlab.lab import lab_folder
+
+    return worker(options.study, options.storage, lab_folder())
 
 
 def _audit(arguments: list[str]) -> int:

@@ -150,12 +150,22 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
 
 
 # Keys that came after 0.1.0, with the value that stands for what was done before.
-ADDED = {"data.images": 0, "data.augment.stroke": 0.0, "trainer.precision": "float32"}
+ADDED: dict[str, Any] = {
+    "data.images": 0,
+    "data.augment.stroke": 0.0,
+    "trainer.precision": "float32",
+    "study.storage": None,
+    "launcher.name": "processes",
+    "launcher.address": "auto",
+    "launcher.workers": 0,
+    "launcher.cpus": 1.0,
+    "launcher.gpus": 0.0,
+}
 
 
 def _migrated(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of an older version, with the keys that it did not know."""
-    new: dict[str, Any] = copy.deepcopy(dict(plain))
+    new: dict[str, Any] = {"launcher": {}, **copy.deepcopy(dict(plain))}
     for key, value in ADDED.items():
         path, _, name = key.rpartition(".")
         section = _at(new, path)

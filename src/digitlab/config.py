@@ -1,6 +1,7 @@
 """Types and limits of everything that a run can be told. The values stand in `conf/`."""
 
 import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -49,6 +50,14 @@ class Pruner(StrEnum):
 class Tracker(StrEnum):
     mlflow = "mlflow"
     none = "none"
+
+
+class Launcher(StrEnum):
+    """Who starts the workers that take a study's trials."""
+
+    processes = "processes"  # the study itself, on its machine
+    ray = "ray"  # a Ray cluster
+    external = "external"  # someone else: `digitlab worker STUDY`
 
 
 @dataclass
@@ -146,6 +155,7 @@ class StudyConfig:
     """What a search does; `digitlab train` does not look at it."""
 
     name: str
+    storage: str | None  # postgresql+psycopg://user@host/database; null is sqlite in the lab folder
     space: dict[str, str]  # knob -> its range in Hydra's sweep grammar
     fork_from: str | None  # another study, whose trials are taken over where they still fit
     trials: int  # in all, however often the study is stopped and started
@@ -169,6 +179,7 @@ class StudyConfig:
         named = bool(self.name) and all(c.isalnum() or c in "-_." for c in self.name)
         named = named and not self.name.startswith(".")
         require(named, f"study.name={self.name}", "letters, digits, '-', '_' and '.'")
+        _refuse_password("study.storage", self.storage, "PGPASSWORD or ~/.pgpass")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             require(value >= least, f"study.{name}={value}", f"a number >= {least}")
@@ -208,6 +219,34 @@ class TrackingConfig:
     uri: str | None  # of an MLflow server or store; null is sqlite in the lab folder
     experiment: str  # MLflow's word for the group of runs that stand together
 
+    def __post_init__(self) -> None:
+        _refuse_password("tracking.uri", self.uri, "MLFLOW_TRACKING_PASSWORD")
+
+
+def _refuse_password(key: str, address: str | None, place: str) -> None:
+    """A configuration is recorded with every run, so that no secret may stand in it."""
+    if address and ("password=" in address.lower() or re.search(r"//[^/?#]*:[^/?#]*@", address)):
+        raise UserError(
+            f"{key}: the address holds a password, and would be recorded with every run: leave it "
+            f"out, and give it in {place}, or in the file .env of the lab folder"
+        )
+
+
+@dataclass
+class LauncherConfig:
+    """Who starts a study's workers; all but the name is Ray's."""
+
+    name: Launcher
+    address: str  # of the cluster: auto is the one that this machine belongs to
+    workers: int  # 0 is as many as the cluster has CPUs for
+    cpus: float  # of each worker
+    gpus: float  # of each worker; a fraction shares one
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"launcher.workers={self.workers}", "an integer >= 0")
+        require(0 < self.cpus <= 1024, f"launcher.cpus={self.cpus}", "0 < cpus <= 1024")
+        require(0 <= self.gpus <= 64, f"launcher.gpus={self.gpus}", "0 to 64")
+
 
 @dataclass
 class Config:
@@ -219,3 +258,4 @@ class Config:
     trainer: TrainerConfig
     study: StudyConfig
     tracking: TrackingConfig
+    launcher: LauncherConfig

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_MOST = 16  # workers that are shown one by one; of a thousand, the rest are counted
 _PLAIN_SECONDS = 20.0  # between two lines about running trials, where there is no terminal
 
 
@@ -92,8 +93,8 @@ def _line(view: View) -> str:
     running = "; ".join(
         f"{busy.title} epoch {busy.epoch}/{busy.epochs}"
         + (f" {busy.accuracy:.2%}" if busy.accuracy is not None else "")
-        for busy in view.busy
-    )
+        for busy in view.busy[:_MOST]
+    ) + _more(view)
     parts = [f"{view.phase} {view.done} of {view.total}", view.best, duration(view.seconds_left)]
     return " | ".join(part for part in [*parts, running] if part)
 
@@ -104,13 +105,19 @@ def _draw(view: View) -> Group:
         if part:
             head.append(f"   {part}", style="default")
     table = Table.grid(padding=(0, 2))
-    for busy in view.busy:
+    for busy in view.busy[:_MOST]:
         accuracy = f"{busy.accuracy:.2%}" if busy.accuracy is not None else ""
         epoch = f"epoch {busy.epoch}/{busy.epochs}"
         bar = ProgressBar(total=1.0, completed=busy.done, width=20)
         table.add_row(f"worker {busy.worker}", Text(busy.title), bar, epoch, accuracy)
+    if _more(view):
+        table.add_row(Text(_more(view)))
     whole = ProgressBar(total=max(1, view.total), completed=view.done, width=60)
     return Group(head, whole, table)
+
+
+def _more(view: View) -> str:
+    return f" and {len(view.busy) - _MOST} more" if len(view.busy) > _MOST else ""
 
 
 def duration(seconds: float | None) -> str:

@@ -1,5 +1,6 @@
 """The one exception that is a person's to mend, and the words that go with it."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,3 +28,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
     if matches:
         return f"did you mean {' or '.join(matches)}?"
     return f"known are {', '.join(known)}" if known else "there are none yet"
+
+
+def first_line(told: object) -> str:
+    """The first line of an error, or an address, without the password that it may hold."""
+    line = (str(told).strip() or type(told).__name__).splitlines()[0]
+    line = re.sub(r"(?i)(password=)[^&\s]*", r"\1...", line)
+    return re.sub(r"//([^:/@\s]*):\S*@", r"//\1@", line)

@@ -9,8 +9,9 @@ from digitlab.compose import config_from_yaml, config_to_plain, config_to_yaml, 
 from digitlab.config import Config
 from digitlab.environment import source_digest
 from digitlab.errors import UserError, nearest
-from digitlab.search import Search, open_storage, study_names
+from digitlab.search import Search
 from digitlab.space import read_space
+from digitlab.storage import open_storage, study_names
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
 _KEPT = ("sampler", "startup_trials", "seed", "pruner", "rungs")
@@ -45,7 +46,7 @@ def _facts(config: Config, data_sha256: Mapping[str, str]) -> dict[str, Any]:
     """Everything that a trial's result depends on, beside the values of its knobs."""
     plain = config_to_plain(config)
     study = plain.pop("study")
-    plain.pop("tracking")
+    del plain["tracking"], plain["launcher"]
     return {
         **{key: value for key, value in flat(plain).items() if key not in config.study.space},
         **{f"study.{key}": study[key] for key in _KEPT},

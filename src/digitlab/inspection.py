@@ -6,8 +6,9 @@ from pathlib import Path
 from digitlab.errors import UserError, nearest
 from digitlab.guard import recorded_config
 from digitlab.reconcile import Problem, audit
-from digitlab.search import Search, open_storage, study_names
+from digitlab.search import Search
 from digitlab.space import read_space
+from digitlab.storage import open_storage, study_names
 from digitlab.tracking import open_tracking
 from digitlab.workers import only_parent
 

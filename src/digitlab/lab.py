@@ -3,13 +3,18 @@
 import os
 from pathlib import Path
 
+from dotenv import load_dotenv
+
 from digitlab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository: conf/, experiments/, src/
 
 
 def lab_folder() -> Path:
-    """`lab/` in the repository, or where DIGITLAB_HOME points; made if it is not there."""
+    """`lab/` in the repository, or where DIGITLAB_HOME points; made if it is not there.
+
+    Its file `.env`, if any, gives environment variables that are not set: passwords, say.
+    """
     folder = Path(os.environ.get("DIGITLAB_HOME") or ROOT / "lab").expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -18,4 +23,6 @@ def lab_folder() -> Path:
             f"DIGITLAB_HOME={folder}: cannot be the lab ({error.strerror}): "
             "name a folder that can be written"
         ) from error
+    if (folder / ".env").exists():
+        load_dotenv(folder / ".env")
     return folder

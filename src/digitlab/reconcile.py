@@ -109,6 +109,7 @@ class _Audit:
     def __init__(self, search: Search, tracking: Tracking, config: Config, repair: bool) -> None:
         self.search, self.tracking = search, tracking
         self.config, self.repair = config, repair
+        self.lost = search.lost()
         self.problems: list[Problem] = []
 
     def _found(self, kind: str, number: int | None, run: RunRow | None, detail: str) -> None:
@@ -128,6 +129,8 @@ class _Audit:
 
     def trial(self, row: TrialRow, runs: list[RunRow]) -> None:
         if row.state == "running":
+            if self.search.engine is not None and row.number not in self.lost:
+                return  # a worker somewhere gives signs of life for it
             if self.repair:
                 reconcile_trial(self.search, self.tracking, row, None)
             detail = "the trial is marked as running, and nobody runs it"

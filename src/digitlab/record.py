@@ -32,7 +32,7 @@ def trial_tags(study: str, number: int) -> dict[str, str]:
 
 def row_params(config: Config, kind: str) -> dict[str, str]:
     """The parameters of a run of that kind: the settings of a study are the study's own alone."""
-    hidden = () if kind == "study" else ("study.", "tracking.")
+    hidden = () if kind == "study" else ("study.", "tracking.", "launcher.")
     leaves = flat(config_to_plain(config))
     return {key: str(value) for key, value in leaves.items() if not key.startswith(hidden)}
 

@@ -20,8 +20,9 @@ from digitlab.datasets import TEST, load_digits
 from digitlab.errors import UserError
 from digitlab.guard import begun_study
 from digitlab.recorded import recorded_environment
-from digitlab.search import Search, TrialRow, open_storage, study_names
+from digitlab.search import Search, TrialRow
 from digitlab.statistics import Interval
+from digitlab.storage import open_storage, study_names
 from digitlab.summary import champion_text, pruning_text, short, sweep_command
 from digitlab.tracking import RunRow, Tracking, open_tracking
 

@@ -1,33 +1,44 @@
 """The Optuna study: its storage, its trials, who takes the next one."""
 
+import functools
 import hashlib
+import json
 import math
-import sqlite3
+import threading
+import time
+import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
-from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import text
 
 from digitlab.config import Pruner, Sampler, StudyConfig
 from digitlab.errors import UserError
 from digitlab.space import Knob, suggest
+from digitlab.storage import (
+    BEAT,
+    GRACE,
+    PATIENCE,
+    STORE_ERRORS,
+    engine_of,
+    patiently,
+    study_names,
+    turn,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-# What a storage raises that cannot be written or read: a full disk, a lost or locked database.
-STORE_ERRORS = (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _ETA = 3  # successive halving keeps the best third at each rung
 _STATES = {
     "waiting": TrialState.WAITING,
@@ -36,7 +47,16 @@ _STATES = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+_ON_THE_WAY = (TrialState.PRUNED, TrialState.RUNNING)
 _NAMES = {state: name for name, state in _STATES.items()}
+_OWNER = "owner"  # the trial's attribute that names its worker
+_SILENT = text(
+    "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
+    "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL"
+)
+_OWNED = text("SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key")
+_COUNTS = text("SELECT state, count(*) FROM trials WHERE study_id = :study GROUP BY state")
+_YOUNG = text("SELECT now() - pg_postmaster_start_time() < make_interval(secs => :grace)")
 
 
 @dataclass(frozen=True)
@@ -45,37 +65,41 @@ class TrialRow:
 
     number: int
     state: str  # waiting, running, finished, pruned or failed
-    value: float | None  # holdout accuracy: the last of a finished trial, at the rung of a pruned
+    value: float | None  # holdout accuracy: the last of a finished trial, else of its last rung
     values: dict[str, Any]
     notes: dict[str, Any]
+    rungs: int = 0  # that it has passed
 
     @property
     def ended(self) -> bool:
         return self.state in ("finished", "pruned", "failed")
 
 
-def open_storage(lab: Path) -> BaseStorage:
-    """Optuna's storage on sqlite in the lab folder, in WAL mode.
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-    Raises:
-        UserError: the file cannot be read or written, or is no database.
-    """
-    path = lab / "optuna.db"
-    try:
-        with FileLock(lab / "optuna.lock"):  # two processes that make the tables at once collide
-            with closing(sqlite3.connect(path, timeout=60)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            options = {"connect_args": {"timeout": 60}}  # s, to wait for another writer
-            return get_storage(RDBStorage(f"sqlite:///{path}", engine_kwargs=options))
-    except Exception as error:  # sqlite's, sqlalchemy's, alembic's: one cause for the user
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: cannot be used ({reason}): mend it, or put it aside to begin anew"
-        ) from error
+
+def _patient(
+    method: Callable[Concatenate["Search", _P], _T],
+) -> Callable[Concatenate["Search", _P], _T]:
+    """Try again while a storage that many share is away; the methods may all be repeated."""
+
+    @functools.wraps(method)
+    def tried(self: "Search", *arguments: _P.args, **named: _P.kwargs) -> _T:
+        patience = PATIENCE if self.engine else 0.0
+        return patiently(lambda: method(self, *arguments, **named), patience)
+
+    return tried  # type: ignore[return-value]  # it is called as the method is
 
 
 class Search:
-    """One study in a storage. Any number of processes may hold the same one."""
+    """One study in a storage. Any number of processes may hold the same one.
+
+    In a storage that many share, a running trial has an owner, a random name that its worker gave
+    itself, and the worker gives a sign of life every few seconds. A trial whose worker has given
+    none for long is put back; should that worker still live, it finds that the trial is no longer
+    its own.
+    """
 
     def __init__(self, storage: BaseStorage, config: StudyConfig, knobs: list[Knob]) -> None:
         self.storage, self.config, self.knobs = storage, config, knobs
@@ -84,51 +108,163 @@ class Search:
             storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
         )
         self.id = storage.get_study_id_from_name(study.study_name)
+        self.engine = engine_of(storage)
+        self.owner = uuid.uuid4().hex
+        self._ended: dict[int, TrialRow] = {}
+        self._unbeaten: dict[int, float] = {}  # running trials without any sign, and since when
 
+    @_patient
     def rows(self) -> list[TrialRow]:
         """All trials by number."""
-        return [self._row(trial) for trial in self.storage.get_all_trials(self.id, deepcopy=False)]
+        return self._rows(self.storage.get_all_trials(self.id, deepcopy=False))
+
+    def _rows(self, trials: list[FrozenTrial]) -> list[TrialRow]:
+        for trial in trials:
+            if trial.number not in self._ended and trial.state.is_finished():
+                self._ended[trial.number] = self._row(trial)
+        return [self._ended.get(trial.number) or self._row(trial) for trial in trials]
 
     def _row(self, trial: FrozenTrial) -> TrialRow:
         decode = {knob.name: knob.decode for knob in self.knobs}
         values = {k: decode[k](v) if k in decode else v for k, v in trial.params.items()}
         value = trial.values[0] if trial.values else None
-        if trial.state is TrialState.PRUNED and trial.intermediate_values:
+        if trial.state in _ON_THE_WAY and trial.intermediate_values:
             value = trial.intermediate_values[max(trial.intermediate_values)]
-        return TrialRow(trial.number, _NAMES[trial.state], value, values, trial.user_attrs)
+        passed = len(trial.intermediate_values)
+        return TrialRow(trial.number, _NAMES[trial.state], value, values, trial.user_attrs, passed)
 
+    @_patient
     def claim(self, total: int) -> int | None:
         """The number of a trial to run now: one that waits, else a new one below `total`.
 
         Trials that failed count towards the total where the study says so.
         """
-        trials = self.storage.get_all_trials(self.id, deepcopy=False)
-        for trial in trials:
-            if trial.state is TrialState.WAITING and self._set(trial, TrialState.RUNNING):
-                return trial.number
-        if self.config.sampler is Sampler.grid:
-            total = min(total, math.prod(len(values) for values in _grid(self.knobs).values()))
-        failed = sum(trial.state is TrialState.FAIL for trial in trials)
-        if len(trials) - (0 if self.config.count_failed else failed) >= total:
+        if self.engine is None:
+            return self._claim(total)
+        with turn(self.engine, f"digitlab/{self.config.name}/claim"):
+            return self._claim(total)
+
+    def _claim(self, total: int) -> int | None:
+        counts = self._counts()
+        if counts[TrialState.WAITING]:
+            waiting = (TrialState.WAITING,)
+            for trial in self.storage.get_all_trials(self.id, False, waiting):
+                self._beat(trial._trial_id)  # or the sign of an earlier attempt has it put back
+                if self._set(trial._trial_id, TrialState.RUNNING):
+                    return trial.number
+        if self._counted(counts) >= self._most(total):
             return None
         trial_id = self.storage.create_new_trial(self.id)
         return self.storage.get_trial_number_from_id(trial_id)
 
+    def _counts(self) -> Counter[TrialState]:
+        """Trials by state; counted by the server where there is one, which is cheaper there."""
+        if self.engine is None:
+            return Counter(trial.state for trial in self.storage.get_all_trials(self.id, False))
+        with self.engine.connect() as connection:
+            counted = connection.execute(_COUNTS, {"study": self.id}).all()
+        return Counter({TrialState[state]: count for state, count in counted})
+
+    def _counted(self, counts: Counter[TrialState]) -> int:
+        return sum(counts.values()) - (0 if self.config.count_failed else counts[TrialState.FAIL])
+
+    def _most(self, total: int) -> int:
+        if self.config.sampler is not Sampler.grid:
+            return total
+        return min(total, math.prod(len(values) for values in _grid(self.knobs).values()))
+
+    @_patient
+    def complete(self, total: int) -> bool:
+        """Whether no trial runs or waits, and none is left to be made."""
+        counts = self._counts()
+        busy = counts[TrialState.RUNNING] + counts[TrialState.WAITING]
+        return not busy and self._counted(counts) >= self._most(total)
+
+    def _beat(self, trial_id: int) -> None:
+        if self.engine is not None:
+            self.storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
+
+    @_patient
+    def owns(self, number: int) -> bool:
+        """Whether the trial is still this one's to end."""
+        if self.engine is None:
+            return True
+        with self.engine.connect() as connection:
+            owner = connection.execute(_OWNED, {"trial": self._id(number), "key": _OWNER}).scalar()
+        return owner is not None and json.loads(owner) == self.owner
+
+    @_patient
     def put_back(self, number: int, attempts: int) -> None:
         """Let a trial that did not end be taken again."""
-        trial = self._trial(number)
-        self.storage.set_trial_user_attr(trial._trial_id, "attempts", attempts)
-        self._set(trial, TrialState.WAITING)
+        trial_id = self._id(number)
+        self.storage.set_trial_user_attr(trial_id, "attempts", attempts)
+        if self.engine is not None:
+            self.storage.set_trial_user_attr(trial_id, _OWNER, "")
+        self._set(trial_id, TrialState.WAITING)
 
-    def _set(self, trial: FrozenTrial, state: TrialState) -> bool:
-        return self.storage.set_trial_state_values(trial._trial_id, state)
+    def _set(self, trial_id: int, state: TrialState) -> bool:
+        return self.storage.set_trial_state_values(trial_id, state)
 
-    def _trial(self, number: int) -> FrozenTrial:
-        # All of them, since the storage's cache must have seen a trial before it can be changed.
-        return self.storage.get_all_trials(self.id, deepcopy=False)[number]
+    def _id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.id, number)
 
-    def ask(self, number: int) -> tuple[Trial, dict[str, Any]]:
-        """The trial and its values, chosen now unless an earlier attempt has chosen them."""
+    @contextmanager
+    def alive(self, number: int, seconds: float) -> Iterator[None]:
+        """Give signs of life for a trial while it runs, for no longer than `seconds` if not 0."""
+        if self.engine is None:
+            yield
+            return
+        self._take(number)
+        ended = threading.Event()
+        until = time.monotonic() + seconds if seconds else math.inf
+
+        def beat() -> None:
+            trial_id = self._id(number)
+            while not ended.wait(BEAT) and time.monotonic() < until:
+                try:
+                    self._beat(trial_id)
+                except STORE_ERRORS:  # it is away: the next sign may reach it
+                    continue
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    @_patient
+    def _take(self, number: int) -> None:
+        """Make a claimed trial this one's own."""
+        self.storage.set_trial_user_attr(self._id(number), _OWNER, self.owner)
+
+    @_patient
+    def lost(self) -> set[int]:
+        """Running trials whose workers have given no sign of life for long.
+
+        A server that was itself away has heard nobody: it is given the time to hear them again.
+        """
+        if self.engine is None:
+            return set()
+        stale = set(self.storage._get_stale_trial_ids(self.id))  # type: ignore[attr-defined]
+        now = time.monotonic()
+        with self.engine.connect() as connection:
+            silent = connection.execute(_SILENT, {"study": self.id}).scalars().all()
+            young = connection.execute(_YOUNG, {"grace": GRACE}).scalar()
+        self._unbeaten = {one: self._unbeaten.get(one, now) for one in silent}
+        stale |= {one for one, since in self._unbeaten.items() if now - since > GRACE}
+        if young or not stale:
+            return set()
+        running = self.storage.get_all_trials(self.id, False, (TrialState.RUNNING,))
+        return {trial.number for trial in running if trial._trial_id in stale}
+
+    @_patient
+    def ask(self, number: int) -> tuple[Trial, dict[str, Any], list[TrialRow]]:
+        """The trial and its values, chosen now unless an earlier attempt has chosen them.
+
+        The third is all trials as they stood before.
+        """
         # Loaded anew, since a study object caches the trials that it has seen.
         study = optuna.load_study(
             study_name=self.config.name,
@@ -136,23 +272,34 @@ class Search:
             sampler=self.sampler,
             pruner=self.pruner,
         )
-        trial = Trial(study, self._trial(number)._trial_id)
-        return trial, suggest(trial, self.knobs)
+        # All are read, since the storage's cache must have seen a trial before it can be changed.
+        trials = self.storage.get_all_trials(self.id, deepcopy=False)
+        trial = Trial(study, trials[number]._trial_id)
+        return trial, suggest(trial, self.knobs), self._rows(trials)
 
+    @_patient
     def report(self, trial: Trial, rung: int, accuracy: float) -> bool:
         """Note the accuracy at the rung, counted from 0; whether to prune."""
-        if rung not in self._trial(trial.number).intermediate_values:  # of an earlier attempt
+        known = self.storage.get_trial(trial._trial_id).intermediate_values
+        if rung not in known:  # of an earlier attempt
             trial.report(accuracy, rung)
         return trial.should_prune()
 
+    @_patient
     def tell(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> None:
         """End a trial."""
-        trial = self._trial(number)
-        for name, note in notes.items():
-            self.storage.set_trial_user_attr(trial._trial_id, name, note)
+        trial_id = self._id(number)
         values = [value] if value is not None and state in ("finished", "pruned") else None
-        self.storage.set_trial_state_values(trial._trial_id, _STATES[state], values)
+        try:
+            for name, note in notes.items():
+                self.storage.set_trial_user_attr(trial_id, name, note)
+            self.storage.set_trial_state_values(trial_id, _STATES[state], values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            if self.engine is None or self.storage.get_trial(trial_id).state is not _STATES[state]:
+                raise
+            # It was told before, and the server went away before it could say so.
 
+    @_patient
     def add(self, values: dict[str, Any], value: float, notes: dict[str, Any]) -> None:
         """A finished trial whose result comes from elsewhere."""
         study = optuna.load_study(study_name=self.config.name, storage=self.storage)
@@ -165,6 +312,7 @@ class Search:
             )
         )
 
+    @_patient
     def notes(self, study: str | None = None) -> dict[str, Any]:
         """What is noted of a study as a whole, this one unless another is named."""
         study_id = self.storage.get_study_id_from_name(study) if study else self.id
@@ -174,6 +322,7 @@ class Search:
         """The studies in the storage."""
         return study_names(self.storage)
 
+    @_patient
     def note(self, name: str, value: Any) -> None:
         self.storage.set_study_user_attr(self.id, name, value)
 
@@ -181,10 +330,6 @@ class Search:
 def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
     """What a trial is judged by: the last holdout accuracy, or that of its rung if pruned."""
     return metrics.get({"finished": "val_accuracy", "pruned": "rung_accuracy"}.get(state, ""))
-
-
-def study_names(storage: BaseStorage) -> list[str]:
-    return [study.study_name for study in storage.get_all_studies()]
 
 
 class _SeededSampler(BaseSampler):

@@ -29,7 +29,7 @@ from digitlab.errors import UserError, nearest
 
 # What decides how a trial is measured, or belongs to the study as a whole.
 _FIXED = (
-    *("study.", "tracking.", "trainer.seed", "trainer.threads"),
+    *("study.", "tracking.", "launcher.", "trainer.seed", "trainer.threads"),
     *("data.name", "data.fold", "data.holdout", "data.split_seed", "data.allow_unknown"),
 )
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"

@@ -4,8 +4,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,17 +19,19 @@ from digitlab.champion import (
     unpruned_jobs,
 )
 from digitlab.compose import Composed, with_values
-from digitlab.config import Config, Fold
+from digitlab.config import Config, Fold, Launcher, Tracker
 from digitlab.console import Board, Busy, View
 from digitlab.crown import crown, test_metrics
 from digitlab.datasets import TRAIN, load_digits
 from digitlab.environment import describe_environment
-from digitlab.errors import UserError
+from digitlab.errors import UserError, require
 from digitlab.guard import fitting_trials, guard
+from digitlab.join import invite, reap
 from digitlab.reconcile import audit, reconcile_trial, record_taken
 from digitlab.record import Identity, begin_record, stage, trial_tags
-from digitlab.search import STORE_ERRORS, Search, TrialRow, open_storage
+from digitlab.search import Search, TrialRow
 from digitlab.space import read_space
+from digitlab.storage import PATIENCE, STORE_ERRORS, Hold, open_storage
 from digitlab.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.tracking import open_tracking
 from digitlab.views import describe_study, view_addresses, view_tags
@@ -37,6 +39,7 @@ from digitlab.workers import Done, Job, Pool, Setup, Worker, only_parent
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK = 0.2  # seconds between two looks at the clock and the board
+_LOOK = 1.0  # seconds between two looks at trials that workers elsewhere run
 _GRACE = 5.0  # seconds beyond study.trial_minutes after which a worker no longer answers
 
 
@@ -60,18 +63,57 @@ def sweep(composed: Composed, lab: Path, again: str | None = None) -> int:
             f"study.space={{}}: study {config.study.name} has nothing to search: give a range such "
             "as 'model.hidden=tag(log,int(interval(32,512)))', or use `digitlab train`"
         )
-    read_space(config)
-    with only_parent(lab, config.study.name), Board() as board:
-        return _Sweep(composed, lab, board, again).run()
+    _require_shared(config)
+    storage = open_storage(lab, config.study.storage)
+    search = Search(storage, config.study, read_space(config))
+    with only_parent(lab, config.study.name), _held(search) as hold, Board() as board:
+        return _Sweep(composed, lab, search, hold, board, again).run()
+
+
+def _require_shared(config: Config) -> None:
+    """Workers elsewhere need a storage and records that they reach."""
+    if config.launcher.name is Launcher.processes:
+        return
+    given = f"launcher={config.launcher.name}"
+    storage = config.study.storage or os.environ.get("DIGITLAB_STORAGE")
+    allowed = "a storage that all workers reach: study.storage=postgresql+psycopg://..."
+    require(bool(storage), f"{given} with study.storage=null", allowed)
+    records = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    allowed = "records that all workers reach: tracking.uri=http://..., or tracking=none"
+    none = config.tracking.name is Tracker.none
+    require(none or bool(records), f"{given} with tracking.uri=null", allowed)
+
+
+@contextmanager
+def _held(search: Search) -> Iterator[Hold | None]:
+    """Hold the study in a storage that many share, so that no other machine leads it."""
+    if search.engine is None:
+        yield None
+        return
+    study = search.config.name
+    problem = f"study.name={study}: another machine leads it already: wait, or join it with "
+    hold = Hold(search.engine, f"digitlab/{study}", f"{problem}`digitlab worker {study}`")
+    try:
+        yield hold
+    finally:
+        hold.close()
 
 
 class _Sweep:
-    def __init__(self, composed: Composed, lab: Path, board: Board, again: str | None) -> None:
-        self.again = again
+    def __init__(
+        self,
+        composed: Composed,
+        lab: Path,
+        search: Search,
+        hold: Hold | None,
+        board: Board,
+        again: str | None,
+    ) -> None:
+        self.hold, self.again = hold, again
         self.config, self.lab, self.board = composed.config, lab, board
         self.overrides = composed.overrides
         self.study = composed.config.study
-        self.search = Search(open_storage(lab), self.study, read_space(composed.config))
+        self.search = search
         self.tracking = open_tracking(composed.config, lab)
         data = composed.config.data
         self.data_sha256 = load_digits(lab, data.name, TRAIN, data.allow_unknown).sha256
@@ -81,6 +123,7 @@ class _Sweep:
         self.parent_run = self._parent_run()
         self.pool: Pool | None = None
         self.stopping = 0
+        self.shown = 0.0
         self.begun = time.monotonic()
         self.spent = float(self.search.notes().get("seconds", 0.0))  # in earlier calls
 
@@ -90,6 +133,8 @@ class _Sweep:
         try:
             self._fork()
             self._trials()
+            if not self.stopping:
+                self._await_tracker()
             status = 130 if self.stopping else self._champion()
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
@@ -195,17 +240,92 @@ class _Sweep:
             self.board.say(f"study {name}: going on from {ended} of {total} trials")
         else:
             self.board.say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
+        if self.hold:
+            invite(self.search, self.config, self.overrides, total)
+        if self.config.launcher.name is not Launcher.processes:
+            self._watch(total)
+            return
         self._work_off("trials", self._next_trial, self._trial_ended, total)
+        while self.hold and not self.stopping and not self._complete(total):  # others run the rest
+            self._reap()
+            time.sleep(_LOOK)
+            self._work_off("trials", self._next_trial, self._trial_ended, total)
+
+    def _complete(self, total: int) -> bool:
+        rows = self.search.rows()
+        if self._enough(rows):
+            return all(row.ended for row in rows)
+        return self.search.complete(total)
+
+    def _enough(self, rows: list[TrialRow]) -> bool:
+        """Whether the study's limits of time or patience let no further trial start."""
+        minutes, patience = self.study.minutes, self.study.patience
+        late = bool(minutes) and self._seconds() > 60 * minutes
+        enough = late or (bool(patience) and _since_best(rows) >= patience)
+        if enough and self.hold:
+            invite(self.search, self.config, self.overrides, len(rows))
+        return enough
+
+    def _reap(self) -> None:
+        for told in reap(self.search, self.tracking):
+            self.board.say(told)
+
+    def _watch(self, total: int) -> None:
+        """Wait for workers that Ray or other people start, until no trial is left."""
+        crew = None
+        if self.config.launcher.name is Launcher.ray:
+            from digitlab.cluster import RayWorkers  # which imports Ray
+
+            crew = RayWorkers(self.config, self.lab)
+            self.board.say(f"{crew.count} workers asked of the Ray cluster")
+        else:
+            self.board.say(f"waiting for workers: digitlab worker {self.study.name}")
+        begun, before = time.monotonic(), {row.number for row in self.search.rows() if row.ended}
+        known = len(before)
+        try:
+            while True:
+                looked = time.monotonic()
+                complete, rows = self._complete(total), self.search.rows()
+                for row in rows:
+                    if row.ended and row.number not in before:
+                        before.add(row.number)
+                        self._say_ended(row)
+                if complete or self.stopping:
+                    return
+                for problem in crew.problems() if crew else []:
+                    self.board.say(problem)
+                if crew and not crew.working and not self._complete(total):
+                    raise UserError(
+                        f"study {self.study.name}: no worker is left on the Ray cluster, and not "
+                        "all trials have ended: mend what they said and go on"
+                    )
+                assert self.hold is not None
+                self.hold.keep()
+                self._reap()
+                count = len(before) - known
+                self._show_rows(rows, (time.monotonic() - begun) / count if count else None, total)
+                time.sleep(max(_LOOK, 2 * (time.monotonic() - looked)))  # a look may take long
+        finally:
+            if crew:
+                crew.close(now=bool(self.stopping))
+
+    def _say_ended(self, row: TrialRow) -> None:
+        if self.board.live is None:
+            value = f" {row.value:.2%}" if row.value else ""
+            self.board.say(f"trial {row.number} {row.state}{value}")
+
+    def _show_rows(self, rows: list[TrialRow], pace: float | None, total: int) -> None:
+        done = sum(self._counts(row) for row in rows)
+        busy = [_running(row, self.config) for row in rows if row.state == "running"]
+        left = None if pace is None else pace * (total - done)
+        self.board.show(View("trials", done, total, _best_text(rows), left, busy))
 
     def _counts(self, row: TrialRow) -> bool:
         return row.ended and (self.study.count_failed or row.state != "failed")
 
     def _next_trial(self) -> Job | None:
         rows = self.search.rows()
-        minutes, patience = self.study.minutes, self.study.patience
-        if minutes and self._seconds() > 60 * minutes:
-            return None
-        if patience and _since_best(rows) >= patience:
+        if self._enough(rows):
             return None
         failed = sum(row.state == "failed" for row in rows)
         if not self.study.count_failed and failed >= self.study.trials:
@@ -232,6 +352,20 @@ class _Sweep:
                 f"trial {job.number} {done.state}" + (f" {accuracy:.2%}" if accuracy else "")
             )
 
+    def _await_tracker(self) -> None:
+        """The champion is chosen from records: a tracker that is away for a while is waited for."""
+        deadline = time.monotonic() + (PATIENCE if self.hold else 0.0)
+        while not self.stopping:
+            try:
+                self.tracking.deliver()
+                self.tracking.find({"digitlab.study": self.study.name, "digitlab.kind": "study"})
+                return
+            except UserError as error:
+                if time.monotonic() > deadline:
+                    raise
+                self.board.say(str(error))
+            time.sleep(5)
+
     # Working off jobs of any kind
 
     def _work_off(
@@ -248,12 +382,14 @@ class _Sweep:
             self.search.note("workers", max(workers, self.search.notes().get("workers", 0)))
             self.pool = Pool(Setup(*setup), workers)
         pool, begun, count = self.pool, time.monotonic(), 0
+        resting = 0.0  # until then a storage that many share is not asked for trials again
         while True:
-            empty = bool(self.stopping)
+            empty = bool(self.stopping) or time.monotonic() < resting
             for worker in [] if empty else pool.idle():
                 job = next_job()
                 if job is None:
                     empty = True
+                    resting = time.monotonic() + _LOOK if self.hold and phase == "trials" else 0.0
                     break
                 pool.give(worker, job)
             if empty and not pool.busy():
@@ -266,6 +402,8 @@ class _Sweep:
                     ended(worker, job, done)
                     count += done is not None and done.state not in ("waiting", "interrupted")
             self._watch_clock(pool)
+            if self.hold:
+                self.hold.keep()
             pace = (time.monotonic() - begun) / count if count else None
             self._show(phase, pace, total)
 
@@ -286,16 +424,17 @@ class _Sweep:
                 pool.kill(worker, f"it took longer than study.trial_minutes={limit / 60:g}")
 
     def _show(self, phase: str, pace: float | None, total: int) -> None:
+        if self.hold and time.monotonic() - self.shown < _LOOK:
+            return
+        self.shown = time.monotonic()
         rows = self.search.rows()
-        best = max((row for row in rows if row.state == "finished"), key=_value, default=None)
         done = (
             sum(self._counts(row) for row in rows) if phase == "trials" else len(self._noted(phase))
         )
         assert self.pool is not None
         busy = [_busy(worker, self.config) for worker in self.pool.busy()]
         left = None if pace is None else pace * (total - done)
-        text = f"best {_value(best):.2%} (trial {best.number})" if best else ""
-        self.board.show(View(phase, done, total, text, left, busy))
+        self.board.show(View(phase, done, total, _best_text(rows), left, busy))
 
     # The champion
 
@@ -383,6 +522,11 @@ def _value(row: TrialRow) -> float:
     return row.value or 0.0
 
 
+def _best_text(rows: list[TrialRow]) -> str:
+    best = max((row for row in rows if row.state == "finished"), key=_value, default=None)
+    return f"best {_value(best):.2%} (trial {best.number})" if best else ""
+
+
 def _last_reason(rows: list[TrialRow]) -> str:
     reasons = [str(row.notes["reason"]) for row in rows if "reason" in row.notes]
     return reasons[-1] if reasons else "no reason is known"
@@ -396,6 +540,15 @@ def _since_best(rows: list[TrialRow]) -> int:
         return 0
     best = max(finished, key=lambda row: (_value(row), -row.number))
     return sum(row.number > best.number for row in ended)
+
+
+def _running(row: TrialRow, config: Config) -> Busy:
+    """A trial of a worker elsewhere: all that is known of it is the last rung it has passed."""
+    epochs = int(row.values.get("trainer.epochs", config.trainer.epochs))
+    rungs = [0.0, *config.study.rungs]
+    done = rungs[min(row.rungs, len(rungs) - 1)]
+    epoch = min(epochs, int(done * epochs) + 1)
+    return Busy(row.number, f"trial {row.number}", done, epoch, epochs, row.value)
 
 
 def _busy(worker: Worker, config: Config) -> Busy:

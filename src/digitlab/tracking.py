@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 import sqlite3
 import sys
@@ -24,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from digitlab.config import Config, Tracker
-from digitlab.errors import UserError, nearest
+from digitlab.errors import UserError, first_line, nearest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -33,7 +32,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # s; a trial must no
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox tries again
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -216,7 +215,7 @@ def _reaching(method: Callable[_P, _T]) -> Callable[_P, _T]:
         except UserError:
             raise
         except Exception as error:
-            reason = _reason(error)
+            reason = first_line(error)
             raise UserError(
                 f"tracking: not reached ({reason}): try again when it is back"
             ) from error
@@ -230,6 +229,7 @@ class MlflowTracking:
     def __init__(self, uri: str | None, experiment: str, lab: Path) -> None:
         self.outbox = lab / "outbox"
         artifacts = None
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         # The address of `digitlab ui`, where the records are in the lab.
         self.server = uri if uri and uri.startswith("http") else "http://127.0.0.1:5000"
         try:
@@ -249,7 +249,7 @@ class MlflowTracking:
                 self.experiment = self._experiment(experiment, artifacts)
         except Exception as error:  # sqlalchemy's, requests', MLflow's own: one cause for the user
             where = str(uri).split("?")[0].split("@")[-1]
-            reason = _reason(error)
+            reason = first_line(error)
             raise UserError(
                 f"tracking.uri={where}: cannot be used ({reason}): "
                 "mend it, or run with tracking=none"
@@ -434,7 +434,7 @@ class _MlflowRecord:
                 self._deliver(operation)
                 return
             except Exception as error:  # noqa: BLE001  whatever is wrong with the tracker, the run goes on
-                reason = _reason(error)
+                reason = first_line(error)
                 print(f"tracking: not reached ({reason}); kept in {self.folder}", file=sys.stderr)
                 self.tried = time.monotonic()
                 self._lock()
@@ -473,12 +473,23 @@ class _MlflowRecord:
                 tags = {"digitlab.state": "interrupted"}
                 self._deliver({"do": "end", "status": "KILLED", "tags": tags, "time": _now()})
         except Exception:  # noqa: BLE001  still away: the folder holds the rest
-            return False
+            if not self._deleted():
+                return False
         self.kept, self.done = [], 0
         shutil.rmtree(self.folder)
         if self.lock:
             self.lock.release()
         return True
+
+    def _deleted(self) -> bool:
+        """Whether the run is void: its trial was given to another worker meanwhile."""
+        try:
+            return bool(
+                self.run_id
+                and self.client.get_run(self.run_id).info.lifecycle_stage == LifecycleStage.DELETED
+            )
+        except Exception:  # noqa: BLE001  the tracker is away, or has no such run
+            return False
 
     def deliver_kept(self) -> bool:
         """Deliver what a process left in the folder; a run that it did not end is interrupted."""
@@ -568,12 +579,6 @@ def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -
             pip_requirements=libraries,
             serialization_format="pt2",
         )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the password of an address."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"//[^/@\s]*@", "//", line)
 
 
 def _now() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from digitlab.compose import compose
 from digitlab.errors import UserError
-from digitlab.search import open_storage, study_names
+from digitlab.storage import open_storage, study_names
 from digitlab.tracking import open_tracking, sqlite_uri
 from digitlab.views import view_addresses
 

@@ -1,11 +1,11 @@
-"""The inside of a worker process: takes jobs from its parent until there are none."""
+"""The inside of a worker: takes jobs, one after the other, until there are none."""
 
 import gc
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from digitlab.compose import with_values
 from digitlab.config import Config, Pruner
@@ -14,9 +14,10 @@ from digitlab.module import Diverged
 from digitlab.reconcile import record_taken, trial_runs
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import Broken, Ended, Outcome, perform
-from digitlab.search import Search, TrialRow, open_storage, trial_value
+from digitlab.search import Search, TrialRow, trial_value
 from digitlab.space import read_space
-from digitlab.tracking import open_tracking
+from digitlab.storage import GRACE, open_storage
+from digitlab.tracking import Tracking, open_tracking
 from digitlab.training import Watch
 from digitlab.workers import Done, Job, Progress, Setup, one_worker
 
@@ -26,7 +27,9 @@ _TELL_SECONDS = 0.2  # between two messages about progress
 def work(connection: Connection, setup: Setup) -> None:
     """Run jobs from the connection until it closes or says None."""
     with one_worker(setup.lab, setup.config.study.name):
-        worker = _Work(connection, setup)
+        storage = open_storage(setup.lab, setup.config.study.storage)
+        search = Search(storage, setup.config.study, read_space(setup.config))
+        worker = Work(connection, setup, search, open_tracking(setup.config, setup.lab))
         connection.send("ready")
         while True:
             try:
@@ -46,12 +49,21 @@ def work(connection: Connection, setup: Setup) -> None:
             gc.collect()  # Lightning's objects hold one another
 
 
-class _Work:
-    def __init__(self, connection: Connection, setup: Setup) -> None:
+class Ear(Protocol):
+    """Who a worker tells how far it is, and hears when to end: a connection to its parent, say."""
+
+    def send(self, told: Any, /) -> None: ...
+
+    def poll(self) -> bool:
+        """Whether to end what runs at the next batch."""
+
+
+class Work:
+    """What a worker does with each job."""
+
+    def __init__(self, connection: Ear, setup: Setup, search: Search, tracking: Tracking) -> None:
         self.connection, self.setup, self.config = connection, setup, setup.config
-        knobs = read_space(setup.config)
-        self.search = Search(open_storage(setup.lab), setup.config.study, knobs)
-        self.tracking = open_tracking(setup.config, setup.lab)
+        self.search, self.tracking = search, tracking
 
     def run(self, job: Job) -> Done:
         if job.config is not None:
@@ -73,9 +85,13 @@ class _Work:
 
     def _trial(self, job: Job) -> Done:
         """Choose values, train, record, and only then tell the study."""
-        trial, values = self.search.ask(job.number)
+        limit = 60 * self.config.study.trial_minutes
+        with self.search.alive(job.number, limit + GRACE if limit else 0):
+            return self._living_trial(job)
+
+    def _living_trial(self, job: Job) -> Done:
+        trial, values, rows = self.search.ask(job.number)
         self.connection.send(Progress(0.0, {}, values))
-        rows = self.search.rows()
         notes = rows[job.number].notes
         if "attempts" in notes:  # an earlier attempt did not end
             with suppress(UserError):  # while the tracker is away; the audit finds them later
@@ -90,6 +106,8 @@ class _Work:
             return self._take_over(job, config, twin)
         watch = _TrialWatch(self, trial, values)
         outcome = self._perform(job, config, watch)
+        if not self.search.owns(job.number):
+            return self._give_up(job, outcome)
         attempts = int(notes.get("attempts", 0))
         if outcome.state == "interrupted":
             self.search.put_back(job.number, attempts)
@@ -104,6 +122,13 @@ class _Work:
             told["reason"] = outcome.reason
         self.search.tell(job.number, outcome.state, value, told)
         return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
+
+    def _give_up(self, job: Job, outcome: Outcome) -> Done:
+        """The trial was put back meanwhile, since no sign of life came through: its run is void."""
+        with suppress(UserError):  # while the tracker is away; the audit finds it later
+            if outcome.run_id:
+                self.tracking.delete(outcome.run_id)
+        return Done("waiting", "it was taken for lost, and belongs to another worker")
 
     def _refuse(self, job: Job, reason: str) -> Done:
         """A trial whose values contradict each other has failed, and is recorded as such."""
@@ -125,7 +150,7 @@ class _Work:
 class _Told(Watch):
     """Tells the parent how far the run is; ends it when the parent says so, or has died."""
 
-    def __init__(self, work: _Work, values: dict[str, Any] | None = None) -> None:
+    def __init__(self, work: Work, values: dict[str, Any] | None = None) -> None:
         self.connection, self.values = work.connection, values
         self.metrics: dict[str, float] = {}
         self.curve: list[float] = []  # holdout accuracy after each epoch
@@ -152,7 +177,7 @@ class _Told(Watch):
 class _TrialWatch(_Told):
     """A trial's watch: also asks the pruner at each rung, and looks at the clock."""
 
-    def __init__(self, work: _Work, trial: Any, values: dict[str, Any]) -> None:
+    def __init__(self, work: Work, trial: Any, values: dict[str, Any]) -> None:
         super().__init__(work, values)
         self.search, self.trial, self.study = work.search, trial, work.config.study
         self.begun = time.monotonic()

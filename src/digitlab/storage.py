@@ -1,0 +1,199 @@
+"""Where studies are kept: sqlite in the lab folder, or a PostgreSQL server that many share."""
+
+import os
+import random
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+from filelock import FileLock
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+
+from digitlab.errors import UserError, first_line
+
+# What a storage raises that cannot be written or read: a full disk, a lost or locked database.
+STORE_ERRORS = (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
+BEAT = 10  # s between two signs of life of a trial's worker, in a storage that many share
+GRACE = 45  # s without one, after which the worker is taken for lost
+PATIENCE = 300.0  # s for which a server that is away is tried again
+_LONGEST_WAIT = 15.0  # s between two tries
+
+_T = TypeVar("_T")
+
+
+def open_storage(lab: Path, address: str | None = None, patience: float = 0.0) -> BaseStorage:
+    """Optuna's storage: of `address`, else of DIGITLAB_STORAGE, else sqlite in the lab folder.
+
+    Args:
+        patience: seconds for which a server that is away is tried again.
+
+    Raises:
+        UserError: it cannot be read or written, or is no database.
+    """
+    address = address or os.environ.get("DIGITLAB_STORAGE")
+    return _open_server(address, patience) if address else _open_sqlite(lab / "optuna.db")
+
+
+def _open_sqlite(path: Path) -> BaseStorage:
+    """In WAL mode, so that readers and a writer go on side by side."""
+    try:
+        # Two processes that make the tables at once collide.
+        with FileLock(path.with_suffix(".lock")):
+            with closing(sqlite3.connect(path, timeout=60)) as database:
+                database.execute("PRAGMA journal_mode=WAL")
+            options = {"connect_args": {"timeout": 60}}  # s, to wait for another writer
+            return get_storage(RDBStorage(f"sqlite:///{path}", engine_kwargs=options))
+    except Exception as error:  # sqlite's, sqlalchemy's, alembic's: one cause for the user
+        raise UserError(
+            f"{path}: cannot be used ({first_line(error)}): mend it, or put it aside to begin anew"
+        ) from error
+
+
+# Of each connection: a server that does not answer must not hold a worker for ever, and one that
+# was cut off must be noticed on both sides.
+_CONNECTION = {
+    "connect_timeout": 10,  # s
+    "tcp_user_timeout": 30_000,  # ms
+    "keepalives_idle": 10,  # s
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "options": "-c statement_timeout=60s -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5",
+    "application_name": "digitlab",
+}
+# One connection is kept; a turn and a sign of life take one each for a moment.
+_POOL = {"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True, "pool_timeout": 60}
+
+
+def _open_server(address: str, patience: float) -> BaseStorage:
+    shown = f"study.storage={first_line(address)}"
+    if not address.startswith("postgresql+psycopg://"):
+        raise UserError(
+            f"{shown}: allowed is postgresql+psycopg://user@host/database, or null for sqlite in "
+            "the lab folder"
+        )
+    try:
+        import psycopg  # noqa: F401  only here, since only a shared storage needs it
+    except ImportError as error:
+        raise UserError(f"{shown}: needs psycopg: pip install 'digitlab[cluster]'") from error
+    options: dict[str, Any] = {**_POOL, "connect_args": _CONNECTION}
+
+    def connect() -> RDBStorage:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return RDBStorage(
+                address, engine_kwargs=options, heartbeat_interval=BEAT, grace_period=GRACE
+            )
+
+    try:
+        with suppress(SQLAlchemyError):  # two that make the tables of an empty database collide
+            return get_storage(patiently(connect, patience))
+        return get_storage(connect())
+    except Exception as error:  # psycopg's, sqlalchemy's, alembic's: one cause for the user
+        raise UserError(
+            f"{shown}: cannot be used ({first_line(error)}): mend it, or give another; the "
+            "password comes from PGPASSWORD, ~/.pgpass, or .env in the lab folder"
+        ) from error
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    return [study.study_name for study in storage.get_all_studies()]
+
+
+def engine_of(storage: BaseStorage) -> Engine | None:
+    """Of a storage that many share; None of one that is this lab's alone."""
+    if storage.get_heartbeat_interval() is None:  # type: ignore[attr-defined]
+        return None
+    engine: Engine = storage._backend.engine  # type: ignore[attr-defined]
+    return engine
+
+
+def patiently(attempt: Callable[[], _T], patience: float) -> _T:
+    """What `attempt` gives. While its server is away it is tried again, ever less often.
+
+    Raises:
+        STORE_ERRORS: after `patience` seconds, or at once where it is no matter of a server.
+    """
+    deadline, wait = time.monotonic() + patience, 0.5
+    while True:
+        try:
+            return attempt()
+        except STORE_ERRORS as error:
+            if not _is_away(error) or time.monotonic() + wait > deadline:
+                raise
+        time.sleep(random.uniform(wait / 2, wait))  # noqa: S311  so that not all come at once
+        wait = min(2 * wait, _LONGEST_WAIT)
+
+
+_FOR_GOOD = ("password", "pg_hba.conf", "does not exist")  # in refusals that no waiting changes
+
+
+def _is_away(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError)):
+            return not any(word in str(error) for word in _FOR_GOOD)
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def turn(engine: Engine, name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock of that name, on whatever machine, for a moment; gives whether it is held.
+
+    It belongs to a transaction of the server, and goes with it.
+    """
+    take = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
+    with engine.begin() as connection:
+        taken = connection.execute(
+            text(f"SELECT {take}(hashtextextended(:name, 0))"), {"name": name}
+        )
+        yield taken.scalar() is not False
+
+
+class Hold:
+    """A lock of that name that lasts: it goes when this process, or its connection, does."""
+
+    def __init__(self, engine: Engine, name: str, problem: str) -> None:
+        self.engine, self.name, self.problem = engine, name, problem
+        self.connection: Connection | None = None
+        self.looked = 0.0
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the lock again where a restart of the server has taken it away.
+
+        Raises:
+            UserError: another process holds it; its text is `problem`.
+        """
+        if time.monotonic() - self.looked < BEAT:
+            return
+        patiently(self._keep, PATIENCE)
+        self.looked = time.monotonic()
+
+    def _keep(self) -> None:
+        try:
+            if self.connection is not None:
+                self.connection.execute(text("SELECT 1"))
+                return
+            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            query = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+            if not connection.execute(query, {"name": self.name}).scalar():
+                connection.close()
+                raise UserError(self.problem)
+            self.connection = connection
+        except SQLAlchemyError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.connection is not None:
+            with suppress(SQLAlchemyError):
+                self.connection.invalidate()  # not given back to the pool with its lock
+                self.connection.close()
+            self.connection = None

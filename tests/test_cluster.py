@@ -1,0 +1,343 @@
+"""Studies on many machines: real PostgreSQL, a real MLflow server, real Ray nodes, real losses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DATA, TINY, Call, CallIn
+
+from digitlab.compose import compose
+from digitlab.lab import ROOT
+from digitlab.search import Search, TrialRow
+from digitlab.space import read_space
+from digitlab.storage import open_storage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+DIGITLAB = Path(sys.executable).with_name("digitlab")
+STUDY = ["study.sampler=random", "study.final_seeds=1", "study.confirm_seeds=1"]
+
+
+class Site:
+    """A driver and workers, each with a lab of its own, on one storage and one tracker."""
+
+    def __init__(self, folder: Path, postgres: Any, mlflow: Any) -> None:
+        self.folder, self.postgres, self.mlflow = folder, postgres, mlflow
+        self.address = postgres.create()
+        self.processes: list[subprocess.Popen[str]] = []
+        self.secrets = {"PGPASSWORD": postgres.password, **mlflow.credentials}
+
+    def lab(self, name: str) -> Path:
+        lab = self.folder / name
+        if not lab.exists():
+            ignore = shutil.ignore_patterns("*.md")
+            shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore)
+        return lab
+
+    def start(self, lab: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """`digitlab` in a process of its own; what it prints goes to `log` in its lab."""
+        place = {"DIGITLAB_HOME": str(self.lab(lab)), "PYTHONPATH": str(ROOT / "src")}
+        secrets = {k: v for k, v in self.secrets.items() if k not in environment}
+        with open(self.lab(lab) / "log", "a") as log:
+            process = subprocess.Popen(
+                [str(DIGITLAB), *arguments],
+                env=os.environ | place | secrets | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def sweep(self, trials: int, *overrides: str, lab: str = "driver") -> subprocess.Popen[str]:
+        stores = [f"study.storage={self.address}", f"tracking.uri={self.mlflow.uri}"]
+        total = f"study.trials={trials}"
+        return self.start(lab, "sweep", *TINY, *STUDY, *stores, total, *overrides)
+
+    def worker(self, lab: str, **environment: str) -> subprocess.Popen[str]:
+        return self.start(lab, "worker", "smoke", "--storage", self.address, **environment)
+
+    @cached_property
+    def search(self) -> Search:
+        config = compose("sweep", [*TINY, *STUDY])[0].config
+        storage = open_storage(self.folder, self.address, 60)
+        return Search(storage, config.study, read_space(config))
+
+    def rows(self) -> list[TrialRow]:
+        return self.search.rows()
+
+    def until(self, ended: int, seconds: float = 120) -> None:
+        """Wait until so many trials have ended."""
+        deadline = time.monotonic() + seconds
+        while sum(row.ended for row in self.rows()) < ended:
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.3)
+
+    def told(self) -> str:
+        logs = sorted(self.folder.glob("*/log"))
+        return "\n".join(f"-- {log.parent.name}\n{log.read_text()[-2000:]}" for log in logs)
+
+    def wait(self, process: subprocess.Popen[str], seconds: float = 400) -> int:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end after {seconds} s\n{self.told()}") from None
+
+    def assert_whole(self, total: int) -> None:
+        """An exact total, and both stores agree on every trial, by `digitlab audit`."""
+        rows = self.rows()
+        assert [row.number for row in rows] == list(range(total))
+        assert all(row.ended for row in rows)
+        place = {"DIGITLAB_STORAGE": self.address, "MLFLOW_TRACKING_URI": self.mlflow.uri}
+        audit = self.start("audit", "audit", "smoke", "--json", **place)
+        status = self.wait(audit)
+        told = (self.lab("audit") / "log").read_text()
+        assert status == 0, told
+        assert json.loads(told)["problems"] == []
+
+    def close(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert self.search.engine is not None
+        self.search.engine.dispose()
+
+
+@pytest.fixture
+def site(
+    tmp_path: Path, postgres: Any, mlflow_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    site = Site(tmp_path, postgres, mlflow_server)
+    yield site
+    site.close()
+
+
+def test_workers_started_by_hand_share_a_study(site: Site) -> None:
+    assert site.wait(site.worker("early")) == 2
+    assert "no such study" in (site.lab("early") / "log").read_text()
+    driver = site.sweep(24, "launcher=external")
+    until_waiting(site)
+    workers = [site.worker(f"worker-{n}") for n in range(2)]
+    assert site.wait(driver) == 0, site.told()
+    assert [site.wait(worker) for worker in workers] == [0, 0], site.told()
+    site.assert_whole(24)
+    no_secret_is_recorded(site)
+
+
+def until_waiting(site: Site) -> None:
+    deadline = time.monotonic() + 60
+    while "waiting for workers" not in (site.lab("driver") / "log").read_text():
+        assert time.monotonic() < deadline, site.told()
+        time.sleep(0.2)
+
+
+def no_secret_is_recorded(site: Site) -> None:
+    """Neither password stands in a lab, a log, an artifact, or either database."""
+    secrets = [secret.encode() for secret in site.secrets.values() if len(secret) > 8]
+    assert secrets
+    for path in site.folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), path
+    dump = site.postgres.dump()
+    assert not any(secret in dump for secret in secrets)
+
+
+def test_driver_with_processes_of_its_own_is_joined_by_another_machine(site: Site) -> None:
+    driver = site.sweep(40, "study.workers=1")
+    site.until(2)
+    worker = site.worker("worker")
+    assert site.wait(driver) == 0, site.told()
+    assert site.wait(worker) == 0, site.told()
+    site.assert_whole(40)
+    assert " 0 trials of smoke" not in (site.lab("worker") / "log").read_text()
+
+
+def test_second_driver_is_refused(site: Site) -> None:
+    driver = site.sweep(4, "launcher=external")
+    until_waiting(site)
+    second = site.sweep(4, "launcher=external", lab="second")
+    assert site.wait(second) == 2
+    assert "another machine leads it already" in (site.lab("second") / "log").read_text()
+    site.worker("worker")
+    assert site.wait(driver) == 0, site.told()
+
+
+def test_trial_of_a_killed_worker_is_put_back(site: Site) -> None:
+    driver = site.sweep(30, "launcher=external")
+    until_waiting(site)
+    victim, other = site.worker("victim"), site.worker("other")
+    site.until(6)
+    os.kill(victim.pid, signal.SIGKILL)
+    assert site.wait(driver) == 0, site.told()
+    assert site.wait(other) == 0, site.told()
+    site.assert_whole(30)
+
+
+def test_worker_that_is_told_to_stop_puts_its_trial_back(site: Site) -> None:
+    driver = site.sweep(30, "launcher=external")
+    until_waiting(site)
+    leaves = site.worker("leaves")
+    site.until(3)
+    os.kill(leaves.pid, signal.SIGTERM)  # as Slurm and Kubernetes do
+    assert site.wait(leaves, 60) == 130, site.told()
+    assert not any(row.state == "running" for row in site.rows())
+    other = site.worker("other")
+    assert site.wait(driver) == 0, site.told()
+    assert site.wait(other) == 0
+    site.assert_whole(30)
+
+
+def test_postgresql_is_restarted_in_the_middle(site: Site) -> None:
+    driver = site.sweep(60, "launcher=external")
+    until_waiting(site)
+    workers = [site.worker(f"worker-{n}") for n in range(2)]
+    site.until(15)
+    site.postgres.stop("immediate")  # as a crash
+    time.sleep(5)
+    site.postgres.start()
+    assert site.wait(driver) == 0, site.told()
+    assert [site.wait(worker) for worker in workers] == [0, 0], site.told()
+    site.assert_whole(60)
+
+
+def test_mlflow_server_is_away_for_a_minute(site: Site) -> None:
+    driver = site.sweep(60, "launcher=external")
+    until_waiting(site)
+    workers = [site.worker(f"worker-{n}") for n in range(2)]
+    site.until(15)
+    site.mlflow.stop()
+    time.sleep(60)
+    site.mlflow.start()
+    assert site.wait(driver) == 0, site.told()
+    assert [site.wait(worker) for worker in workers] == [0, 0], site.told()
+    site.assert_whole(60)
+    assert not list(site.folder.glob("worker-*/outbox/*/operations.jsonl"))
+
+
+def test_driver_is_killed_and_started_again(site: Site) -> None:
+    driver = site.sweep(60, "launcher=external")
+    until_waiting(site)
+    workers = [site.worker(f"worker-{n}") for n in range(2)]
+    site.until(15)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    again = site.sweep(60, "launcher=external")
+    assert site.wait(again) == 0, site.told()
+    assert [site.wait(worker) for worker in workers] == [0, 0], site.told()
+    site.assert_whole(60)
+
+
+def test_machine_with_other_code_or_data_is_refused_and_the_study_goes_on(
+    site: Site, tmp_path: Path
+) -> None:
+    driver = site.sweep(4, "launcher=external")
+    until_waiting(site)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    with open(tmp_path / "src/digitlab/lab.py", "a") as file:
+        file.write("# another version\n")
+    for name in ("conf", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    other_code = site.worker("other-code", PYTHONPATH=str(tmp_path / "src"))
+    images = site.lab("other-data") / "data/sample/train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    other_data = site.worker("other-data")
+    assert site.wait(other_code) == site.wait(other_data) == 2, site.told()
+    log = (site.lab("other-code") / "log").read_text()
+    assert "is refused as a worker" in log
+    assert "source code was" in log
+    assert len(log.splitlines()) == 2
+    site.worker("worker")
+    assert site.wait(driver) == 0, site.told()
+    site.assert_whole(4)
+
+
+def test_wrong_password_is_one_line_at_once(site: Site) -> None:
+    begun = time.monotonic()
+    worker = site.worker("worker", PGPASSWORD="wrong-password")
+    assert site.wait(worker) == 2
+    log = (site.lab("worker") / "log").read_text()
+    assert "password authentication failed" in log
+    assert "wrong-password" not in log
+    assert time.monotonic() - begun < 30
+
+
+def ray_sweep(site: Site, cluster: Any, trials: int, *overrides: str) -> subprocess.Popen[str]:
+    workers = ["launcher=ray", f"launcher.address={cluster.address}", "launcher.workers=2"]
+    stores = [f"study.storage={site.address}", f"tracking.uri={site.mlflow.uri}"]
+    total = f"study.trials={trials}"
+    arguments = [*TINY, *STUDY, *stores, total, *workers, *overrides]
+    return site.start("driver", "sweep", *arguments, **cluster.environment)
+
+
+def prepare_nodes(site: Site, cluster: Any) -> None:
+    for lab in cluster.labs:
+        ignore = shutil.ignore_patterns("*.md")
+        shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore, dirs_exist_ok=True)
+        secrets = "".join(f"{key}={value}\n" for key, value in site.secrets.items())
+        (lab / ".env").write_text(secrets)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DIGITLAB_REPEATS", "1"))))
+def test_ray_node_is_killed_at_a_random_time(
+    site: Site, start_ray: Callable[[], Any], seed: int
+) -> None:
+    cluster = start_ray()
+    prepare_nodes(site, cluster)
+    driver = ray_sweep(site, cluster, 60)
+    site.until(random.Random(seed).randint(3, 40))
+    cluster.kill(1)
+    assert site.wait(driver) == 0, site.told()
+    site.assert_whole(60)
+
+
+def test_ray_driver_is_killed_and_started_again(site: Site, start_ray: Callable[[], Any]) -> None:
+    cluster = start_ray()
+    prepare_nodes(site, cluster)
+    driver = ray_sweep(site, cluster, 40)
+    site.until(8)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert site.wait(ray_sweep(site, cluster, 40)) == 0, site.told()
+    site.assert_whole(40)
+
+
+def test_ray_study_is_stopped_and_goes_on(site: Site, start_ray: Callable[[], Any]) -> None:
+    cluster = start_ray()
+    prepare_nodes(site, cluster)
+    driver = ray_sweep(site, cluster, 30)
+    site.until(5)
+    os.kill(driver.pid, signal.SIGINT)
+    assert site.wait(driver, 120) == 130, site.told()
+    assert not any(row.state == "running" for row in site.rows())
+    assert site.wait(ray_sweep(site, cluster, 30)) == 0, site.told()
+    site.assert_whole(30)
+
+
+def refuse(arguments: Sequence[str], call: Call) -> str:
+    status, out, err = call("sweep", *TINY, *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def test_what_a_cluster_needs_is_asked_for(call_in: CallIn, lab: Path, postgres: Any) -> None:
+    call, address = call_in(lab), f"study.storage={postgres.create()}"
+    assert "study.storage=null" in refuse(["launcher=ray"], call)
+    assert "tracking.uri=null" in refuse(["launcher=external", address], call)
