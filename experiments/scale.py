@@ -6,6 +6,9 @@ Each worker is a process that does what `digitlab worker` does with a trial, les
 claim, own, choose values, sleep, look whether it is still its own, tell. Workers are forked from
 one process that has read the earlier trials, so that their imports and first reads (of which the
 time is told) are not counted. A new study is made in the database at ADDRESS. Prints one JSON line.
+
+`--bare direct` does the same with Optuna's own ask and tell alone, `--bare proxy` through its gRPC
+proxy (which needs grpcio): no owner, no signs of life, no exact total.
 """
 
 import argparse
@@ -17,11 +20,14 @@ import statistics
 import time
 from pathlib import Path
 
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.storages import GrpcStorageProxy, RDBStorage
 from sqlalchemy import create_engine, text
 
 from digitlab.compose import compose
 from digitlab.search import Search
-from digitlab.space import read_space
+from digitlab.space import read_space, suggest
 from digitlab.storage import open_storage
 
 # Earlier trials, as many rows as real ones have; made by the server, since telling takes minutes.
@@ -55,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--earlier", type=int, default=0)
     parser.add_argument("--sampler", default="random")
+    parser.add_argument("--bare", choices=["direct", "proxy"])
     asked = parser.parse_args()
     chosen = [f"study.storage={asked.address}", f"study.name=scale-{os.getpid()}"]
     chosen += [f"study.sampler={asked.sampler}", "study.pruner=none", "study.rungs=[]"]
@@ -138,6 +145,40 @@ def work(search: Search, seconds: float, total: int, told, ready, go) -> None:
             assert search.owns(number)
             notes = {"metrics": {"val_accuracy": 0.98}, "curve": [0.97, 0.98]}
             search.tell(number, "finished", random.uniform(0.98, 0.99), notes)  # noqa: S311
+        waits.append(asked + time.perf_counter() - begun)
+    told.put(waits)
+
+
+_PORT = 13013  # of the proxy
+
+
+def proxy(address: str) -> None:
+    storage = RDBStorage(address, engine_kwargs={"pool_size": 10, "max_overflow": 0})
+    optuna.storages.run_grpc_proxy_server(storage, host="127.0.0.1", port=_PORT)
+
+
+def bare(what, seconds: float, total: int, told, ready, go) -> None:
+    address, config, knobs = what
+    storage = RDBStorage(address) if address else GrpcStorageProxy(host="127.0.0.1", port=_PORT)
+    study = optuna.load_study(
+        study_name=config.study.name, storage=storage, sampler=RandomSampler(os.getpid())
+    )
+    waits = []
+    ready.release()
+    go.wait()
+    while True:
+        begun = time.perf_counter()
+        trial = study.ask()
+        if trial.number >= total:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            break
+        suggest(trial, knobs)
+        asked = time.perf_counter() - begun
+        time.sleep(seconds)
+        begun = time.perf_counter()
+        trial.set_user_attr("metrics", {"val_accuracy": 0.98})
+        trial.set_user_attr("curve", [0.97, 0.98])
+        study.tell(trial, random.uniform(0.98, 0.99))  # noqa: S311
         waits.append(asked + time.perf_counter() - begun)
     told.put(waits)
 

@@ -5,6 +5,7 @@ part is missing is skipped, and the reason says what to install. Started as a pr
 kills what is left of the parts when the tests have ended, however they ended.
 """
 
+import base64
 import ctypes
 import importlib.util
 import json
@@ -154,7 +155,7 @@ class Postgres:
     def _run(self, program: str, *arguments: str) -> bytes:
         command = [str(self.programs / program), *arguments]
         environment = clean_environment(self.folder, PGPASSWORD=self.password)
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(
             command, env=environment, cwd="/", capture_output=True, check=False, **self.account
         )
         assert done.returncode == 0, f"{program}: {done.stderr.decode()}"
@@ -288,10 +289,10 @@ class MlflowServer:
         if auth:
             self._ask_for_password()
         self.start()
+        if auth:
+            self._add_user()
 
     def _ask_for_password(self) -> None:
-        mine = secrets.token_urlsafe(18)
-        self.credentials = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": mine}
         config = self.folder / "basic_auth.ini"
         config.write_text(
             "[mlflow]\n"
@@ -302,8 +303,26 @@ class MlflowServer:
         )
         self.environment |= {
             "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_PASSWORD": mine,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.token_urlsafe(18),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(18),
+        }
+
+    def _add_user(self) -> None:
+        """Those who use it are not its admin."""
+        name, password = "digitlab", secrets.token_urlsafe(18)
+        admin = f"admin:{self.environment['MLFLOW_AUTH_ADMIN_PASSWORD']}".encode()
+        request = urllib.request.Request(
+            f"{self.uri}/api/2.0/mlflow/users/create",
+            json.dumps({"username": name, "password": password}).encode(),
+            {
+                "Authorization": f"Basic {base64.b64encode(admin).decode()}",
+                "Content-Type": "application/json",
+            },
+        )
+        urllib.request.urlopen(request, timeout=30).close()
+        self.credentials = {
+            "MLFLOW_TRACKING_USERNAME": name,
+            "MLFLOW_TRACKING_PASSWORD": password,
         }
 
     def start(self) -> None:
@@ -424,7 +443,10 @@ class Network:
         _ip("-n", self.places[0], "link", "set", "cable", "down")
 
     def join(self) -> None:
+        """And wait until the far side has noticed, which it does within a second or so."""
         _ip("-n", self.places[0], "link", "set", "cable", "up")
+        while "state UP" not in _ip("-n", self.places[1], "link", "show", "cable"):
+            time.sleep(0.05)
 
     def close(self) -> None:
         _enter(self.home)
@@ -434,10 +456,11 @@ class Network:
                 _ip("netns", "del", place)
 
 
-def _ip(*arguments: str) -> None:
+def _ip(*arguments: str) -> str:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _enter(namespace: int) -> None:
@@ -492,7 +515,7 @@ while True:
     if len(alive) == int(sys.argv[2]) or time.monotonic() > deadline:
         break
     time.sleep(0.2)
-print(json.dumps([node["NodeManagerAddress"] for node in alive]))
+print(json.dumps(sorted(node["NodeManagerAddress"] for node in alive)))
 """
 
 

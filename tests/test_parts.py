@@ -67,7 +67,7 @@ def test_mlflow_asks_for_the_password_and_is_back_with_its_records(
     for name, value in mlflow_server.credentials.items():
         monkeypatch.setenv(name, value)
     client = MlflowClient(mlflow_server.uri)
-    assert [found.name for found in client.search_experiments()] == ["Default"]
+    assert client.search_experiments() == []  # the default one is the admin's
     run = client.create_run(client.create_experiment("parts")).info
     client.log_metric(run.run_id, "accuracy", 0.5)
     (tmp_path / "kept.txt").write_text("kept")
@@ -195,4 +195,4 @@ def test_ray_node_is_cut_off(network: Network, start_ray: Callable[..., RayClust
     cluster = start_ray(nodes=2, network=network)
     assert cluster.wait(2) == [network.near_host, network.far_host]
     network.cut()
-    assert cluster.wait(1) == [network.near_host]
+    assert cluster.wait(1, 180) == [network.near_host]  # a minute, of missed beats

@@ -18,6 +18,7 @@ from digitlab.environment import describe_environment
 from digitlab.errors import UserError, first_line, nearest
 from digitlab.guard import guard
 from digitlab.reconcile import reconcile_trial
+from digitlab.run import Broken
 from digitlab.search import Search
 from digitlab.space import read_space
 from digitlab.storage import PATIENCE, STORE_ERRORS, open_storage, study_names, turn
@@ -43,6 +44,17 @@ def join(study: str, address: str | None, lab: Path, stopped: Callable[[], bool]
         UserError: there is no such study, or this machine has other code or data than it.
     """
     work = _admitted(study, address, lab, stopped)
+    try:
+        return _take_trials(work, stopped)
+    except (Broken, *STORE_ERRORS) as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"{study}: storage or lab cannot be used ({reason}): mend that and start the worker "
+            "again; its trial is put back"
+        ) from error
+
+
+def _take_trials(work: Work, stopped: Callable[[], bool]) -> int:
     search, tracking = work.search, work.tracking
     count, delivered = 0, time.monotonic()
     while not stopped():

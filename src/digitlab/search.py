@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
@@ -56,6 +60,7 @@ _SILENT = text(
 )
 _OWNED = text("SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key")
 _COUNTS = text("SELECT state, count(*) FROM trials WHERE study_id = :study GROUP BY state")
+_NUMBER = text("SELECT number FROM trials WHERE trial_id = :trial")
 _YOUNG = text("SELECT now() - pg_postmaster_start_time() < make_interval(secs => :grace)")
 
 
@@ -111,6 +116,9 @@ class Search:
         self.engine = engine_of(storage)
         self.owner = uuid.uuid4().hex
         self._ended: dict[int, TrialRow] = {}
+        self._claimed: dict[int, int] = {}  # ids of trials that were claimed here, by number
+        # Only where no knob is continuous can two trials have the same values.
+        self._finite = not any(_continuous(knob.distribution) for knob in knobs)
         self._unbeaten: dict[int, float] = {}  # running trials without any sign, and since when
 
     @_patient
@@ -151,11 +159,18 @@ class Search:
             for trial in self.storage.get_all_trials(self.id, False, waiting):
                 self._beat(trial._trial_id)  # or the sign of an earlier attempt has it put back
                 if self._set(trial._trial_id, TrialState.RUNNING):
+                    self._claimed[trial.number] = trial._trial_id
                     return trial.number
         if self._counted(counts) >= self._most(total):
             return None
         trial_id = self.storage.create_new_trial(self.id)
-        return self.storage.get_trial_number_from_id(trial_id)
+        if self.engine is None:
+            number = self.storage.get_trial_number_from_id(trial_id)
+        else:  # one small question where the storage would ask for the whole trial
+            with self.engine.connect() as connection:
+                number = int(connection.execute(_NUMBER, {"trial": trial_id}).scalar_one())
+        self._claimed[number] = trial_id
+        return number
 
     def _counts(self) -> Counter[TrialState]:
         """Trials by state; counted by the server where there is one, which is cheaper there."""
@@ -260,10 +275,10 @@ class Search:
         return {trial.number for trial in running if trial._trial_id in stale}
 
     @_patient
-    def ask(self, number: int) -> tuple[Trial, dict[str, Any], list[TrialRow]]:
+    def ask(self, number: int) -> tuple[Trial, dict[str, Any], TrialRow | None]:
         """The trial and its values, chosen now unless an earlier attempt has chosen them.
 
-        The third is all trials as they stood before.
+        The third is a finished trial with the same values, if any.
         """
         # Loaded anew, since a study object caches the trials that it has seen.
         study = optuna.load_study(
@@ -272,10 +287,16 @@ class Search:
             sampler=self.sampler,
             pruner=self.pruner,
         )
-        # All are read, since the storage's cache must have seen a trial before it can be changed.
-        trials = self.storage.get_all_trials(self.id, deepcopy=False)
-        trial = Trial(study, trials[number]._trial_id)
-        return trial, suggest(trial, self.knobs), self._rows(trials)
+        # The storage's cache must have seen a trial before it can be changed: it has, if the trial
+        # was claimed here; else all are read, among them whatever others run, which takes long.
+        if number not in self._claimed or self._finite:
+            for row in self.storage.get_all_trials(self.id, deepcopy=False):
+                self._claimed[row.number] = row._trial_id
+        trial = Trial(study, self._claimed[number])
+        values = suggest(trial, self.knobs)
+        rows = self.rows() if self._finite else []
+        twins = (row for row in rows if row.state == "finished" and row.values == values)
+        return trial, values, next(twins, None)
 
     @_patient
     def report(self, trial: Trial, rung: int, accuracy: float) -> bool:
@@ -377,6 +398,10 @@ class _SeededSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         return self.inner.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _continuous(distribution: BaseDistribution) -> bool:
+    return isinstance(distribution, FloatDistribution) and distribution.step is None
 
 
 def _grid(knobs: list[Knob]) -> dict[str, list[Any]]:

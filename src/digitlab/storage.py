@@ -14,7 +14,7 @@ import optuna
 from filelock import FileLock
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from digitlab.errors import UserError, first_line
 
@@ -67,8 +67,9 @@ _CONNECTION = {
     "options": "-c statement_timeout=60s -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5",
     "application_name": "digitlab",
 }
-# One connection is kept; a turn and a sign of life take one each for a moment.
-_POOL = {"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True, "pool_timeout": 60}
+# One connection is kept; a turn and a sign of life take one each for a moment. None is asked first
+# whether it still works: what fails is tried again.
+_POOL = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 60}
 
 
 def _open_server(address: str, patience: float) -> BaseStorage:
@@ -132,12 +133,15 @@ def patiently(attempt: Callable[[], _T], patience: float) -> _T:
 
 
 _FOR_GOOD = ("password", "pg_hba.conf", "does not exist")  # in refusals that no waiting changes
+_MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of the connection
 
 
 def _is_away(error: BaseException | None) -> bool:
+    """A lost connection shows in many ways, in the call after the one that lost it as well."""
     while error is not None:
-        if isinstance(error, (OperationalError, InterfaceError)):
-            return not any(word in str(error) for word in _FOR_GOOD)
+        if isinstance(error, SQLAlchemyError):
+            lasting = any(word in str(error) for word in _FOR_GOOD)
+            return not isinstance(error, _MISTAKES) and not lasting
         error = error.__cause__
     return False
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from digitlab.compose import with_values
 from digitlab.config import Config, Pruner
-from digitlab.errors import UserError
+from digitlab.errors import UserError, first_line
 from digitlab.module import Diverged
 from digitlab.reconcile import record_taken, trial_runs
 from digitlab.record import Identity, begin_record, trial_tags
@@ -90,9 +90,9 @@ class Work:
             return self._living_trial(job)
 
     def _living_trial(self, job: Job) -> Done:
-        trial, values, rows = self.search.ask(job.number)
+        trial, values, twin = self.search.ask(job.number)
         self.connection.send(Progress(0.0, {}, values))
-        notes = rows[job.number].notes
+        notes = trial.user_attrs
         if "attempts" in notes:  # an earlier attempt did not end
             with suppress(UserError):  # while the tracker is away; the audit finds them later
                 for run in trial_runs(self.tracking, self.config.study.name, job.number):
@@ -101,7 +101,6 @@ class Work:
             config = with_values(self.config, values)
         except UserError as error:
             return self._refuse(job, str(error))
-        twin = next((r for r in rows if r.state == "finished" and r.values == values), None)
         if twin is not None:
             return self._take_over(job, config, twin)
         watch = _TrialWatch(self, trial, values)
@@ -193,6 +192,6 @@ class _TrialWatch(_Told):
         try:
             prune = self.search.report(self.trial, self.study.rungs.index(rung), accuracy)
         except Exception as error:
-            raise Broken(f"optuna's storage: {error}") from error
+            raise Broken(f"optuna's storage: {first_line(error.__cause__ or error)}") from error
         if prune:
             raise Ended("pruned", f"val_accuracy {accuracy:.4f} at {rung:g} of its steps")
