@@ -45,13 +45,15 @@ class Site:
             shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore)
         return lab
 
-    def start(self, lab: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, lab: str, *arguments: str, prefix: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """`digitlab` in a process of its own; what it prints goes to `log` in its lab."""
         place = {"DIGITLAB_HOME": str(self.lab(lab)), "PYTHONPATH": str(ROOT / "src")}
         secrets = {k: v for k, v in self.secrets.items() if k not in environment}
         with open(self.lab(lab) / "log", "a") as log:
             process = subprocess.Popen(
-                [str(DIGITLAB), *arguments],
+                [*prefix, str(DIGITLAB), *arguments],
                 env=os.environ | place | secrets | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -241,6 +243,37 @@ def test_mlflow_server_is_away_for_a_minute(site: Site) -> None:
     assert [site.wait(worker) for worker in workers] == [0, 0], site.told()
     site.assert_whole(60)
     assert not list(site.folder.glob("worker-*/outbox/*/operations.jsonl"))
+
+
+def test_machine_that_is_cut_off_comes_back_to_find_its_trial_given_away(
+    network: Any,
+    near_postgres: Any,
+    near_mlflow: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", near_postgres.password)
+    site = Site(tmp_path, near_postgres, near_mlflow)
+    try:
+        driver = site.sweep(40, "launcher=external", "trainer.epochs=20")  # s a trial
+        until_waiting(site)
+        command = ["worker", "smoke", "--storage", site.address]
+        far = site.start("far", *command, prefix=network.far())
+        site.until(3)
+        deadline = time.monotonic() + 60
+        while not any(row.state == "running" for row in site.rows()):
+            assert time.monotonic() < deadline, site.told()
+        network.cut()
+        near = site.worker("near")
+        assert site.wait(driver) == 0, site.told()
+        assert site.wait(near) == 0, site.told()
+        network.join()
+        assert site.wait(far) == 0, site.told()
+        assert "its worker was lost" in site.log("driver")
+        site.assert_whole(40)
+        assert not list(site.lab("far").glob("outbox/*"))
+    finally:
+        site.close()
 
 
 def ray_sweep(site: Site, cluster: Any, trials: int, *overrides: str) -> subprocess.Popen[str]:

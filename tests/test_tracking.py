@@ -317,6 +317,15 @@ def test_deleted_run_is_found_no_more(tracking: Tracking) -> None:
         tracking.get("gone")
 
 
+def test_run_that_is_dropped_is_found_no_more(tracking: Tracking) -> None:
+    void, left = (tracking.start(start(name, study="s")) for name in ("void", "left"))
+    void.log({"loss": 1.0}, step=1)
+    void.end("finished")
+    void.drop()
+    assert [row.run_id for row in tracking.find({"study": "s"})] == [left.run_id]
+    assert tracking.kept_back() == 0
+
+
 def test_run_is_got_by_id_beginning_of_an_id_and_name(tracking: Tracking) -> None:
     record = tracking.start(start("mine"))
     tracking.start(start("yours"))
@@ -583,6 +592,41 @@ def test_killed_server_loses_nothing_of_a_run_that_goes_on(
     assert folders(tmp_path) == []
     assert another.deliver() == another.kept_back() == 0
     assert runs(another) == undisturbed
+
+
+def test_run_that_is_dropped_while_the_server_is_away_is_never_delivered(
+    server: Server, tmp_path: Path
+) -> None:
+    tracking = MlflowTracking(server.uri, "dropped", tmp_path)
+    try:
+        server.kill()
+        record = tracking.start(start("void", study="s"))
+        record.end("finished")
+        assert tracking.kept_back() == 1
+        record.drop()
+        assert tracking.kept_back() == 0
+    finally:
+        server.start()
+    assert tracking.deliver() == 0
+    assert tracking.find({"study": "s"}) == []
+
+
+def test_what_is_kept_for_a_run_that_was_deleted_meanwhile_is_let_go(
+    server: Server, tmp_path: Path
+) -> None:
+    tracking = MlflowTracking(server.uri, "void", tmp_path)
+    record = tracking.start(start("void", study="s"))
+    try:
+        server.kill()
+        record.log({"loss": 1.0}, step=1)
+        record.end("finished")
+    finally:
+        server.start()
+    assert tracking.kept_back() == 1
+    tracking.delete(str(record.run_id))
+    assert tracking.deliver() == 1
+    assert tracking.kept_back() == 0
+    assert tracking.find({"study": "s"}) == []
 
 
 @pytest.mark.parametrize("step", STEPS)

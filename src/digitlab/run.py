@@ -39,6 +39,7 @@ class Outcome:
     weights_sha256: str = ""
     run_id: str | None = None
     error: Exception | None = None
+    record: RunRecord | None = None
 
 
 def perform(
@@ -82,7 +83,7 @@ def perform(
     record.log(final, config.trainer.epochs, tags)
     record.end(state)
     digest = tags.get("digitlab.weights_sha256", "")
-    return Outcome(state, reason, told.metrics, digest, record.run_id, error)
+    return Outcome(state, reason, told.metrics, digest, record.run_id, error, record)
 
 
 def _keep(

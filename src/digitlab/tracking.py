@@ -12,7 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -94,6 +94,9 @@ class RunRecord(Protocol):
     def end(self, state: str) -> None:
         """finished, failed, pruned or interrupted; running once more, when it is taken up again."""
 
+    def drop(self) -> None:
+        """Take the run back, delivered or not: it is void."""
+
 
 class Tracking(Protocol):
     """Where runs are recorded; tests/test_tracking.py says what an implementation must do."""
@@ -162,6 +165,8 @@ class NoRecord:
         shutil.rmtree(folder)
 
     def end(self, state: str) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 class NoTracking:
@@ -427,6 +432,14 @@ class _MlflowRecord:
         self._do({"do": "end", "status": _STATUS[state], "tags": tags, "time": _now()})
         if self.lock:  # the folder is whole: any process may hand it over
             self.lock.release()
+
+    def drop(self) -> None:
+        if self.kept:
+            self.kept, self.done = [], 0
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.run_id is not None:
+            with suppress(Exception):  # the tracker is away; the audit finds it later
+                self.client.delete_run(self.run_id)
 
     def _do(self, operation: dict[str, Any]) -> None:
         if not self.kept:

@@ -124,9 +124,8 @@ class Work:
 
     def _give_up(self, job: Job, outcome: Outcome) -> Done:
         """The trial was put back meanwhile, since no sign of life came through: its run is void."""
-        with suppress(UserError):  # while the tracker is away; the audit finds it later
-            if outcome.run_id:
-                self.tracking.delete(outcome.run_id)
+        if outcome.record is not None:
+            outcome.record.drop()
         return Done("waiting", "it was taken for lost, and belongs to another worker")
 
     def _refuse(self, job: Job, reason: str) -> Done:
