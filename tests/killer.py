@@ -85,7 +85,7 @@ digitlab.worker.work = _work_under_orders
 
 _lab: list[Path] = []
 _kind: list[str] = []
-_run = digitlab.worker._Work.run
+_run = digitlab.worker.Work.run
 
 
 def _run_noted(self: Any, job: Any) -> Any:
@@ -99,5 +99,5 @@ def _note_test_files(event: str, arguments: tuple[Any, ...]) -> None:
             file.write(f"{_kind[0]} {Path(str(arguments[0])).name}\n")
 
 
-digitlab.worker._Work.run = _run_noted
+digitlab.worker.Work.run = _run_noted
 sys.addaudithook(_note_test_files)

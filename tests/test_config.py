@@ -129,6 +129,9 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.confirm": ([1], [0]),
     "study.confirm_seeds": ([1], [0]),
     "study.final_seeds": ([1], [0]),
+    "launcher.workers": ([0, 10_000], [-1]),
+    "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
+    "launcher.gpus": ([0.0, 0.25, 64.0], [-1.0, 65.0, NAN]),
     "model.widths": ([[1], [1, 256]], [[], [0], [16, -1]]),
     "model.kernel_sizes": ([[1], [27], [1, 3]], [[], [0], [-3], [2], [3, 4]]),
     "model.strides": ([[1], [7, 1]], [[], [0], [1, -1]]),
@@ -170,6 +173,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_allowed(
         ("study.sampler", limits.Sampler),
         ("study.pruner", limits.Pruner),
         ("tracking.name", limits.Tracker),
+        ("launcher.name", limits.Launcher),
     ],
 )
 def test_an_unknown_word_is_refused_with_all_known_ones(
@@ -267,6 +271,7 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
     rungs = sorted(draw(st.sets(fractions(0, 1, exclude_min=True, exclude_max=True), max_size=4)))
     return limits.StudyConfig(
         name=draw(NAMES),
+        storage=draw(st.none() | WORDS),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
         fork_from=draw(st.none() | NAMES),
         trials=draw(COUNTS),
@@ -337,6 +342,14 @@ CONFIGS = st.builds(
         name=st.sampled_from(limits.Tracker),
         uri=st.none() | WORDS,
         experiment=WORDS,
+    ),
+    launcher=st.builds(
+        limits.LauncherConfig,
+        name=st.sampled_from(limits.Launcher),
+        address=WORDS,
+        workers=st.integers(0, 10_000),
+        cpus=fractions(0, 1024, exclude_min=True),
+        gpus=fractions(0, 64),
     ),
 )
 

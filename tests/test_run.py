@@ -158,7 +158,7 @@ def test_record_begins_with_identity_and_every_parameter(finished: Finished) -> 
     assert begun.params == {
         key: str(value)
         for key, value in leaves.items()
-        if key.split(".")[0] not in ("study", "tracking")
+        if key.split(".")[0] not in ("study", "tracking", "launcher")
     }
     assert begun.params["trainer.epochs"] == "3"
     assert begun.params["model.widths"] == "[4]"

@@ -86,6 +86,8 @@ def audit(
         delivered = tracking.deliver() if repair else 0
         detail = f"{kept} records wait in the lab's outbox for the tracker to be back"
         audited.problems.append(Problem("kept back", None, None, detail, delivered == kept))
+    # Trials first: what has ended there has ended in its run, though workers elsewhere go on.
+    rows = search.rows()
     runs = tracking.find({"digitlab.study": study})
     by_trial: dict[int, list[RunRow]] = {}
     for run in runs:
@@ -93,9 +95,10 @@ def audit(
             by_trial.setdefault(int(run.tags["digitlab.trial"]), []).append(run)
         elif not run.ended:
             audited.left_running(run)
-    rows = search.rows()
     for row in rows:
         audited.trial(row, by_trial.pop(row.number, []))
+    if search.engine is not None:  # of trials that have begun since
+        by_trial = {n: orphans for n, orphans in by_trial.items() if n >= len(search.rows())}
     for number, orphans in by_trial.items():
         for run in orphans:
             audited.surplus(run, number, "no trial", f"trial {number} is not in the study")
@@ -137,7 +140,7 @@ class _Audit:
             self.problems.append(Problem("running", row.number, None, detail, self.repair))
             return
         if row.state == "waiting":
-            for run in runs:
+            for run in [] if self.search.engine else runs:  # it may have been taken meanwhile
                 if not run.ended:
                     self.left_running(run)
             return

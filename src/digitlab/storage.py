@@ -1,5 +1,6 @@
 """Where studies are kept: sqlite in the lab folder, or a PostgreSQL server that many share."""
 
+import math
 import os
 import random
 import sqlite3
@@ -109,10 +110,11 @@ def study_names(storage: BaseStorage) -> list[str]:
 
 def engine_of(storage: BaseStorage) -> Engine | None:
     """Of a storage that many share; None of one that is this lab's alone."""
-    if storage.get_heartbeat_interval() is None:  # type: ignore[attr-defined]
-        return None
-    engine: Engine = storage._backend.engine  # type: ignore[attr-defined]
-    return engine
+    backend = getattr(storage, "_backend", None)  # of the cache that Optuna wraps around it
+    if isinstance(backend, RDBStorage) and backend.heartbeat_interval is not None:
+        engine: Engine = backend.engine
+        return engine
+    return None
 
 
 def patiently(attempt: Callable[[], _T], patience: float) -> _T:
@@ -166,7 +168,7 @@ class Hold:
     def __init__(self, engine: Engine, name: str, problem: str) -> None:
         self.engine, self.name, self.problem = engine, name, problem
         self.connection: Connection | None = None
-        self.looked = 0.0
+        self.looked = -math.inf
         self.keep()
 
     def keep(self) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from digitlab.compose import compose
-from digitlab.errors import UserError
+from digitlab.errors import UserError, first_line
 from digitlab.storage import open_storage, study_names
 from digitlab.tracking import open_tracking, sqlite_uri
 from digitlab.views import view_addresses
@@ -18,9 +18,15 @@ def serve(lab: Path, port: int) -> int:
     """Become MLflow's server on 127.0.0.1, its Host and Origin checks on, its job runner off.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or the records are on a server already.
     """
     _require_free(port, "ui")
+    elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
+    if elsewhere:
+        given = f"MLFLOW_TRACKING_URI={first_line(elsewhere)}"
+        raise UserError(
+            f"{given}: the records are there: open that page, or unset it for the lab's"
+        )
     tracking = open_tracking(compose("train", ["tracking=mlflow"])[0].config, lab)
     page = tracking.runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")
@@ -42,10 +48,11 @@ def dashboard(lab: Path, port: int) -> int:
     """
     _require_free(port, "dashboard")
     open_storage(lab)  # or it says in many lines that there is none
+    address = os.environ.get("DIGITLAB_STORAGE") or f"sqlite:///{lab / 'optuna.db'}"
     print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     program = str(Path(sys.executable).with_name("optuna-dashboard"))
     _become(program, "--server", "wsgiref", "--host", "127.0.0.1", "--port", str(port),
-            f"sqlite:///{lab / 'optuna.db'}")  # fmt: skip
+            address)  # fmt: skip
     return 0
 
 
