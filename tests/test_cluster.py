@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA, TINY, Call, CallIn
+from conftest import DATA, TINY
 
 from digitlab.compose import compose
+from digitlab.errors import UserError
 from digitlab.lab import ROOT
 from digitlab.search import Search, TrialRow
 from digitlab.space import read_space
 from digitlab.storage import open_storage
+from digitlab.study import sweep
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -159,7 +161,8 @@ def test_workers_started_by_hand_share_a_study_that_refuses_others(
     assert "source code was" in site.log("other-code")
     assert "password authentication failed" in site.log("stranger")
     assert "wrong-password" not in site.log("stranger")
-    for lab in ("other-code", "other-data", "stranger"):
+    assert "is not the known file" in site.log("other-data")
+    for lab in ("other-code", "stranger"):
         assert site.log(lab).count("\n") == 2, site.log(lab)  # that it joins, and why not
 
     workers = [site.worker(f"worker-{n}") for n in range(2)]
@@ -324,14 +327,13 @@ def test_ray_study_is_stopped_and_its_driver_killed_and_goes_on(
     site.assert_whole(50)
 
 
-def refuse(arguments: Sequence[str], call: Call) -> str:
-    status, out, err = call("sweep", *TINY, *arguments)
-    assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    return err
+def refusal(lab: Path, *arguments: str) -> str:
+    with pytest.raises(UserError) as told:
+        sweep(compose("sweep", [*TINY, *arguments])[0], lab)
+    return str(told.value)
 
 
-def test_what_a_cluster_needs_is_asked_for(call_in: CallIn, lab: Path, postgres: Any) -> None:
-    call, address = call_in(lab), f"study.storage={postgres.create()}"
-    assert "study.storage=null" in refuse(["launcher=ray"], call)
-    assert "tracking.uri=null" in refuse(["launcher=external", address], call)
+def test_what_a_cluster_needs_is_asked_for(lab: Path, postgres: Any) -> None:
+    address = f"study.storage={postgres.create()}"
+    assert "study.storage=null" in refusal(lab, "launcher=ray")
+    assert "tracking.uri=null" in refusal(lab, "launcher=external", address)

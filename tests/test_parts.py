@@ -1,6 +1,5 @@
 """The parts of a cluster are what they are taken for: real, guarded, lost and back."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,10 +14,8 @@ from mlflow.exceptions import MlflowException
 from parts import (
     MARK,
     MlflowServer,
-    Network,
     Postgres,
     RayCluster,
-    clean_environment,
     kill_part,
     processes_of,
 )
@@ -41,23 +38,6 @@ def test_postgresql_asks_for_the_password(postgres: Postgres) -> None:
         assert connection.execute(query).fetchall() == [("digitlab", False)]
     assert postgres.query("SHOW fsync") == [("on",)]
     assert postgres.query("SHOW max_connections") == [("300",)]
-
-
-def test_postgresql_keeps_what_was_committed(postgres: Postgres) -> None:
-    address = postgres.create()
-    with connect(postgres, address, postgres.password) as connection:
-        connection.execute("CREATE TABLE kept AS SELECT 7 AS seven")
-        postgres.stop("immediate")
-        with pytest.raises(psycopg.OperationalError):
-            connection.execute("SELECT * FROM kept")
-    with pytest.raises(psycopg.OperationalError, match="refused"):
-        connect(postgres, address, postgres.password)
-    postgres.start()
-    postgres.restart()
-    with connect(postgres, address, postgres.password) as connection:
-        assert connection.execute("SELECT * FROM kept").fetchall() == [(7,)]
-    assert b"TABLE public.kept" in postgres.dump()
-    assert postgres.password.encode() not in postgres.dump()
 
 
 def test_mlflow_asks_for_the_password_and_is_back_with_its_records(
@@ -88,40 +68,6 @@ def test_mlflow_asks_for_the_password_and_is_back_with_its_records(
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     with pytest.raises(MlflowException, match="401"):
         client.search_experiments()
-
-
-WHERE = """
-import json, os, sys, ray
-ray.init(sys.argv[1], log_to_driver=False, configure_logging=False)
-
-@ray.remote(num_cpus=1)
-class Where:
-    def tell(self):
-        import digitlab
-        return os.environ["DIGITLAB_HOME"], os.environ["DIGITLAB_PART"], digitlab.__file__
-
-actors = [Where.remote() for _ in range(2)]
-print(json.dumps(ray.get([actor.tell.remote() for actor in actors])))
-"""
-
-
-def test_ray_nodes_have_labs_of_their_own_and_are_lost_whole(
-    ray_cluster: RayCluster, tmp_path: Path
-) -> None:
-    environment = clean_environment(tmp_path, **ray_cluster.environment)
-    command = [sys.executable, "-c", WHERE, ray_cluster.address]
-    told = json.loads(subprocess.check_output(command, env=environment))
-    assert sorted(lab for lab, _, _ in told) == [str(lab) for lab in ray_cluster.labs]
-    assert sorted(part for _, part, _ in told) == [str(n.folder) for n in ray_cluster.nodes]
-    assert {Path(file).parent.parent.name for _, _, file in told} == {"src"}
-    first, second = ray_cluster.nodes
-    assert len(processes_of(second.folder)) > 2
-    ray_cluster.kill(1)
-    assert not processes_of(second.folder)
-    assert processes_of(first.folder)
-    assert ray_cluster.wait(1) == [first.host]
-    ray_cluster.add()
-    assert len(ray_cluster.wait(2)) == 2
 
 
 def test_ray_refuses_a_node_without_the_token(start_ray: Callable[..., RayCluster]) -> None:
@@ -165,34 +111,3 @@ def test_parts_go_when_the_tests_are_killed(parts: Path) -> None:
             tests.wait(60)
         assert part.wait(60) == -9
     assert not folder.exists()
-
-
-REACH = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3)"
-
-
-def test_network_is_cut_and_joined(
-    network: Network, near_postgres: Postgres, near_mlflow: MlflowServer
-) -> None:
-    address = near_postgres.create()
-
-    def reaches(server: Postgres | MlflowServer) -> bool:
-        reach = [sys.executable, "-c", REACH, server.host, str(server.port)]
-        return subprocess.run(network.far(*reach), capture_output=True, check=False).returncode == 0
-
-    select = f"import psycopg; psycopg.connect('{address.replace('+psycopg', '')}')"
-    password = {"PGPASSWORD": near_postgres.password}
-    subprocess.run(network.far(sys.executable, "-c", select), env=os.environ | password, check=True)
-    assert reaches(near_postgres)
-    assert reaches(near_mlflow)
-    network.cut()
-    assert not reaches(near_postgres)
-    connect(near_postgres, address, near_postgres.password, connect_timeout=5).close()
-    network.join()
-    assert reaches(near_postgres)
-
-
-def test_ray_node_is_cut_off(network: Network, start_ray: Callable[..., RayCluster]) -> None:
-    cluster = start_ray(nodes=2, network=network)
-    assert cluster.wait(2) == [network.near_host, network.far_host]
-    network.cut()
-    assert cluster.wait(1, 180) == [network.near_host]  # a minute, of missed beats
