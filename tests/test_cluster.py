@@ -258,7 +258,7 @@ def test_machine_that_is_cut_off_comes_back_to_find_its_trial_given_away(
     monkeypatch.setenv("PGPASSWORD", near_postgres.password)
     site = Site(tmp_path, near_postgres, near_mlflow)
     try:
-        driver = site.sweep(40, "launcher=external", "trainer.epochs=20")  # s a trial
+        driver = site.sweep(12, "launcher=external", "trainer.epochs=20")  # s a trial
         until_waiting(site)
         command = ["worker", "smoke", "--storage", site.address]
         far = site.start("far", *command, prefix=network.far())
@@ -273,7 +273,7 @@ def test_machine_that_is_cut_off_comes_back_to_find_its_trial_given_away(
         network.join()
         assert site.wait(far) == 0, site.told()
         assert "its worker was lost" in site.log("driver")
-        site.assert_whole(40)
+        site.assert_whole(12)
         assert not list(site.lab("far").glob("outbox/*"))
     finally:
         site.close()

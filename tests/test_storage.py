@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 from sqlalchemy import text
 
 from digitlab import storage
 from digitlab.compose import compose
 from digitlab.errors import UserError, first_line
-from digitlab.search import Search
+from digitlab.reconcile import audit
+from digitlab.search import GivenAway, Search
 from digitlab.space import read_space
 from digitlab.storage import Hold, open_storage, patiently, turn
+from digitlab.tracking import open_tracking
+from digitlab.worker import Work
+from digitlab.workers import Job, Setup
 
 SMOKE = ["experiments=smoke", "data=sample"]
 Open = Callable[..., Search]
@@ -61,7 +66,7 @@ def run(search: Search, total: int, accuracy: float = 0.5) -> int | None:
     if number is not None:
         with search.alive(number, 0):
             search.ask(number)
-            assert search.owns(number)
+            search.check(number)
             search.tell(number, "finished", accuracy, {"metrics": {"val_accuracy": accuracy}})
     return number
 
@@ -206,12 +211,83 @@ def test_trial_without_signs_of_life_is_lost_and_no_longer_its_workers(
     time.sleep(2)
     assert other.lost() == {0}
     other.put_back(0, 1)
-    assert not silent.owns(0)
     assert other.claim(2) == 0
     with other.alive(0, 0):
         assert other.lost() == set()
-        assert other.owns(0)
-        assert not silent.owns(0)
+        other.check(0)
+
+
+@pytest.mark.cluster
+def test_worker_whose_trial_was_given_away_neither_reads_nor_changes_it(shared: Open) -> None:
+    late, slow, other = shared(), shared(), shared()
+    assert slow.claim(1) == 0
+    with slow.alive(0, 0):
+        trial, values, _ = slow.ask(0)
+        calls: list[Callable[[], Any]] = [
+            lambda: slow.ask(0),
+            lambda: slow.report(trial, 0, 0.1),
+            lambda: slow.tell(0, "finished", 0.1, {"metrics": {}}),
+            lambda: slow.put_back(0, 7),
+            lambda: slow.check(0),
+            lambda: late._take(0),  # which had claimed it before, and was cut off
+        ]
+        other.put_back(0, 1)
+        assert other.claim(1) == 0
+        with other.alive(0, 0):
+            assert other.ask(0)[1] == values
+            for call in calls:
+                with pytest.raises(GivenAway):
+                    call()
+            assert other.rows()[0].rungs == 0
+            other.tell(0, "pruned", 0.5, {"metrics": {"rung_accuracy": 0.5}})
+        for call in calls:
+            with pytest.raises(GivenAway):
+                call()
+    row = other.rows()[0]
+    assert (row.state, row.value, row.notes["attempts"]) == ("pruned", 0.5, 1)
+    assert row.notes["metrics"] == {"rung_accuracy": 0.5}
+
+
+@pytest.mark.cluster
+def test_worker_that_is_told_failed_while_it_runs_hears_so(shared: Open) -> None:
+    slow, other = shared(), shared()
+    assert slow.claim(1) == 0
+    with slow.alive(0, 0):
+        slow.ask(0)
+        other.tell(0, "failed", None, {"reason": "its worker was lost"})
+        assert slow.tell(0, "finished", 0.9, {}) == "failed"
+    assert other.rows()[0].state == "failed"
+
+
+@pytest.mark.cluster
+def test_run_of_the_next_owner_stays_when_the_former_comes_back(shared: Open, lab: Path) -> None:
+    config = compose("sweep", TINY)[0].config
+    tracking = open_tracking(config, lab)
+
+    def worker(search: Search) -> Work:
+        return Work(Deaf(), Setup(config, (), lab, None, {}), search, tracking)
+
+    slow, other = shared(*TINY), shared(*TINY)
+    assert slow.claim(1) == 0
+    ask = slow.ask
+
+    def ask_late(number: int) -> Any:
+        """Cut off before it asks, while another is given the trial and ends it."""
+        other.put_back(number, 1)
+        assert other.claim(1) == number
+        assert worker(other).run(Job("trial", number)).state == "finished"
+        return ask(number)
+
+    slow.ask = ask_late  # type: ignore[method-assign]
+    assert worker(slow).run(Job("trial", 0)).state == "waiting"
+    assert audit(other, tracking, config, repair=False) == []
+
+
+class Deaf:
+    def send(self, told: Any, /) -> None: ...
+
+    def poll(self) -> bool:
+        return False
 
 
 @pytest.mark.cluster

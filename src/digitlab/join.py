@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,18 +44,21 @@ def join(study: str, address: str | None, lab: Path, stopped: Callable[[], bool]
     Raises:
         UserError: there is no such study, or this machine has other code or data than it.
     """
-    work = _admitted(study, address, lab, stopped)
-    try:
-        return _take_trials(work, stopped)
-    except (Broken, *STORE_ERRORS) as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"{study}: storage or lab cannot be used ({reason}): mend that and start the worker "
-            "again; its trial is put back"
-        ) from error
+    return _take_trials(_admitted(study, address, lab, stopped), stopped)
 
 
 def _take_trials(work: Work, stopped: Callable[[], bool]) -> int:
+    try:
+        return _until_none_is_left(work, stopped)
+    except (Broken, *STORE_ERRORS) as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"{work.config.study.name}: storage or lab cannot be used ({reason}): mend that and "
+            "start the worker again; its trial is put back"
+        ) from error
+
+
+def _until_none_is_left(work: Work, stopped: Callable[[], bool]) -> int:
     search, tracking = work.search, work.tracking
     count, delivered = 0, time.monotonic()
     while not stopped():
@@ -115,6 +119,7 @@ def _patient_tracking(config: Config, lab: Path) -> Tracking:
             refused = any(word in str(error) for word in ("401", "403"))
             if refused or time.monotonic() > deadline:
                 raise
+            print(error, file=sys.stderr, flush=True)
         time.sleep(random.uniform(5, 10))  # noqa: S311  s
 
 
@@ -156,10 +161,19 @@ def reap(search: Search, tracking: Tracking) -> list[str]:
 def worker(study: str, address: str | None, lab: Path) -> int:
     """As `join` until a signal says to stop, and tell a person; returns the exit status."""
     stopping = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Slurm and Kubernetes send TERM
-        signal.signal(name, lambda *_: stopping.set())
     who = f"worker {os.getpid()} on {socket.gethostname()}"
     print(f"{who}: joins {study}", flush=True)
-    count = join(study, address, lab, stopping.is_set)
+    # Until it has joined it holds nothing: a signal ends it at once, a server's absence or not.
+    work = _admitted(study, address, lab, stopping.is_set)
+
+    def stop(*_: Any) -> None:
+        """Once: end what runs at its next batch. Twice: at once."""
+        if stopping.is_set():
+            os._exit(130)
+        stopping.set()
+
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Slurm and Kubernetes send TERM
+        signal.signal(name, stop)
+    count = _take_trials(work, stopping.is_set)
     print(f"{who}: {count} trials of {study}", flush=True)
     return 130 if stopping.is_set() else 0

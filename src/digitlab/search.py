@@ -53,12 +53,21 @@ _STATES = {
 }
 _ON_THE_WAY = (TrialState.PRUNED, TrialState.RUNNING)
 _NAMES = {state: name for name, state in _STATES.items()}
-_OWNER = "owner"  # the trial's attribute that names its worker
 _SILENT = text(
     "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
     "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL"
 )
-_OWNED = text("SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key")
+_OWNER_OF = text(
+    "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = 'owner'"
+)
+# Taken in one statement, since a trial may be given away between two; one put back has owner "".
+_TAKE = text(
+    "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+    "SELECT trial_id, 'owner', :owner FROM trials "
+    "WHERE trial_id = :trial AND state = 'RUNNING' "
+    "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json "
+    "WHERE trial_user_attributes.value_json IN ('\"\"', excluded.value_json) RETURNING trial_id"
+)
 _COUNTS = text("SELECT state, count(*) FROM trials WHERE study_id = :study GROUP BY state")
 _NUMBER = text("SELECT number FROM trials WHERE trial_id = :trial")
 _YOUNG = text("SELECT now() - pg_postmaster_start_time() < make_interval(secs => :grace)")
@@ -78,6 +87,10 @@ class TrialRow:
     @property
     def ended(self) -> bool:
         return self.state in ("finished", "pruned", "failed")
+
+
+class GivenAway(Exception):
+    """The trial was put back meanwhile, since no sign of life came through: it is another's now."""
 
 
 _P = ParamSpec("_P")
@@ -102,8 +115,8 @@ class Search:
 
     In a storage that many share, a running trial has an owner, a random name that its worker gave
     itself, and the worker gives a sign of life every few seconds. A trial whose worker has given
-    none for long is put back; should that worker still live, it finds that the trial is no longer
-    its own.
+    none for long is put back; should that worker still live, it is told `GivenAway` at its next
+    question about the trial, before anything of the trial is read or changed.
     """
 
     def __init__(self, storage: BaseStorage, config: StudyConfig, knobs: list[Knob]) -> None:
@@ -115,6 +128,7 @@ class Search:
         self.id = storage.get_study_id_from_name(study.study_name)
         self.engine = engine_of(storage)
         self.owner = uuid.uuid4().hex
+        self._mine: int | None = None  # the trial that is being run here
         self._ended: dict[int, TrialRow] = {}
         self._claimed: dict[int, int] = {}  # ids of trials that were claimed here, by number
         # Only where no knob is continuous can two trials have the same values.
@@ -200,21 +214,13 @@ class Search:
             self.storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
 
     @_patient
-    def owns(self, number: int) -> bool:
-        """Whether the trial is still this one's to end."""
-        if self.engine is None:
-            return True
-        with self.engine.connect() as connection:
-            owner = connection.execute(_OWNED, {"trial": self._id(number), "key": _OWNER}).scalar()
-        return owner is not None and json.loads(owner) == self.owner
-
-    @_patient
     def put_back(self, number: int, attempts: int) -> None:
         """Let a trial that did not end be taken again."""
+        self._check(number)
         trial_id = self._id(number)
         self.storage.set_trial_user_attr(trial_id, "attempts", attempts)
         if self.engine is not None:
-            self.storage.set_trial_user_attr(trial_id, _OWNER, "")
+            self.storage.set_trial_user_attr(trial_id, "owner", "")
         self._set(trial_id, TrialState.WAITING)
 
     def _set(self, trial_id: int, state: TrialState) -> bool:
@@ -225,7 +231,11 @@ class Search:
 
     @contextmanager
     def alive(self, number: int, seconds: float) -> Iterator[None]:
-        """Give signs of life for a trial while it runs, for no longer than `seconds` if not 0."""
+        """Give signs of life for a trial while it runs, for no longer than `seconds` if not 0.
+
+        Raises:
+            GivenAway: here, or by `ask`, `report`, `tell` and `put_back` inside.
+        """
         if self.engine is None:
             yield
             return
@@ -243,16 +253,36 @@ class Search:
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
+        self._mine = number
         try:
             yield
         finally:
+            self._mine = None
             ended.set()
             thread.join()
 
     @_patient
     def _take(self, number: int) -> None:
         """Make a claimed trial this one's own."""
-        self.storage.set_trial_user_attr(self._id(number), _OWNER, self.owner)
+        assert self.engine is not None
+        mine = {"trial": self._id(number), "owner": json.dumps(self.owner)}
+        with self.engine.begin() as connection:
+            if connection.execute(_TAKE, mine).scalar() is None:
+                raise GivenAway
+
+    def _check(self, number: int) -> None:
+        """Raise GivenAway if the trial that runs here is not one's own any more.
+
+        Each try of a call does so first, since it may have waited long for the storage.
+        """
+        if self.engine is None or number != self._mine:
+            return
+        with self.engine.connect() as connection:
+            owner = connection.execute(_OWNER_OF, {"trial": self._id(number)}).scalar()
+        if owner is None or json.loads(owner) != self.owner:
+            raise GivenAway
+
+    check = _patient(_check)
 
     @_patient
     def lost(self) -> set[int]:
@@ -280,6 +310,7 @@ class Search:
 
         The third is a finished trial with the same values, if any.
         """
+        self._check(number)
         # Loaded anew, since a study object caches the trials that it has seen.
         study = optuna.load_study(
             study_name=self.config.name,
@@ -301,14 +332,19 @@ class Search:
     @_patient
     def report(self, trial: Trial, rung: int, accuracy: float) -> bool:
         """Note the accuracy at the rung, counted from 0; whether to prune."""
+        self._check(trial.number)
         known = self.storage.get_trial(trial._trial_id).intermediate_values
         if rung not in known:  # of an earlier attempt
             trial.report(accuracy, rung)
         return trial.should_prune()
 
     @_patient
-    def tell(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> None:
-        """End a trial."""
+    def tell(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> str:
+        """End a trial; returns its state, which in a shared storage it may have had before.
+
+        It was told then before the server went away, or by one who took this worker for lost.
+        """
+        self._check(number)
         trial_id = self._id(number)
         values = [value] if value is not None and state in ("finished", "pruned") else None
         try:
@@ -316,9 +352,10 @@ class Search:
                 self.storage.set_trial_user_attr(trial_id, name, note)
             self.storage.set_trial_state_values(trial_id, _STATES[state], values)
         except optuna.exceptions.UpdateFinishedTrialError:
-            if self.engine is None or self.storage.get_trial(trial_id).state is not _STATES[state]:
+            if self.engine is None:
                 raise
-            # It was told before, and the server went away before it could say so.
+            return _NAMES[self.storage.get_trial(trial_id).state]
+        return state
 
     @_patient
     def add(self, values: dict[str, Any], value: float, notes: dict[str, Any]) -> None:

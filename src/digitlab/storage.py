@@ -4,6 +4,7 @@ import math
 import os
 import random
 import sqlite3
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,6 +131,9 @@ def patiently(attempt: Callable[[], _T], patience: float) -> _T:
         except STORE_ERRORS as error:
             if not _is_away(error) or time.monotonic() + wait > deadline:
                 raise
+            if 1.0 <= wait < 2.0:  # the second time: a restart that is over at once is no news
+                reason = first_line(error.__cause__ or error)
+                print(f"storage: not reached ({reason}); tried again", file=sys.stderr, flush=True)
         time.sleep(random.uniform(wait / 2, wait))  # noqa: S311  so that not all come at once
         wait = min(2 * wait, _LONGEST_WAIT)
 

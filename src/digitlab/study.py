@@ -24,7 +24,7 @@ from digitlab.console import Board, Busy, View
 from digitlab.crown import crown, test_metrics
 from digitlab.datasets import TRAIN, load_digits
 from digitlab.environment import describe_environment
-from digitlab.errors import UserError, require
+from digitlab.errors import UserError, first_line, require
 from digitlab.guard import fitting_trials, guard
 from digitlab.join import invite, reap
 from digitlab.reconcile import audit, reconcile_trial, record_taken
@@ -124,6 +124,7 @@ class _Sweep:
         self.pool: Pool | None = None
         self.stopping = 0
         self.shown = 0.0
+        self.invited = -1  # trials in all that workers from elsewhere were told of
         self.begun = time.monotonic()
         self.spent = float(self.search.notes().get("seconds", 0.0))  # in earlier calls
 
@@ -139,7 +140,7 @@ class _Sweep:
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
         except STORE_ERRORS as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise UserError(
                 f"study {self.study.name}: the lab cannot be written ({reason}): mend that and go "
                 "on with the same command; what is recorded stays"
@@ -240,8 +241,7 @@ class _Sweep:
             self.board.say(f"study {name}: going on from {ended} of {total} trials")
         else:
             self.board.say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
-        if self.hold:
-            invite(self.search, self.config, self.overrides, total)
+        self._invite(total)
         if self.config.launcher.name is not Launcher.processes:
             self._watch(total)
             return
@@ -262,9 +262,14 @@ class _Sweep:
         minutes, patience = self.study.minutes, self.study.patience
         late = bool(minutes) and self._seconds() > 60 * minutes
         enough = late or (bool(patience) and _since_best(rows) >= patience)
-        if enough and self.hold:
-            invite(self.search, self.config, self.overrides, len(rows))
+        if enough:
+            self._invite(len(rows))
         return enough
+
+    def _invite(self, total: int) -> None:
+        if self.hold and total != self.invited:
+            invite(self.search, self.config, self.overrides, total)
+            self.invited = total
 
     def _reap(self) -> None:
         for told in reap(self.search, self.tracking):

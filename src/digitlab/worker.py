@@ -14,7 +14,7 @@ from digitlab.module import Diverged
 from digitlab.reconcile import record_taken, trial_runs
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import Broken, Ended, Outcome, perform
-from digitlab.search import Search, TrialRow, trial_value
+from digitlab.search import GivenAway, Search, TrialRow, trial_value
 from digitlab.space import read_space
 from digitlab.storage import GRACE, open_storage
 from digitlab.tracking import Tracking, open_tracking
@@ -86,16 +86,21 @@ class Work:
     def _trial(self, job: Job) -> Done:
         """Choose values, train, record, and only then tell the study."""
         limit = 60 * self.config.study.trial_minutes
-        with self.search.alive(job.number, limit + GRACE if limit else 0):
-            return self._living_trial(job)
+        try:
+            with self.search.alive(job.number, limit + GRACE if limit else 0):
+                return self._living_trial(job)
+        except GivenAway:
+            return Done("waiting", "it was taken for lost, and belongs to another worker")
 
     def _living_trial(self, job: Job) -> Done:
         trial, values, twin = self.search.ask(job.number)
         self.connection.send(Progress(0.0, {}, values))
-        notes = trial.user_attrs
-        if "attempts" in notes:  # an earlier attempt did not end
+        attempts = trial.user_attrs.get("attempts")
+        if attempts is not None:  # an earlier attempt did not end
             with suppress(UserError):  # while the tracker is away; the audit finds them later
-                for run in trial_runs(self.tracking, self.config.study.name, job.number):
+                runs = trial_runs(self.tracking, self.config.study.name, job.number)
+                self.search.check(job.number)  # or they may be those of its next owner
+                for run in runs:
                     self.tracking.delete(run.run_id)
         try:
             config = with_values(self.config, values)
@@ -105,9 +110,15 @@ class Work:
             return self._take_over(job, config, twin)
         watch = _TrialWatch(self, trial, values)
         outcome = self._perform(job, config, watch)
-        if not self.search.owns(job.number):
-            return self._give_up(job, outcome)
-        attempts = int(notes.get("attempts", 0))
+        try:
+            return self._settle(job, outcome, watch.curve, int(attempts or 0))
+        except GivenAway:  # its run is void
+            if outcome.record is not None:
+                outcome.record.drop()
+            raise
+
+    def _settle(self, job: Job, outcome: Outcome, curve: list[float], attempts: int) -> Done:
+        """Tell the study how a trial ended, or put it back."""
         if outcome.state == "interrupted":
             self.search.put_back(job.number, attempts)
             return Done("interrupted", outcome.reason)
@@ -116,17 +127,13 @@ class Work:
             self.search.put_back(job.number, attempts + 1)
             return Done("waiting", outcome.reason)
         value = trial_value(outcome.state, outcome.metrics)
-        told: dict[str, Any] = {"metrics": outcome.metrics, "curve": watch.curve}
+        notes: dict[str, Any] = {"metrics": outcome.metrics, "curve": curve}
         if outcome.reason:
-            told["reason"] = outcome.reason
-        self.search.tell(job.number, outcome.state, value, told)
-        return Done(outcome.state, outcome.reason, outcome.metrics, outcome.run_id)
-
-    def _give_up(self, job: Job, outcome: Outcome) -> Done:
-        """The trial was put back meanwhile, since no sign of life came through: its run is void."""
-        if outcome.record is not None:
-            outcome.record.drop()
-        return Done("waiting", "it was taken for lost, and belongs to another worker")
+            notes["reason"] = outcome.reason
+        state = self.search.tell(job.number, outcome.state, value, notes)
+        if state != outcome.state and outcome.record is not None:
+            outcome.record.end(state)
+        return Done(state, outcome.reason, outcome.metrics, outcome.run_id)
 
     def _refuse(self, job: Job, reason: str) -> Done:
         """A trial whose values contradict each other has failed, and is recorded as such."""
@@ -190,6 +197,8 @@ class _TrialWatch(_Told):
         self.metrics = {"val_accuracy": accuracy}
         try:
             prune = self.search.report(self.trial, self.study.rungs.index(rung), accuracy)
+        except GivenAway as error:
+            raise Ended("interrupted", "it belongs to another worker") from error
         except Exception as error:
             raise Broken(f"optuna's storage: {first_line(error.__cause__ or error)}") from error
         if prune:
