@@ -9,24 +9,6 @@ from typing import NoReturn
 
 from digitlab.errors import UserError, nearest
 
-_COMMANDS: dict[str, str] = {
-    "data": "fetch and verify a data set",
-    "train": "train one configuration; a Hydra application",
-    "sweep": "run a study, or go on with it; a Hydra application",
-    "worker": "take trials of a study that machines share, until none are left",
-    "audit": "hold a study's trials against their runs; --repair mends",
-    "bench": "measure what the machinery costs",
-    "reproduce": "train a run or a study again from its record, with a verdict",
-    "compare": "what differs between runs, and whether that is chance",
-    "report": "a study on one page that needs no network",
-    "explain": "what a network sees in a digit, and why it says so",
-    "predict": "which digit an image shows, and how sure that is",
-    "draw": "a page to draw digits on and see them read",
-    "evaluate": "a run's network on test images that are changed: --shift",
-    "ui": "open MLflow's pages on the lab's records",
-    "dashboard": "open Optuna's pages on the lab's studies",
-}
-
 
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, as all commands do."""
@@ -59,30 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: digitlab COMMAND [ARGUMENTS]   (--debug shows the traceback of an error)\n")
-        for name, text in _COMMANDS.items():
+        for name, (text, _) in _COMMANDS.items():
             print(f"  {name:<10} {text}")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in _COMMANDS:
         raise UserError(f"{command}: no such command, {nearest(command, _COMMANDS)}")
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "data": _data,
-        "train": _train,
-        "sweep": _sweep,
-        "worker": _worker,
-        "audit": _audit,
-        "bench": _bench,
-        "reproduce": _reproduce,
-        "compare": _compare,
-        "report": _report,
-        "explain": _explain,
-        "predict": _predict,
-        "draw": _draw,
-        "evaluate": _evaluate,
-        "ui": _ui,
-        "dashboard": _dashboard,
-    }
-    return commands[command](rest)
+    return _COMMANDS[command][1](rest)
 
 
 def _data(arguments: list[str]) -> int:
@@ -316,3 +281,22 @@ def _pages(
     from digitlab.lab import lab_folder
 
     return serve(lab_folder(), options.port)
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "data": ("fetch and verify a data set", _data),
+    "train": ("train one configuration; a Hydra application", _train),
+    "sweep": ("run a study, or go on with it; a Hydra application", _sweep),
+    "worker": ("take trials of a study that machines share, until none are left", _worker),
+    "audit": ("hold a study's trials against their runs; --repair mends", _audit),
+    "bench": ("measure what the machinery costs", _bench),
+    "reproduce": ("train a run or a study again from its record, with a verdict", _reproduce),
+    "compare": ("what differs between runs, and whether that is chance", _compare),
+    "report": ("a study on one page that needs no network", _report),
+    "explain": ("what a network sees in a digit, and why it says so", _explain),
+    "predict": ("which digit an image shows, and how sure that is", _predict),
+    "draw": ("a page to draw digits on and see them read", _draw),
+    "evaluate": ("a run's network on test images that are changed: --shift", _evaluate),
+    "ui": ("open MLflow's pages on the lab's records", _ui),
+    "dashboard": ("open Optuna's pages on the lab's studies", _dashboard),
+}
