@@ -3,10 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import random
-import resource
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import zlib
@@ -19,10 +20,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from digitlab.cli import main
-from digitlab.decode import decode, read_image
+from digitlab.decode import decode
 from digitlab.errors import UserError
 from digitlab.predict import Predictor, fit_temperature
 from digitlab.prepare import prepare
@@ -113,12 +114,15 @@ def test_transparent_pictures_stand_on_a_background_that_shows_them() -> None:
         assert np.abs(prepared.image.astype(int) - straight.image).mean() < 4
 
 
-def test_turned_by_exif_is_upright() -> None:
-    image = picture(DIGITS[2])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("side", [140, 1500])
+def test_turned_by_exif_is_upright(orientation: int, side: int) -> None:
+    image = picture(DIGITS[2], side).crop((0, 0, side, side // 2))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by a quarter to the right
-    turned = content(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
-    assert np.abs(decode(turned, "it") - np.asarray(image, np.float32)).mean() < 4
+    exif[0x0112] = orientation
+    file = content(image, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).reduce(max(1, side // 512))
+    assert np.abs(decode(file, "it") - np.asarray(upright, np.float32)).max() < 1
 
 
 def test_first_frame_of_a_gif_is_read() -> None:
@@ -150,8 +154,9 @@ def png_that_claims(width: int, height: int) -> bytes:
         (b"no image at all", "no image: allowed are PNG, JPEG"),
         (content(picture(DIGITS[0]), "PNG")[:200], "damaged or cut short"),
         (content(picture(DIGITS[0]), "JPEG")[:300], "damaged or cut short"),
-        (png_that_claims(100000, 100000), "at most 40000000 are read"),
+        (png_that_claims(100000, 100000), "at most 50000000 are read"),
         (png_that_claims(1000000, 1), "at least 5 a side"),
+        (png_that_claims(1000000, 5), "no side 100 times the other"),
         (b"%PDF-1.7\n", "no image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
     ],
@@ -169,18 +174,22 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(predict: Predict, tmp_
     (tmp_path / "good.jpg").write_bytes(content(picture(DIGITS[0]), "PNG"))  # by its content
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder").mkdir()
-    names = ["good.png", "empty.png", "gone.png", "folder", "good.jpg", "bad\0name"]
+    os.mkfifo(tmp_path / "pipe.png")  # which would be read for ever
+    names = ["good.png", "empty.png", "gone.png", "folder", "good.jpg", "bad\0name", "pipe.png"]
     status, out, err = predict(*(str(tmp_path / name) for name in names))
     assert status == 2
     assert len(out.splitlines()) == 2
     assert f"good.png: {TRUE[0]}" in out
-    assert len(err.splitlines()) == 4
-    for named in ("empty.png: empty", "gone.png: no such file", "folder: a folder without images"):
+    assert len(err.splitlines()) == 5
+    for named in (
+        *("empty.png: empty", "gone.png: no such file", "folder: a folder without images"),
+        "pipe.png: cannot be read: it is not a file",
+    ):
         assert named in err
     status, out, err = predict("--json", *(str(tmp_path / name) for name in names))
     document = json.loads(out)
     assert [answer["status"] for answer in document] == [
-        "digit", "error", "error", "error", "digit", "error"
+        "digit", "error", "error", "error", "digit", "error", "error"
     ]  # fmt: skip
     assert set(document[0]) == {
         "path", "status", "digit", "probability", "probabilities", "message"
@@ -200,7 +209,7 @@ def test_folder_and_standard_input_are_read(
     status, out, _ = predict("--json", str(folder), "--save", str(tmp_path / "seen"))
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
-    with Image.open(tmp_path / "seen" / "1.png.28x28.png") as seen:
+    with Image.open(tmp_path / "seen" / "1.28x28.png") as seen:
         assert (seen.size, seen.mode) == ((28, 28), "L")
     piped = io.TextIOWrapper(io.BytesIO((folder / "0.png").read_bytes()))
     monkeypatch.setattr(sys, "stdin", piped)
@@ -379,13 +388,44 @@ def test_ten_thousand_malformed_files(predictor: Predictor) -> None:
     assert made_up <= read // 25  # by a network and a judge that know 1,600 digits
 
 
-def test_large_pictures_are_read_within_bounds(tmp_path: Path) -> None:
-    path = tmp_path / "large.png"
-    Image.fromarray(np.kron(255 - DIGITS[0], np.ones((200, 200), np.uint8))).save(path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.monotonic()
-    read = read_image(path)
-    assert time.monotonic() - begun < 5
-    assert max(read.shape) <= 1023
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # kB
-    assert prepare(read).problem == ""
+_DECODED = """
+import sys, time
+from pathlib import Path
+from digitlab.decode import read_image
+from digitlab.prepare import prepare
+
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+before, begun = most(), time.perf_counter()
+prepared = prepare(read_image(Path(sys.argv[1])))
+print(most() - before, time.perf_counter() - begun, prepared.problem)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the most memory on Linux")
+@pytest.mark.parametrize(
+    ("kind", "mode", "side"),
+    [
+        *[("PNG", mode, 7000) for mode in ("L", "P", "RGB", "RGBA", "I;16")],
+        *[("JPEG", "L", 7000), ("TIFF", "RGB", 7000), ("GIF", "P", 7000), ("WEBP", "RGB", 4000)],
+    ],
+)
+def test_large_pictures_are_read_within_bounds(
+    tmp_path: Path, kind: str, mode: str, side: int
+) -> None:
+    levels = np.kron(255 - DIGITS[0], np.ones((side // 28,) * 2, np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(levels.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(levels).convert(mode)
+    path = tmp_path / f"large.{kind.lower()}"
+    image.save(path, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
+    told = subprocess.run(
+        [sys.executable, "-c", _DECODED, str(path)], capture_output=True, text=True, check=True
+    )
+    memory, seconds, *problem = told.stdout.split()
+    assert problem == []
+    assert int(memory) < 300 * 1024  # kB
+    assert float(seconds) < 5  # 1 s is the aim, which other tests beside this one may delay

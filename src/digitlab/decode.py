@@ -2,10 +2,14 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from digitlab.errors import UserError
 from digitlab.prepare import Grey
@@ -15,9 +19,14 @@ warnings.filterwarnings("ignore", module="PIL")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
 _FILE = 50 * 2**20  # bytes of a file at most
-_PIXELS = 40_000_000  # of a picture at most: 160 MB while it is decoded
+_PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
+_WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
 _LEAST = 5  # pixels of a side
+_LONGEST = 100  # times the shorter side
 _WORKING = 512  # pixels of a side that a digit is looked for in
+_STRIP = 2**20  # pixels that are reduced at once
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
+_CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
 
 
 def read_image(path: Path) -> Grey:
@@ -43,8 +52,8 @@ def read_image(path: Path) -> Grey:
 def decode(content: bytes, name: str) -> Grey:
     """Grey levels 0 to 255, float32 (H, W), of an image: first frame, upright, on its background.
 
-    Large pictures come reduced to some 512 pixels a side; transparent ones on white, or on black
-    where what is opaque is light.
+    Large pictures come reduced by means of whole blocks, to 512 to 1,023 pixels of the longer side;
+    transparent ones on white, or on black where what is opaque is light.
 
     Raises:
         UserError: empty, too large, cut short or none of the formats; says which.
@@ -68,51 +77,72 @@ def decode(content: bytes, name: str) -> Grey:
 
 
 def _grey(image: Image.Image, name: str) -> Grey:
-    width, height = image.size
-    if width * height > _PIXELS:
-        raise UserError(f"{name}: {width} x {height} pixels: at most {_PIXELS} are read")
-    if min(width, height) < _LEAST:
-        raise UserError(f"{name}: {width} x {height} pixels: at least {_LEAST} a side are needed")
-    if image.format == "JPEG":
-        image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # decodes an eighth of it, if it may
+    (width, height), most = image.size, _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
+    size = f"{name}: {width} x {height} pixels"
+    if width * height > most:
+        raise UserError(f"{size}: at most {most} are read")
+    if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
+        raise UserError(
+            f"{size}: at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
+        )
+    image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
     image.load()
-    factor = max(image.size) // _WORKING
-    if factor > 1 and image.mode not in ("I", "F", "I;16", "I;16B", "I;16L", "P", "1", "PA"):
-        image = image.reduce(min(factor, *image.size))
-    upright = ImageOps.exif_transpose(image)
-    picture = upright if upright is not None else image
-    if picture.mode in ("I", "F", "I;16", "I;16B", "I;16L"):
-        return _deep(picture, name)
-    if picture.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        return _reduced(_on_background(picture.convert("RGBA")))
-    return _reduced(np.asarray(picture.convert("L"), np.float32))
+    width, height = image.size
+    block = max(1, max(width, height) // _WORKING)  # pixels of a side
+    rows = block * max(1, _STRIP // (width * block))  # of a strip, so that memory stays bounded
+    boxes = [(0, y, width, min(height, y + rows)) for y in range(0, height, rows)]
+    strips = [_levels(image.crop(box), block) for box in boxes]
+    light, alpha = (np.concatenate(part) for part in zip(*strips, strict=True))
+    if image.mode in _DEEP:
+        light = _scaled(light, name)
+    else:
+        opaque = float(light.sum() / max(float(alpha.sum()), 1e-6))
+        paper = 255.0 if opaque < 128 or float(alpha.mean()) > 0.99 else 0.0
+        light += paper * (1 - alpha)
+    upright = _UPRIGHT.get(image.getexif().get(Base.Orientation, 1), np.asarray)
+    return np.ascontiguousarray(upright(light))
 
 
-def _deep(picture: Image.Image, name: str) -> Grey:
-    """Of 16 and 32 bits a pixel: from the darkest to the lightest."""
-    values = _reduced(np.asarray(picture).astype(np.float32))
+# What brings a picture upright, by its EXIF orientation.
+_UPRIGHT: dict[int, Callable[[Grey], Grey]] = {
+    2: np.fliplr,
+    3: lambda grey: np.rot90(grey, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda grey: np.rot90(grey, -1),
+    7: lambda grey: np.rot90(grey, 2).T,
+    8: np.rot90,
+}
+
+
+def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
+    """Means over blocks of a strip's levels, times its opacity; and of its opacity, 0 to 1."""
+    if strip.mode in _DEEP:
+        levels = _means(np.asarray(strip).astype(np.float32), block)
+    elif strip.mode in _CLEAR or "transparency" in strip.info:
+        strip = strip.convert("RGBA")
+        alpha = np.asarray(strip.getchannel("A"), np.float32) / 255
+        return _means(np.asarray(strip.convert("L")) * alpha, block), _means(alpha, block)
+    else:
+        levels = _means(np.asarray(strip.convert("L")), block)
+    return levels, np.ones_like(levels)
+
+
+def _means(values: NDArray[Any], block: int) -> Grey:
+    """Over blocks of that side; those at the right and lower edges may be smaller."""
+    for axis, side in enumerate(values.shape):
+        starts = np.arange(0, side, block)
+        sizes = np.diff(starts, append=side).astype(np.float32)
+        sums = np.add.reduceat(values, starts, axis, dtype=np.float32)
+        values = sums / np.expand_dims(sizes, 1 - axis)
+    return values
+
+
+def _scaled(values: Grey, name: str) -> Grey:
+    """Levels of 16 or 32 bits to 0 to 255: what is 8 bits wide stays, 16 bits are scaled by 65535,
+    what is larger or less than 0 by its own range."""
     if not np.isfinite(values).all():
         raise UserError(f"{name}: holds values that are no numbers")
-    low, high = float(values.min()), float(values.max())
+    low, high = min(float(values.min()), 0.0), float(values.max())
     top = 65535.0 if 255 < high <= 65535 else max(high, 255.0)
-    return ((values - min(low, 0.0)) * (255 / (top - min(low, 0.0)))).astype(np.float32)
-
-
-def _on_background(picture: Image.Image) -> Grey:
-    alpha = np.asarray(picture.getchannel("A"), np.float32) / 255
-    light = np.asarray(picture.convert("RGB").convert("L"), np.float32)
-    opaque = float((light * alpha).sum() / max(float(alpha.sum()), 1e-6))
-    paper = 255.0 if opaque < 128 or float(alpha.mean()) > 0.99 else 0.0
-    return (light * alpha + paper * (1 - alpha)).astype(np.float32)
-
-
-def _reduced(grey: Grey) -> Grey:
-    """To at most twice the working size, by means of whole blocks."""
-    rows, columns = (max(1, side // _WORKING) for side in grey.shape)
-    factor = min(max(rows, columns), *grey.shape)
-    if factor == 1:
-        return grey
-    height, width = (side // factor * factor for side in grey.shape)
-    blocks = grey[:height, :width].reshape(height // factor, factor, width // factor, factor)
-    means: Grey = blocks.mean((1, 3), dtype=np.float32)
-    return means
+    return ((values - low) * (255 / (top - low))).astype(np.float32)
