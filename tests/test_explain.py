@@ -101,13 +101,15 @@ def test_reasons_of_a_linear_network_are_its_weights_times_the_pixels() -> None:
 # ---- what each layer sees ------------------------------------------------------------------------
 
 
-def test_every_convolution_gives_its_maps_by_name() -> None:
-    network = fresh("model.widths=[4,6,5]", "model.kernel_sizes=[5,3,3]")
+def test_every_layer_but_the_last_gives_its_maps_by_name() -> None:
+    network = fresh("model.widths=[4,6,5]", "model.kernel_sizes=[5,3,3]", "model.hidden=24")
     image = torch.rand(1, 1, 28, 28)
     maps, logits = activations(network, image)
     convolutions = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
-    assert list(maps) == list(convolutions)
-    assert [tuple(layer.shape) for layer in maps.values()] == [(4, 28, 28), (6, 14, 14), (5, 7, 7)]
+    hidden, _ = (n for n, m in network.named_modules() if isinstance(m, nn.Linear))
+    assert list(maps) == [*convolutions, hidden]
+    shapes = [(4, 28, 28), (6, 14, 14), (5, 7, 7), (1, 4, 6)]
+    assert [tuple(layer.shape) for layer in maps.values()] == shapes
     name, first = next(iter(convolutions.items()))
     with torch.no_grad():
         expected = F.conv2d(image, first.weight, first.bias, first.stride, first.padding)

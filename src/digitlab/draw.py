@@ -22,20 +22,19 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from digitlab.compose import compose
 from digitlab.datamodule import standardise, to_unit
 from digitlab.decode import decode
-from digitlab.errors import UserError
-from digitlab.explain import activations, attribution
+from digitlab.errors import UserError, first_line
+from digitlab.explain import activations, attribution, liveliest
 from digitlab.predict import Predictor
 from digitlab.prepare import prepare
 from digitlab.recorded import accuracy_name
 from digitlab.tracking import Tracking, open_tracking
-from digitlab.ui import _require_free
+from digitlab.ui import require_free
 
 _BODY = 8 * 2**20  # bytes of an image
 _DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender hears why
 _SECONDS = 5.0  # that a body may take to arrive
 _AT_ONCE, _WAITING = 2, 64  # images that are computed, and that wait for it
 _LOADED = 4  # networks that are kept
-_MAPS = 8  # of a layer
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def draw(run: str, lab: Path, port: int) -> int:
     Raises:
         UserError: no such run, its data are not to be had, or the port is taken.
     """
-    _require_free(port, "draw")
+    require_free(port, "draw")
     tracking = open_tracking(compose("train", [])[0].config, lab)
     first = Predictor(tracking, run, lab)
     chosen = first.row.run_id
@@ -169,9 +168,9 @@ class Networks:
         self.loaded.move_to_end(run_id)
         try:
             return await asyncio.shield(asyncio.wrap_future(self.loaded[run_id]))
-        except UserError as error:
+        except Exception as error:
             self.loaded.pop(run_id, None)  # it may be mended
-            raise HTTPException(503, str(error)) from error
+            raise HTTPException(503, first_line(error)) from error
 
 
 def said(predictor: Predictor, content: bytes) -> Said:
@@ -202,7 +201,7 @@ def explained(predictor: Predictor, content: bytes) -> Explained:
 
 
 def _layer(name: str, maps: torch.Tensor) -> Layer:
-    lively = maps[maps.flatten(1).std(1).argsort(descending=True)[:_MAPS]]
+    lively = liveliest(maps)
     low, high = lively.min(), lively.max()
     levels = (lively - low) * (255 / (high - low).clamp(min=1e-9))
     return Layer(name, len(maps), levels.round().int().tolist())

@@ -1,5 +1,6 @@
 """`digitlab explain`: what each layer makes of a digit, and which pixels spoke for the answer."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -80,20 +81,36 @@ def draw_reasons(
 
 
 def activations(network: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What each convolution gives for one image (1, 1, 28, 28): (C, h, w) by name; the logits."""
+    """What each layer but the last gives for one image (1, 1, 28, 28), and the logits.
+
+    Maps (C, h, w) by the layer's name; the units of a linear layer are one map.
+    """
     maps: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(
             lambda _, __, output, name=name: maps.update({name: output[0].detach()})
         )
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     with torch.no_grad():
         logits = network(image)
     for hook in hooks:
         hook.remove()
-    return maps, logits
+    maps.popitem()  # the logits
+    return {name: _as_maps(layer) for name, layer in maps.items()}, logits
+
+
+def _as_maps(layer: Tensor) -> Tensor:
+    if layer.ndim == 3:
+        return layer
+    rows = max(n for n in range(1, math.isqrt(len(layer)) + 1) if len(layer) % n == 0)
+    return layer.view(1, rows, -1)
+
+
+def liveliest(maps: Tensor) -> Tensor:
+    """The maps (C, h, w) that vary most, eight at most."""
+    return maps[maps.flatten(1).std(1).argsort(descending=True)[:_MAPS]]
 
 
 def attribution(network: nn.Module, image: Tensor, said: int, other: int) -> Tensor:
@@ -127,8 +144,9 @@ def _draw(
     right.set_title(f"blue speaks for {said}, red for {other}", fontsize=9)
     top.colorbar(drawn, ax=right, shrink=0.8)
     for place, (name, layer) in zip(below, maps.items(), strict=True):
-        shown = layer[layer.flatten(1).std(1).argsort(descending=True)[:_MAPS]].numpy()
-        place.suptitle(f"layer {name}: {len(layer)} maps, the liveliest", fontsize=9)
+        shown = liveliest(layer).numpy()
+        which = f"{len(layer)} maps, the liveliest" if len(layer) > 1 else "its units"
+        place.suptitle(f"layer {name}: {which}", fontsize=9)
         for axes, image in zip(place.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             axes.imshow(image, cmap="magma")
             axes.axis("off")

@@ -20,7 +20,7 @@ def serve(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken, or the records are on a server already.
     """
-    _require_free(port, "ui")
+    require_free(port, "ui")
     elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
     if elsewhere:
         given = f"MLFLOW_TRACKING_URI={first_line(elsewhere)}"
@@ -46,7 +46,7 @@ def dashboard(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken.
     """
-    _require_free(port, "dashboard")
+    require_free(port, "dashboard")
     open_storage(lab)  # or it says in many lines that there is none
     address = os.environ.get("DIGITLAB_STORAGE") or f"sqlite:///{lab / 'optuna.db'}"
     print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
@@ -56,7 +56,7 @@ def dashboard(lab: Path, port: int) -> int:
     return 0
 
 
-def _require_free(port: int, target: str) -> None:
+def require_free(port: int, target: str) -> None:
     if not 0 < port < 65536:
         raise UserError(f"--port={port}: allowed is 1 to 65535")
     with socket.socket() as probe:
