@@ -108,6 +108,8 @@ def load_digits(
             f"{folder}: images {images.shape} and labels {labels.shape} do not fit: "
             "(N, 28, 28) and (N,) are needed"
         )
+    if not len(labels):
+        raise UserError(f"{folder / files[0]}: holds no images")
     if labels.max() > 9:
         raise UserError(f"{folder / files[1]}: label {labels.max()}: allowed are 0 to 9")
     return Digits(

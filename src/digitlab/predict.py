@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from digitlab.errors import UserError
 from digitlab.explain import draw_reasons
 from digitlab.module import evaluate
 from digitlab.prepare import Grey, Prepared, prepare
-from digitlab.recorded import find_run, load_network, recorded_config, trained
+from digitlab.reconcile import trial_runs
+from digitlab.recorded import load_network, recorded_config, trained
 from digitlab.tracking import RunRow, Tracking, open_tracking
 
 _KEPT = 0.99  # of the holdout's digits keep each of the limits
@@ -187,8 +189,8 @@ def _held_logits(
         return evaluate(network, images, config.data), labels
     study, trial = row.tags.get("digitlab.study"), row.tags.get("digitlab.trial")
     if study and trial:
-        chosen = find_run(tracking, f"{study}/{trial}")
-        if "digitlab.weights_sha256" in chosen.tags:
+        runs = trial_runs(tracking, study, int(trial))
+        for chosen in (run for run in runs if "digitlab.weights_sha256" in run.tags):
             kept = tracking.artifact(chosen.run_id, "predictions.safetensors")
             logits = safetensors.torch.load(kept)["logits"]  # of the same holdout, in its order
             return logits, labels
@@ -220,6 +222,7 @@ def predict(
     predictor = Predictor(tracking, run, lab)
     failed = False
     answers: list[Answer] = []
+    named: Counter[str] = Counter()
     for path in _files(paths):
         try:
             prepared = prepare(_read(path))
@@ -233,10 +236,13 @@ def predict(
         answers.append(answer)
         if not as_json:
             print(told(answer), flush=True)
+        name = "standard-input" if path == "-" else Path(path).stem
+        named[name] += 1  # files of several folders may have the same
+        name += f"-{named[name]}" if named[name] > 1 else ""
         if save is not None:
-            _save(prepared, save, path)
+            _save(prepared, save / f"{name}.28x28.png")
         if explain and answer.digit is not None:
-            out = lab / "explained" / f"{Path(path).stem}-{answer.digit}.png"
+            out = lab / "explained" / f"{name}-{answer.digit}.png"
             other = int(np.argsort(answer.probabilities)[-2])
             pixels = torch.from_numpy(prepared.image)
             digits = (answer.digit, other)
@@ -275,6 +281,8 @@ def _files(paths: Sequence[str]) -> list[str]:
 
 def _read(path: str) -> Grey:
     if path == "-":
+        if sys.stdin is None:
+            raise UserError("standard input: closed")
         return decode(sys.stdin.buffer.read(2**26), "standard input")
     if Path(path).is_dir():
         raise UserError(
@@ -283,10 +291,9 @@ def _read(path: str) -> Grey:
     return read_image(Path(path))
 
 
-def _save(prepared: Prepared, folder: Path, path: str) -> None:
+def _save(prepared: Prepared, target: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "standard-input" if path == "-" else Path(path).name
-        Image.fromarray(prepared.image).save(folder / f"{name}.28x28.png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(prepared.image).save(target)
     except OSError as error:
-        raise UserError(f"--save {folder}: cannot be written: {error.strerror}") from error
+        raise UserError(f"--save {target.parent}: cannot be written: {error.strerror}") from error

@@ -115,7 +115,7 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     pictures = [as_picture(image.numpy(), chance) for image in images[:prepared, 0]]
     known = _read(network, config.data, pictures) == labels[: len(pictures)]
     found.append(("pictures of 40 to 800 pixels", math.nan, _share(known)))
-    folder = Path(tempfile.mkdtemp(dir=lab / "staging"))
+    folder = Path(tempfile.mkdtemp())
     keyed = [
         {"change": name, "accuracy": None if math.isnan(share) else share, "prepared": known_share}
         for name, share, known_share in found
@@ -141,9 +141,11 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
 
 
 def _read(network: nn.Module, data: DataConfig, pictures: list[Grey]) -> Tensor:
-    """The digits that are read in pictures, each prepared."""
-    images = np.stack([prepare(picture).image for picture in pictures])
-    return evaluate(network, torch.from_numpy(images)[:, None], data).argmax(1)
+    """The digits that are read in pictures, each prepared; -1 where none was found."""
+    prepared = [prepare(picture) for picture in pictures]
+    images = torch.from_numpy(np.stack([p.image for p in prepared]))[:, None]
+    refused = torch.tensor([bool(p.problem) for p in prepared])
+    return evaluate(network, images, data).argmax(1).masked_fill(refused, -1)
 
 
 def _share(right: Tensor) -> float:
