@@ -1,6 +1,7 @@
 """The command `digitlab`: parse, build, run, close."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -84,19 +87,20 @@ def _train(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
+    from digitlab.lab import lab_folder
     from digitlab.workers import preload
 
+    lab = lab_folder()  # whose .env the workers inherit
     if not any(argument.startswith("-") for argument in arguments):
         preload()  # beside the parent's own imports
     from digitlab.compose import compose
-    from digitlab.lab import lab_folder
 
     jobs = compose("sweep", arguments)
     if not jobs:
         return 0
     from digitlab.study import sweep
 
-    return max(sweep(job, lab_folder()) for job in jobs)
+    return max(sweep(job, lab) for job in jobs)
 
 
 def _worker(arguments: list[str]) -> int:
@@ -166,18 +170,19 @@ def _reproduce(arguments: list[str]) -> int:
         parser.error("--config takes no --json, --study no overrides")
     from digitlab.lab import lab_folder
 
+    lab = lab_folder()  # whose .env the workers inherit
     if options.study:
         from digitlab.workers import preload
 
         preload()
         from digitlab.replay import replay
 
-        return replay(options.study, lab_folder(), options.json)
+        return replay(options.study, lab, options.json)
     from digitlab.reproduce import reproduce, reproduce_file
 
     if options.config:
-        return reproduce_file(Path(options.config), overrides, lab_folder())
-    return reproduce(runs[0], overrides, lab_folder(), options.json, options.at_commit)
+        return reproduce_file(Path(options.config), overrides, lab)
+    return reproduce(runs[0], overrides, lab, options.json, options.at_commit)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from digitlab.compose import with_values
-from digitlab.config import Config
+from digitlab.config import Config, Tracker
 from digitlab.errors import UserError
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.recorded import damage
@@ -143,6 +143,8 @@ class _Audit:
             for run in [] if self.search.engine else runs:  # it may have been taken meanwhile
                 if not run.ended:
                     self.left_running(run)
+            return
+        if self.config.tracking.name is Tracker.none:
             return
         same = [run for run in runs if not _differences(row, run)]
         best = (same or runs)[-1:]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +58,16 @@ def begin_record(tracking: Tracking, config: Config, identity: Identity) -> RunR
     )
 
 
+_LEFT = 86400  # s after which a folder of a run belongs to nobody any more
+
+
 def stage(lab: Path, config: Config, identity: Identity) -> Path:
     """A new folder with the files that every run keeps; `RunRecord.keep` takes it over."""
     staging = lab / "staging"
     staging.mkdir(exist_ok=True)
+    for left in staging.iterdir():  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _LEFT:
+            shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=staging))  # not named by a name that a store may hold
     (folder / "config.yaml").write_text(config_to_yaml(config))
     environment = json.dumps(dict(identity.environment), indent=1)

@@ -41,7 +41,8 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
     names = (f"{study}-replay{number or ''}" for number in range(len(known) + 1))
     name = next(n for n in names if n not in known or "champion" not in original.notes(n))
     # The total counts the trials that failed, as they are all run again.
-    own = {"study.name": name, "tracking.name": "none", "study.count_failed": True}
+    own = {"study.name": name, "study.count_failed": True}
+    own |= {"tracking.name": "none", "launcher.name": "processes"}
     config = with_values(config, own)
 
     tracking = open_tracking(recorded, lab)

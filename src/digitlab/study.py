@@ -186,6 +186,8 @@ class _Sweep:
 
     def _parent_run(self) -> str | None:
         """The study's own run, begun by the first call and taken up again by the others."""
+        if self.config.tracking.name is Tracker.none:
+            return None
         known = self.search.notes().get("run_id")
         self.tracking.lay_out(view_tags(self.study))
         if known:
@@ -263,7 +265,7 @@ class _Sweep:
         late = bool(minutes) and self._seconds() > 60 * minutes
         enough = late or (bool(patience) and _since_best(rows) >= patience)
         if enough:
-            self._invite(len(rows))
+            self._invite(0)
         return enough
 
     def _invite(self, total: int) -> None:
