@@ -601,7 +601,8 @@ def _now() -> int:
 def _make_database(lab: Path) -> None:
     """Make MLflow's tables beside their place: a kill half-way would leave some that it refuses."""
     new = lab / "mlflow.db.new"
-    new.unlink(missing_ok=True)
+    for left in lab.glob(f"{new.name}*"):  # with its journal, which would be played back into ours
+        left.unlink()
     if _TABLES.exists():
         shutil.copyfile(_TABLES, new)
     else:
