@@ -328,7 +328,7 @@ def test_lock_is_one_machines_and_taken_again_after_a_restart(
 def test_turn_is_one_at_a_time(shared: Open) -> None:
     engine = shared().engine
     assert engine is not None
-    with turn(engine, "x") as mine, turn(engine, "x", wait=False) as other:
+    with turn(engine, "x") as mine, turn(engine, "x") as other:
         assert (mine, other) == (True, False)
 
 
@@ -361,7 +361,8 @@ def test_no_reap_right_after_a_restart(shared: Open, postgres: Any) -> None:
 def test_connections_of_a_worker_are_bounded(shared: Open) -> None:
     search = shared()
     assert search.engine is not None
-    threads = [threading.Thread(target=search.rows) for _ in range(30)]
+    ask = search.storage.get_study_user_attrs
+    threads = [threading.Thread(target=ask, args=(search.id,)) for _ in range(30)]
     for thread in threads:
         thread.start()
     counts = []

@@ -146,7 +146,7 @@ def reap(search: Search, tracking: Tracking) -> list[str]:
     if search.engine is None or not search.lost():
         return []
     told: list[str] = []
-    with turn(search.engine, f"digitlab/{search.config.name}/reap", wait=False) as mine:
+    with turn(search.engine, f"digitlab/{search.config.name}/reap") as mine:
         lost = search.lost() if mine else set()  # once more: another may have been faster
         for row in search.rows() if lost else []:
             if row.number in lost and row.state == "running":

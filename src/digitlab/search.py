@@ -24,7 +24,7 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import text
+from sqlalchemy import Engine, Result, TextClause, text
 
 from digitlab.config import Pruner, Sampler, StudyConfig
 from digitlab.errors import UserError
@@ -34,10 +34,10 @@ from digitlab.storage import (
     GRACE,
     PATIENCE,
     STORE_ERRORS,
-    engine_of,
     patiently,
+    sessions_of,
     study_names,
-    turn,
+    together,
 )
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -57,8 +57,11 @@ _SILENT = text(
     "SELECT t.trial_id FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id "
     "WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.trial_id IS NULL"
 )
-_OWNER_OF = text(
-    "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = 'owner'"
+# Locks the trial until the transaction ends, so that nobody gives it away in between.
+_LOOK = text(
+    "SELECT t.state, a.value_json FROM trials t "
+    "LEFT JOIN trial_user_attributes a ON a.trial_id = t.trial_id AND a.key = 'owner' "
+    "WHERE t.trial_id = :trial FOR NO KEY UPDATE OF t"
 )
 # Taken in one statement, since a trial may be given away between two; one put back has owner "".
 _TAKE = text(
@@ -68,6 +71,7 @@ _TAKE = text(
     "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json "
     "WHERE trial_user_attributes.value_json IN ('\"\"', excluded.value_json) RETURNING trial_id"
 )
+_TURN = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 _COUNTS = text("SELECT state, count(*) FROM trials WHERE study_id = :study GROUP BY state")
 _NUMBER = text("SELECT number FROM trials WHERE trial_id = :trial")
 _YOUNG = text("SELECT now() - pg_postmaster_start_time() < make_interval(secs => :grace)")
@@ -100,18 +104,28 @@ _T = TypeVar("_T")
 def _patient(
     method: Callable[Concatenate["Search", _P], _T],
 ) -> Callable[Concatenate["Search", _P], _T]:
-    """Try again while a storage that many share is away; the methods may all be repeated."""
+    """In a storage that many share: one transaction, tried again while the storage is away.
+
+    Such a method calls no other.
+    """
 
     @functools.wraps(method)
     def tried(self: "Search", *arguments: _P.args, **named: _P.kwargs) -> _T:
-        patience = PATIENCE if self.engine else 0.0
-        return patiently(lambda: method(self, *arguments, **named), patience)
+        sessions = self.sessions
+        if sessions is None:
+            return method(self, *arguments, **named)
+
+        def attempt() -> _T:
+            with together(sessions):
+                return method(self, *arguments, **named)
+
+        return patiently(attempt, PATIENCE)
 
     return tried  # type: ignore[return-value]  # it is called as the method is
 
 
 class Search:
-    """One study in a storage. Any number of processes may hold the same one.
+    """One study in a storage. Any number of processes may hold the same one, each for one thread.
 
     In a storage that many share, a running trial has an owner, a random name that its worker gave
     itself, and the worker gives a sign of life every few seconds. A trial whose worker has given
@@ -126,7 +140,7 @@ class Search:
             storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
         )
         self.id = storage.get_study_id_from_name(study.study_name)
-        self.engine = engine_of(storage)
+        self.sessions = sessions_of(storage)
         self.owner = uuid.uuid4().hex
         self._mine: int | None = None  # the trial that is being run here
         self._ended: dict[int, TrialRow] = {}
@@ -134,6 +148,11 @@ class Search:
         # Only where no knob is continuous can two trials have the same values.
         self._finite = not any(_continuous(knob.distribution) for knob in knobs)
         self._unbeaten: dict[int, float] = {}  # running trials without any sign, and since when
+
+    @property
+    def engine(self) -> Engine | None:
+        """Of a storage that many share."""
+        return None if self.sessions is None else self.sessions.get_bind().engine
 
     @_patient
     def rows(self) -> list[TrialRow]:
@@ -161,12 +180,8 @@ class Search:
 
         Trials that failed count towards the total where the study says so.
         """
-        if self.engine is None:
-            return self._claim(total)
-        with turn(self.engine, f"digitlab/{self.config.name}/claim"):
-            return self._claim(total)
-
-    def _claim(self, total: int) -> int | None:
+        if self.sessions is not None:
+            self._execute(_TURN, name=f"digitlab/{self.config.name}/claim")
         counts = self._counts()
         if counts[TrialState.WAITING]:
             waiting = (TrialState.WAITING,)
@@ -178,21 +193,24 @@ class Search:
         if self._counted(counts) >= self._most(total):
             return None
         trial_id = self.storage.create_new_trial(self.id)
-        if self.engine is None:
+        if self.sessions is None:
             number = self.storage.get_trial_number_from_id(trial_id)
         else:  # one small question where the storage would ask for the whole trial
-            with self.engine.connect() as connection:
-                number = int(connection.execute(_NUMBER, {"trial": trial_id}).scalar_one())
+            number = int(self._execute(_NUMBER, trial=trial_id).scalar_one())
         self._claimed[number] = trial_id
         return number
 
     def _counts(self) -> Counter[TrialState]:
         """Trials by state; counted by the server where there is one, which is cheaper there."""
-        if self.engine is None:
+        if self.sessions is None:
             return Counter(trial.state for trial in self.storage.get_all_trials(self.id, False))
-        with self.engine.connect() as connection:
-            counted = connection.execute(_COUNTS, {"study": self.id}).all()
+        counted = self._execute(_COUNTS, study=self.id).tuples()
         return Counter({TrialState[state]: count for state, count in counted})
+
+    def _execute(self, statement: TextClause, **values: Any) -> Result[*tuple[Any, ...]]:
+        """In the transaction of the method that is under way."""
+        assert self.sessions is not None
+        return self.sessions.execute(statement, values)
 
     def _counted(self, counts: Counter[TrialState]) -> int:
         return sum(counts.values()) - (0 if self.config.count_failed else counts[TrialState.FAIL])
@@ -210,16 +228,18 @@ class Search:
         return not busy and self._counted(counts) >= self._most(total)
 
     def _beat(self, trial_id: int) -> None:
-        if self.engine is not None:
+        if self.sessions is not None:
             self.storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]
 
     @_patient
     def put_back(self, number: int, attempts: int) -> None:
         """Let a trial that did not end be taken again."""
-        self._check(number)
+        now = self._check(number)
+        if now is not None and now.is_finished():  # it was told by one who was taken for lost
+            return
         trial_id = self._id(number)
         self.storage.set_trial_user_attr(trial_id, "attempts", attempts)
-        if self.engine is not None:
+        if self.sessions is not None:
             self.storage.set_trial_user_attr(trial_id, "owner", "")
         self._set(trial_id, TrialState.WAITING)
 
@@ -236,7 +256,7 @@ class Search:
         Raises:
             GivenAway: here, or by `ask`, `report`, `tell` and `put_back` inside.
         """
-        if self.engine is None:
+        if self.sessions is None:
             yield
             return
         self._take(number)
@@ -264,23 +284,23 @@ class Search:
     @_patient
     def _take(self, number: int) -> None:
         """Make a claimed trial this one's own."""
-        assert self.engine is not None
-        mine = {"trial": self._id(number), "owner": json.dumps(self.owner)}
-        with self.engine.begin() as connection:
-            if connection.execute(_TAKE, mine).scalar() is None:
-                raise GivenAway
-
-    def _check(self, number: int) -> None:
-        """Raise GivenAway if the trial that runs here is not one's own any more.
-
-        Each try of a call does so first, since it may have waited long for the storage.
-        """
-        if self.engine is None or number != self._mine:
-            return
-        with self.engine.connect() as connection:
-            owner = connection.execute(_OWNER_OF, {"trial": self._id(number)}).scalar()
-        if owner is None or json.loads(owner) != self.owner:
+        mine = json.dumps(self.owner)
+        if self._execute(_TAKE, trial=self._id(number), owner=mine).scalar() is None:
             raise GivenAway
+
+    def _check(self, number: int) -> TrialState | None:
+        """The state of a trial in a storage that many share, where it stays so until the call ends.
+
+        Raises:
+            GivenAway: the trial runs here, and is not this one's own any more. Each try of a call
+                asks, since it may have waited long for the storage.
+        """
+        if self.sessions is None:
+            return None
+        state, owner = self._execute(_LOOK, trial=self._id(number)).one()
+        if number == self._mine and (owner is None or json.loads(owner) != self.owner):
+            raise GivenAway
+        return TrialState[state]
 
     check = _patient(_check)
 
@@ -290,13 +310,12 @@ class Search:
 
         A server that was itself away has heard nobody: it is given the time to hear them again.
         """
-        if self.engine is None:
+        if self.sessions is None:
             return set()
         stale = set(self.storage._get_stale_trial_ids(self.id))  # type: ignore[attr-defined]
         now = time.monotonic()
-        with self.engine.connect() as connection:
-            silent = connection.execute(_SILENT, {"study": self.id}).scalars().all()
-            young = connection.execute(_YOUNG, {"grace": GRACE}).scalar()
+        silent = self._execute(_SILENT, study=self.id).scalars().all()
+        young = self._execute(_YOUNG, grace=GRACE).scalar()
         self._unbeaten = {one: self._unbeaten.get(one, now) for one in silent}
         stale |= {one for one, since in self._unbeaten.items() if now - since > GRACE}
         if young or not stale:
@@ -325,7 +344,8 @@ class Search:
                 self._claimed[row.number] = row._trial_id
         trial = Trial(study, self._claimed[number])
         values = suggest(trial, self.knobs)
-        rows = self.rows() if self._finite else []
+        trials = self.storage.get_all_trials(self.id, deepcopy=False) if self._finite else []
+        rows = self._rows(trials)
         twins = (row for row in rows if row.state == "finished" and row.values == values)
         return trial, values, next(twins, None)
 
@@ -344,17 +364,14 @@ class Search:
 
         It was told then before the server went away, or by one who took this worker for lost.
         """
-        self._check(number)
+        now = self._check(number)
+        if now is not None and now.is_finished():
+            return _NAMES[now]
         trial_id = self._id(number)
         values = [value] if value is not None and state in ("finished", "pruned") else None
-        try:
-            for name, note in notes.items():
-                self.storage.set_trial_user_attr(trial_id, name, note)
-            self.storage.set_trial_state_values(trial_id, _STATES[state], values)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            if self.engine is None:
-                raise
-            return _NAMES[self.storage.get_trial(trial_id).state]
+        for name, note in notes.items():
+            self.storage.set_trial_user_attr(trial_id, name, note)
+        self.storage.set_trial_state_values(trial_id, _STATES[state], values)
         return state
 
     @_patient

@@ -17,6 +17,7 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from digitlab.errors import UserError, first_line
 
@@ -90,9 +91,11 @@ def _open_server(address: str, patience: float) -> BaseStorage:
     def connect() -> RDBStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(
+            storage = RDBStorage(
                 address, engine_kwargs=options, heartbeat_interval=BEAT, grace_period=GRACE
             )
+        storage.scoped_session = scoped_session(sessionmaker(storage.engine, class_=_JointSession))
+        return storage
 
     try:
         with suppress(SQLAlchemyError):  # two that make the tables of an empty database collide
@@ -109,13 +112,58 @@ def study_names(storage: BaseStorage) -> list[str]:
     return [study.study_name for study in storage.get_all_studies()]
 
 
-def engine_of(storage: BaseStorage) -> Engine | None:
+Sessions = scoped_session[Session]  # one for each thread
+
+
+def sessions_of(storage: BaseStorage) -> Sessions | None:
     """Of a storage that many share; None of one that is this lab's alone."""
     backend = getattr(storage, "_backend", None)  # of the cache that Optuna wraps around it
     if isinstance(backend, RDBStorage) and backend.heartbeat_interval is not None:
-        engine: Engine = backend.engine
-        return engine
+        sessions: Sessions = backend.scoped_session
+        return sessions
     return None
+
+
+class _JointSession(Session):
+    """Optuna commits after each small thing that it is asked; in `together` that waits."""
+
+    joint = False
+
+    def commit(self) -> None:
+        if self.joint:
+            self.flush()
+        else:
+            super().commit()
+
+    def rollback(self) -> None:
+        self.joint = False  # what comes later must not be kept without what is lost here
+        super().rollback()
+
+    def close(self) -> None:
+        if not self.joint:
+            super().close()
+
+
+@contextmanager
+def together(sessions: Sessions) -> Iterator[None]:
+    """One transaction for all that this thread asks of the storage: all of it holds, or nothing.
+
+    It costs server and worker about half of what many small ones do.
+    """
+    session = sessions()
+    assert isinstance(session, _JointSession)
+    session.joint = True
+    try:
+        yield
+        if not session.joint:
+            raise optuna.exceptions.StorageInternalError("a part of the transaction was lost")
+        session.joint = False
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+    finally:
+        session.close()
 
 
 def patiently(attempt: Callable[[], _T], patience: float) -> _T:
@@ -153,17 +201,14 @@ def _is_away(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def turn(engine: Engine, name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of that name, on whatever machine, for a moment; gives whether it is held.
+def turn(engine: Engine, name: str) -> Iterator[bool]:
+    """Hold a lock of that name, on whatever machine, for a moment; gives whether it was free.
 
     It belongs to a transaction of the server, and goes with it.
     """
-    take = "pg_advisory_xact_lock" if wait else "pg_try_advisory_xact_lock"
+    take = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:name, 0))")
     with engine.begin() as connection:
-        taken = connection.execute(
-            text(f"SELECT {take}(hashtextextended(:name, 0))"), {"name": name}
-        )
-        yield taken.scalar() is not False
+        yield bool(connection.execute(take, {"name": name}).scalar())
 
 
 class Hold:
