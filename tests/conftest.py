@@ -13,6 +13,9 @@ from digitlab import workers
 from digitlab.cli import main
 from digitlab.errors import UserError
 
+# Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
+SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
+
 pytest_plugins = ["parts"]  # PostgreSQL, MLflow, Ray
 DATA = Path(__file__).parent / "data"
 

@@ -7,20 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Parent
+from conftest import SHARE, TINY, Parent
 
 from digitlab.compose import compose
 from digitlab.guard import recorded_config
 from digitlab.reconcile import audit
 from digitlab.search import Search
-from digitlab.space import read_space
 from digitlab.storage import open_storage
 from digitlab.tracking import open_tracking
 
 
 def open_study(lab: Path, *overrides: str) -> Search:
     config = compose("sweep", [*TINY, *overrides])[0].config
-    return Search(open_storage(lab), config.study, read_space(config))
+    return Search(open_storage(lab), config)
 
 
 def results(lab: Path) -> list[tuple[object, ...]]:
@@ -75,9 +74,11 @@ def kill_at_random(lab: Path, start: Callable[[], Parent], kills: int, seed: int
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None:
-    study = ("study.trials=150", "study.sampler=random", "study.pruner=none", "study.workers=2")
-    assert kill_at_random(lab, lambda: run_sweep(*study), 100, seed=2) >= 100
-    assert_whole(lab, 150)
+    trials, kills = int(150 * SHARE), int(100 * SHARE)
+    study = ("study.sampler=random", "study.pruner=none", "study.workers=2")
+    study += (f"study.trials={trials}",)
+    assert kill_at_random(lab, lambda: run_sweep(*study), kills, seed=2) >= kills
+    assert_whole(lab, trials)
     assert results(lab) == undisturbed(lab, run_sweep, *study)
 
 
@@ -106,20 +107,22 @@ def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> N
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_eight_workers_share_two_hundred_trials(lab, run_sweep) -> None:
-    study = ("study.trials=200", "study.sampler=random", "study.pruner=none", "study.workers=8")
-    parent = run_sweep(*study)
+    trials = int(200 * SHARE)
+    study = ("study.sampler=random", "study.pruner=none", "study.workers=8")
+    parent = run_sweep(*study, f"study.trials={trials}")
     assert parent.wait(800) == 0
-    assert_whole(lab, 200)
+    assert_whole(lab, trials)
     log = parent.log.read_text()
     assert "locked" not in log
-    assert log.count(" finished ") == 200
+    assert log.count(" finished ") == trials
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_threads_and_memory_stay_as_they_are_over_five_hundred_trials(lab, run_sweep) -> None:
-    study = ("study.trials=500", "study.sampler=random", "study.pruner=none", "study.workers=2")
-    parent = run_sweep(*study)
+    trials = int(500 * SHARE)
+    study = ("study.sampler=random", "study.pruner=none", "study.workers=2")
+    parent = run_sweep(*study, f"study.trials={trials}")
     early: list[tuple[int, int]] = []
     late: list[tuple[int, int]] = []
     while parent.process.exitcode is None:
@@ -127,11 +130,11 @@ def test_threads_and_memory_stay_as_they_are_over_five_hundred_trials(lab, run_s
         sizes = worker_sizes(lab)
         if 50 <= ended < 100 or not early:
             early = sizes or early
-        if ended >= 400 and sizes:
+        if ended >= 0.8 * trials and sizes:
             late = sizes
         parent.process.join(1)
     assert parent.process.exitcode == 0
-    assert_whole(lab, 500)
+    assert_whole(lab, trials)
     assert len(early) == len(late) == 2
     for before, after in zip(early, late, strict=True):
         assert after[0] <= before[0] * 1.1, "threads"
