@@ -19,15 +19,14 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from digitlab.compose import compose
 from digitlab.datamodule import standardise, to_unit
 from digitlab.decode import decode
 from digitlab.errors import UserError, first_line
 from digitlab.explain import activations, attribution, liveliest
 from digitlab.predict import Predictor
 from digitlab.prepare import prepare
-from digitlab.recorded import accuracy_name
-from digitlab.tracking import Tracking, open_tracking
+from digitlab.recorded import accuracy_name, lab_tracking
+from digitlab.tracking import Tracking
 from digitlab.ui import require_free
 
 _BODY = 8 * 2**20  # bytes of an image
@@ -93,7 +92,7 @@ def draw(run: str, lab: Path, port: int) -> int:
         UserError: no such run, its data are not to be had, or the port is taken.
     """
     require_free(port, "draw")
-    tracking = open_tracking(compose("train", [])[0].config, lab)
+    tracking = lab_tracking(lab)
     first = Predictor(tracking, run, lab)
     chosen = first.row.run_id
     torch.set_num_threads(1)  # two images are computed at once
@@ -216,14 +215,16 @@ _PROBLEMS = {
     408: f"The image took longer than {_SECONDS:.0f} s to arrive",
     413: f"More than {_BODY // 2**20} MB",
     415: "Not sent as an image",
-    422: "No run was named",
+    422: "A run's id is too long",
     503: "Too many images at once, or a run that cannot be read",
 }
 _REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()
 }
 _Asked = TypeVar("_Asked", Said, Explained)
-_RunId = Annotated[str, Query(max_length=64, description="an id that GET /runs lists")]
+_RunId = Annotated[
+    str | None, Query(max_length=64, description="an id that GET /runs lists; else its first")
+]
 
 
 def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor]) -> FastAPI:
@@ -242,13 +243,15 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
     )
     app.add_middleware(_guarded, policy=_policy(text))
     app.add_exception_handler(RequestValidationError, _unasked)
-    known = {run.run_id for run in runs()}
+    listed = [run.run_id for run in runs()]
+    first, known = next(iter(listed), None), set(listed)
     networks = Networks(load)
 
     async def answer(
-        request: Request, run: str, say: Callable[[Predictor, bytes], _Asked]
+        request: Request, run: str | None, say: Callable[[Predictor, bytes], _Asked]
     ) -> _Asked:
-        if run not in known:
+        run = first if run is None else run
+        if run is None or run not in known:
             raise HTTPException(404, "no such run: GET /runs lists them")
         async with networks.place():
             content = await _body(request)
@@ -270,11 +273,11 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
         return found
 
     @app.post("/predict", responses=_REFUSED, openapi_extra=_SENT)
-    async def predict(request: Request, run: _RunId) -> Said:
+    async def predict(request: Request, run: _RunId = None) -> Said:
         return await answer(request, run, said)
 
     @app.post("/explain", responses=_REFUSED, openapi_extra=_SENT)
-    async def explain(request: Request, run: _RunId) -> Explained:
+    async def explain(request: Request, run: _RunId = None) -> Explained:
         return await answer(request, run, explained)
 
     return app
