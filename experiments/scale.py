@@ -27,7 +27,7 @@ from sqlalchemy import create_engine, text
 
 from digitlab.compose import compose
 from digitlab.search import Search
-from digitlab.space import read_space, suggest
+from digitlab.space import suggest
 from digitlab.storage import open_storage
 
 # Earlier trials, as many rows as real ones have; made by the server, since telling takes minutes.
@@ -66,7 +66,7 @@ def main() -> None:
     chosen = [f"study.storage={asked.address}", f"study.name=scale-{os.getpid()}"]
     chosen += [f"study.sampler={asked.sampler}", "study.pruner=none", "study.rungs=[]"]
     config = compose("sweep", chosen)[0].config
-    search = Search(open_storage(Path(), asked.address), config.study, read_space(config))
+    search = Search(open_storage(Path(), asked.address), config)
     server = create_engine(asked.address, isolation_level="AUTOCOMMIT")
     made = 0
     if asked.earlier:

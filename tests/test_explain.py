@@ -25,7 +25,7 @@ from digitlab.pictures import draw_film
 from digitlab.record import Identity
 from digitlab.recorded import recorded_config
 from digitlab.run import perform
-from digitlab.tracking import NoRecord, NoTracking
+from digitlab.tracking import RunRecord, Tracking
 from digitlab.training import Fit, Frame, Watch, fit
 
 SMALL = ["experiments=smoke", "data=sample", "data.batch_size=400", "trainer.epochs=2"]
@@ -329,8 +329,8 @@ def test_picture_that_fails_is_the_failure_of_its_run(
 
     monkeypatch.setattr(run, "draw_film", broken)
     ends: list[str] = []
-    monkeypatch.setattr(NoRecord, "end", lambda _, state: ends.append(state))
+    monkeypatch.setattr(RunRecord, "end", lambda _, state: ends.append(state))
     config = configure("trainer.epochs=1")
-    done = perform(config, Identity("inky", "train"), NoTracking(), lab, Watch())
+    done = perform(config, Identity("inky", "train"), Tracking(), lab, Watch())
     assert (done.state, ends) == ("failed", ["failed"])
     assert "no ink" in done.reason

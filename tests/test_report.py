@@ -43,11 +43,10 @@ from digitlab.guard import recorded_config
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.report import report
 from digitlab.search import Search, TrialRow
-from digitlab.space import read_space
 from digitlab.statistics import Interval, mean_interval
 from digitlab.storage import open_storage
 from digitlab.summary import short
-from digitlab.tracking import NoTracking, Tracking, open_tracking, sqlite_uri
+from digitlab.tracking import Tracking, open_tracking, sqlite_uri
 
 HALF = ["study.pruner=median", "study.startup_trials=2", "study.workers=1"]  # so the same each time
 WHOLE = [*TINY, *HALF, "study.trials=6", "trainer.epochs=2", "study.confirm=2"]
@@ -81,7 +80,7 @@ def stop(lab: Path) -> None:
     composed = compose("sweep", [*TINY, "study.name=stopped", "study.pruner=none"])[0]
     config = composed.config
     tracking = open_tracking(config, lab)
-    search = Search(open_storage(lab), config.study, read_space(config))
+    search = Search(open_storage(lab), config)
     overrides, environment = composed.overrides, {"commit": "c0ffee", "libraries": {"torch": "1"}}
     whole = Identity("stopped", "study", {}, None, overrides, environment)
     record = begin_record(tracking, config, whole)
@@ -122,7 +121,7 @@ def recorded(lab: Path, name: str) -> Study:
     """A study of a lab, as `digitlab report` opens it."""
     storage = open_storage(lab)
     config = recorded_config(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
-    search = Search(storage, config.study, read_space(config))
+    search = Search(storage, config)
     return Study(search, config, open_tracking(config, lab), lab)
 
 
@@ -134,8 +133,8 @@ def configure(*overrides: str) -> Config:
 def new_study(*overrides: str, storage: Any = None) -> Study:
     """A study that nothing is known of yet, in memory, its runs recorded nowhere."""
     config = configure(*overrides)
-    search = Search(storage or InMemoryStorage(), config.study, read_space(config))
-    return Study(search, config, NoTracking(), Path("/nonexistent"))
+    search = Search(storage or InMemoryStorage(), config)
+    return Study(search, config, Tracking(), Path("/nonexistent"))
 
 
 def add_trials(search: Search, accuracies: Sequence[float], **notes: Any) -> None:

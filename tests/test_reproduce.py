@@ -102,26 +102,24 @@ def call(recorded: Recorded, call_in: CallIn) -> Call:
 
 
 @cache
-def _composed(command: str, overrides: tuple[str, ...]) -> list[Composed]:
-    return compose(command, overrides)
+def _composed(overrides: tuple[str, ...]) -> Composed:
+    return compose("train", overrides)[0]
+
+
+def _opened(lab: Path, overrides: Sequence[str] = ()) -> MlflowTracking:
+    config = _composed(tuple(overrides)).config
+    return _opened_once(config.tracking.uri, config.tracking.experiment, lab)
 
 
 @cache
-def _opened(uri: str | None, experiment: str, lab: Path) -> MlflowTracking:
+def _opened_once(uri: str | None, experiment: str, lab: Path) -> MlflowTracking:
     return MlflowTracking(uri, experiment, lab)
 
 
 @pytest.fixture(autouse=True)
 def _prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composing and opening a store take longer than most of what is tested here."""
-    monkeypatch.setattr(
-        reproduction, "compose", lambda command, given: _composed(command, tuple(given))
-    )
-    monkeypatch.setattr(
-        reproduction,
-        "open_tracking",
-        lambda config, lab: _opened(config.tracking.uri, config.tracking.experiment, lab),
-    )
+    monkeypatch.setattr(reproduction, "lab_tracking", _opened)
 
 
 def runs(recorded: Recorded) -> set[str]:

@@ -24,7 +24,7 @@ from digitlab.networks import build_network
 from digitlab.pictures import draw_confusions
 from digitlab.record import Identity
 from digitlab.run import Broken, Ended, Outcome, perform
-from digitlab.tracking import NoTracking, Start
+from digitlab.tracking import Start, Tracking
 from digitlab.training import Watch
 
 DATA = Path(__file__).parent / "data"
@@ -269,7 +269,7 @@ def test_final_fit_records_its_test_accuracy_once(lab: Path) -> None:
 def test_run_without_tracking_gives_the_same_and_leaves_nothing(
     finished: Finished, lab: Path
 ) -> None:
-    outcome = perform(configure(), identity(), NoTracking(), lab, Watch())
+    outcome = perform(configure(), identity(), Tracking(), lab, Watch())
     assert (outcome.state, outcome.run_id) == ("finished", None)
     assert outcome.weights_sha256 == finished[0].weights_sha256
     assert sorted(path.name for path in lab.iterdir()) == ["data", "staging"]

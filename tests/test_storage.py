@@ -16,7 +16,6 @@ from digitlab.compose import compose
 from digitlab.errors import UserError, first_line
 from digitlab.reconcile import audit
 from digitlab.search import GivenAway, Search
-from digitlab.space import read_space
 from digitlab.storage import Hold, open_storage, patiently, turn
 from digitlab.tracking import open_tracking
 from digitlab.worker import Work
@@ -32,7 +31,7 @@ def opener(lab: Path, address: str | None) -> Iterator[Open]:
 
     def open_search(*overrides: str) -> Search:
         config = compose("sweep", [*SMOKE, *overrides])[0].config
-        opened.append(Search(open_storage(lab, address), config.study, read_space(config)))
+        opened.append(Search(open_storage(lab, address), config))
         return opened[-1]
 
     yield open_search

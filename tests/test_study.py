@@ -77,6 +77,15 @@ def test_every_run_of_a_study_is_recorded_whole(lab, run_sweep) -> None:
         assert {k: run.params[k] for k in row.values} == {k: str(v) for k, v in row.values.items()}
 
 
+def test_a_study_without_a_tracker_is_held_against_nothing(lab, run_sweep) -> None:
+    plain = ("tracking=none", "study.pruner=none")
+    assert run_sweep(*plain, "study.trials=1").wait() == 0
+    parent = run_sweep(*plain, "study.trials=2")
+    assert parent.wait() == 0
+    assert "mended" not in parent.log.read_text()
+    assert problems(lab, open_study(lab)) == []
+
+
 @pytest.mark.long
 def test_a_study_that_differs_is_refused_by_name_and_can_be_forked(lab, run_sweep) -> None:
     plain = ("study.pruner=none", "study.workers=1")

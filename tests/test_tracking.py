@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from digitlab.errors import UserError
-from digitlab.tracking import MlflowTracking, NoTracking, Start, Tracking
+from digitlab.tracking import MlflowTracking, Start, Tracking
 
 HOST = "127.0.0.1"
 LONG = "".join(str(i % 10) for i in range(20_000))
@@ -417,7 +417,7 @@ def test_recording_prints_nothing(
 
 
 def test_no_tracking_takes_everything_and_holds_nothing(tmp_path: Path) -> None:
-    tracking = NoTracking()
+    tracking = Tracking()
     record = tracking.start(start("nobody", study="s"))
     for each in (record, tracking.resume("0123456789")):
         each.log({"loss": 1.0}, step=1, tags={"colour": "red"})

@@ -34,7 +34,7 @@ from digitlab.module import DigitModule, Diverged, build_optimizer, build_schedu
 from digitlab.networks import build_network
 from digitlab.record import Identity
 from digitlab.run import perform
-from digitlab.tracking import NoRecord, NoTracking
+from digitlab.tracking import RunRecord, Tracking
 from digitlab.training import Fit, Watch, fit
 
 DATA = Path(__file__).parent / "data"
@@ -648,9 +648,9 @@ def test_a_batch_takes_as_many_operators_whatever_its_size(lab: Path) -> None:
 
 def test_a_run_calls_its_tracker_once_an_epoch(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    monkeypatch.setattr(NoRecord, "log", lambda _, __, step=0, ___=None: steps.append(step))
+    monkeypatch.setattr(RunRecord, "log", lambda _, __, step=0, ___=None: steps.append(step))
     config = configure("tracking=none", "trainer.epochs=5")
-    outcome = perform(config, Identity("a", "train"), NoTracking(), lab, Watch())
+    outcome = perform(config, Identity("a", "train"), Tracking(), lab, Watch())
     assert outcome.state == "finished", outcome.reason
     assert steps == [0, 1, 2, 3, 4, 5, 5]  # what is known before, the epochs, and the end
 

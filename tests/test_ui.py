@@ -30,7 +30,6 @@ from digitlab.compose import compose, config_to_yaml
 from digitlab.lab import ROOT
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.search import Search
-from digitlab.space import read_space
 from digitlab.storage import open_storage
 from digitlab.tracking import open_tracking
 from digitlab.views import describe_study, view_addresses, view_tags
@@ -440,7 +439,7 @@ def fill(lab: Path) -> Study:
     config.study.trials = MANY
     lab.mkdir(exist_ok=True)
     tracking = open_tracking(config, lab)
-    search = Search(open_storage(lab), config.study, read_space(config))
+    search = Search(open_storage(lab), config)
     tracking.lay_out(view_tags(config.study))
     tags = {"mlflow.note.content": describe_study(config, composed.overrides)}
     tags["digitlab.study"] = "large"

@@ -3,15 +3,17 @@
 import argparse
 import io
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from digitlab.errors import UserError, nearest
+from digitlab.lab import ROOT, lab_folder
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, as all commands do."""
 
     def error(self, message: str) -> NoReturn:
@@ -54,11 +56,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
-    parser = _Parser("digitlab data", description="Fetch and verify a data set.")
+    parser = Parser("digitlab data", description="Fetch and verify a data set.")
     parser.add_argument("name", nargs="?", default="mnist", help="mnist, fashion_mnist")
     name = parser.parse_args(arguments).name
     from digitlab.datasets import TEST, TRAIN, load_digits
-    from digitlab.lab import lab_folder
 
     for files in (TRAIN, TEST):
         digits = load_digits(lab_folder(), name, files)
@@ -69,9 +70,8 @@ def _data(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     from digitlab.compose import compose
-    from digitlab.lab import lab_folder
 
-    parser = _Parser("digitlab train", add_help=False, allow_abbrev=False)
+    parser = Parser("digitlab train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config-from", metavar="RUN")
     options, arguments = parser.parse_known_args(arguments)
     if options.config_from:
@@ -87,7 +87,6 @@ def _train(arguments: list[str]) -> int:
 
 
 def _sweep(arguments: list[str]) -> int:
-    from digitlab.lab import lab_folder
     from digitlab.workers import preload
 
     lab = lab_folder()  # whose .env the workers inherit
@@ -104,45 +103,36 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _worker(arguments: list[str]) -> int:
-    parser = _Parser("digitlab worker", description="Take trials of a study on a shared storage.")
+    parser = Parser("digitlab worker", description="Take trials of a study on a shared storage.")
     parser.add_argument("study", help="as `digitlab sweep` has begun it")
     parser.add_argument(
         "--storage", metavar="ADDRESS", help="postgresql+psycopg://...; else DIGITLAB_STORAGE"
     )
     options = parser.parse_args(arguments)
     from digitlab.join import worker
-    from digitlab.lab import lab_folder
 
     return worker(options.study, options.storage, lab_folder())
 
 
 def _audit(arguments: list[str]) -> int:
-    parser = _Parser("digitlab audit", description="Hold every trial of a study against its run.")
+    parser = Parser("digitlab audit", description="Hold every trial of a study against its run.")
     parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
     from digitlab.inspection import inspect
-    from digitlab.lab import lab_folder
 
     return inspect(options.study, lab_folder(), options.repair, options.json)
 
 
 def _bench(arguments: list[str]) -> int:
-    parser = _Parser("digitlab bench", description="Time things in turns.")
-    parser.add_argument("--repeats", type=int, default=5, help="of each figure, default 5")
-    parser.add_argument("--only", default="", help="a part of: start limit tracked workers article "
-                        "conventional trial")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="JSON; lab/bench.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    from digitlab.bench import bench
-    from digitlab.lab import lab_folder
-
-    return bench(lab_folder(), options.repeats, options.only, options.out)
+    sys.argv[1:] = arguments
+    runpy.run_path(str(ROOT / "experiments/bench.py"), run_name="__main__")
+    return 0
 
 
 def _reproduce(arguments: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         "digitlab reproduce",
         description="Train again from a record alone. Exit status: 0 identical or within "
         "tolerance, 1 not reproduced, 3 not comparable.",
@@ -168,7 +158,6 @@ def _reproduce(arguments: list[str]) -> int:
         parser.error("--at-commit goes with RUN alone")
     if (options.json and options.config) or (overrides and options.study):
         parser.error("--config takes no --json, --study no overrides")
-    from digitlab.lab import lab_folder
 
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:
@@ -186,7 +175,7 @@ def _reproduce(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    parser = _Parser("digitlab compare", description="What differs between runs.")
+    parser = Parser("digitlab compare", description="What differs between runs.")
     parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
     parser.add_argument("--page", type=Path, help="write it as a page, too", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -194,37 +183,34 @@ def _compare(arguments: list[str]) -> int:
     overrides = [word for word in options.runs if "=" in word]
     runs = [word for word in options.runs if "=" not in word]
     from digitlab.compare import compare
-    from digitlab.lab import lab_folder
 
     return compare(runs, overrides, lab_folder(), options.json, options.page)
 
 
 def _report(arguments: list[str]) -> int:
-    parser = _Parser("digitlab report", description="A study on one page that needs no network.")
+    parser = Parser("digitlab report", description="A study on one page that needs no network.")
     parser.add_argument("study", nargs="?", help="its name; the one begun last if none is given")
     parser.add_argument("--out", type=Path, help="a file beside the recipe, say", metavar="FILE")
     options = parser.parse_args(arguments)
-    from digitlab.lab import lab_folder
     from digitlab.report import write_report
 
     return write_report(options.study, options.out, lab_folder())
 
 
 def _explain(arguments: list[str]) -> int:
-    parser = _Parser("digitlab explain", description="What a network sees in an image.")
+    parser = Parser("digitlab explain", description="What a network sees in an image.")
     parser.add_argument("image", help="a file, or the index of a test image, from 0")
     parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
     parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
     parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
     options = parser.parse_args(arguments)
     from digitlab.explain import explain
-    from digitlab.lab import lab_folder
 
     return explain(options.image, options.run, options.against, options.out, lab_folder())
 
 
 def _predict(arguments: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         "digitlab predict",
         description="Which digits images show. Exit status: 0, or 2 where one could not be read.",
     )
@@ -234,7 +220,6 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("--explain", action="store_true", help="draw why, in lab/explained/")
     parser.add_argument("--save", type=Path, help="the 28x28 that are read", metavar="FOLDER")
     options = parser.parse_args(arguments)
-    from digitlab.lab import lab_folder
     from digitlab.predict import predict
 
     given = (options.image, options.run, options.json, options.explain, options.save)
@@ -242,24 +227,22 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _draw(arguments: list[str]) -> int:
-    parser = _Parser("digitlab draw", description="A page to draw digits on, on this machine.")
+    parser = Parser("digitlab draw", description="A page to draw digits on, on this machine.")
     parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
     parser.add_argument("--port", type=int, default=8000, help="8000")
     options = parser.parse_args(arguments)
     from digitlab.draw import draw
-    from digitlab.lab import lab_folder
 
     return draw(options.run, lab_folder(), options.port)
 
 
 def _evaluate(arguments: list[str]) -> int:
-    parser = _Parser("digitlab evaluate", description="A run's network on changed test images.")
+    parser = Parser("digitlab evaluate", description="A run's network on changed test images.")
     parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
     parser.add_argument("--shift", action="store_true", required=True, help="every change there is")
     parser.add_argument("--prepared", type=int, default=1000, help="images of each, prepared; 1000")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
-    from digitlab.lab import lab_folder
     from digitlab.shift import evaluate_shift
 
     return evaluate_shift(options.run, options.prepared, options.json, lab_folder())
@@ -280,10 +263,9 @@ def _dashboard(arguments: list[str]) -> int:
 def _pages(
     command: str, text: str, port: int, arguments: list[str], serve: Callable[[Path, int], int]
 ) -> int:
-    parser = _Parser(f"digitlab {command}", description=text)
+    parser = Parser(f"digitlab {command}", description=text)
     parser.add_argument("--port", type=int, default=port)
     options = parser.parse_args(arguments)
-    from digitlab.lab import lab_folder
 
     return serve(lab_folder(), options.port)
 

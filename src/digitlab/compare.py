@@ -11,11 +11,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from digitlab.compose import compose
 from digitlab.console import table
 from digitlab.errors import UserError
 from digitlab.recorded import (
     accuracy_name,
+    lab_tracking,
     over_seeds,
     recorded_config,
     recorded_environment,
@@ -24,7 +24,7 @@ from digitlab.recorded import (
 )
 from digitlab.reproduce import differences
 from digitlab.statistics import mcnemar, mean_interval
-from digitlab.tracking import RunRow, Tracking, open_tracking
+from digitlab.tracking import RunRow, Tracking
 
 _LISTED = 12  # images that are named on the terminal; --json has all
 
@@ -37,7 +37,7 @@ def compare(
     Raises:
         UserError: a run is not found or did not finish.
     """
-    tracking = open_tracking(compose("train", overrides)[0].config, lab)
+    tracking = lab_tracking(lab, overrides)
     rows = [trained(tracking, name) for name in names]
     if len({row.run_id for row in rows}) < 2:
         raise UserError(f"{' '.join(names)}: two different runs or more are needed")

@@ -9,15 +9,13 @@ from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from digitlab.compose import compose
 from digitlab.config import DataConfig
 from digitlab.datamodule import standardise, to_unit
 from digitlab.datasets import TEST, load_digits
 from digitlab.decode import read_image
 from digitlab.errors import UserError, require
 from digitlab.prepare import prepare
-from digitlab.recorded import load_network, recorded_config, trained
-from digitlab.tracking import open_tracking
+from digitlab.recorded import lab_tracking, load_run
 
 _STEPS = 64  # of the integral
 _MAPS = 8  # of a layer, in the picture
@@ -33,9 +31,8 @@ def explain(shown: str, run: str, against: int | None, out: Path | None, lab: Pa
     Raises:
         UserError: no such run or image, or the picture cannot be written.
     """
-    tracking = open_tracking(compose("train", [])[0].config, lab)
-    row = trained(tracking, run)
-    config = recorded_config(tracking, row)
+    tracking = lab_tracking(lab)
+    row, config, network = load_run(tracking, run)
     if shown.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
@@ -48,7 +45,6 @@ def explain(shown: str, run: str, against: int | None, out: Path | None, lab: Pa
         require(not prepared.problem, f"{shown}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
         what, name = shown, Path(shown).stem
-    network = load_network(tracking, row, config)
     logits = network(standardise(to_unit(pixels[None, None]), config.data))
     probabilities = logits.softmax(1)[0]
     ranked = probabilities.argsort(descending=True).tolist()

@@ -10,7 +10,6 @@ from digitlab.config import Config
 from digitlab.environment import source_digest
 from digitlab.errors import UserError, nearest
 from digitlab.search import Search
-from digitlab.space import read_space
 from digitlab.storage import open_storage, study_names
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
@@ -76,7 +75,7 @@ def begun_study(lab: Path, name: str) -> tuple[Search, Config]:
     if "config" not in notes:
         raise UserError(f"{name}: it never began: run `make sweep` for it first")
     config = recorded_config(notes)
-    return Search(storage, config.study, read_space(config)), config
+    return Search(storage, config), config
 
 
 def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:
@@ -96,7 +95,7 @@ def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:
         raise UserError(f"study.fork_from={name}: no such study, {nearest(name, search.names())}")
     notes = search.notes(name)
     old = recorded_config(notes)
-    source = Search(search.storage, replace(old.study, name=name), read_space(old))
+    source = Search(search.storage, replace(old, study=replace(old.study, name=name)))
     ours, theirs = search.notes()["begun"], notes["begun"]
     fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k != "source code"}
     fitting = []

@@ -7,7 +7,6 @@ from digitlab.errors import UserError, nearest
 from digitlab.guard import recorded_config
 from digitlab.reconcile import Problem, audit
 from digitlab.search import Search
-from digitlab.space import read_space
 from digitlab.storage import open_storage, study_names
 from digitlab.tracking import open_tracking
 from digitlab.workers import only_parent
@@ -30,7 +29,7 @@ def inspect(studies: list[str], lab: Path, repair: bool, as_json: bool) -> int:
             if "config" not in notes:  # its first call was refused before it began
                 continue
             config = recorded_config(notes)
-            search = Search(storage, config.study, read_space(config))
+            search = Search(storage, config)
             problems += audit(search, open_tracking(config, lab), config, repair)
     wrong = [problem for problem in problems if not problem.mended]
     if as_json:

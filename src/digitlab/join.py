@@ -21,7 +21,6 @@ from digitlab.guard import guard
 from digitlab.reconcile import reconcile_trial
 from digitlab.run import Broken
 from digitlab.search import Search
-from digitlab.space import read_space
 from digitlab.storage import PATIENCE, STORE_ERRORS, open_storage, study_names, turn
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.worker import Work
@@ -92,7 +91,7 @@ def _admitted(study: str, address: str | None, lab: Path, stopped: Callable[[], 
             "study.storage=postgresql+psycopg://...`"
         )
     config = config_from_yaml(notes[_NOTE]["config"])
-    search = Search(storage, config.study, read_space(config))
+    search = Search(storage, config)
     if search.engine is None:
         raise UserError(
             f"{study}: sqlite is not shared between workers that nobody leads: give --storage "

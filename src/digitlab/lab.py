@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from dotenv import load_dotenv
-
 from digitlab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository: conf/, experiments/, src/
@@ -24,5 +22,7 @@ def lab_folder() -> Path:
             "name a folder that can be written"
         ) from error
     if (folder / ".env").exists():
+        from dotenv import load_dotenv  # which `digitlab --help` need not wait for
+
         load_dotenv(folder / ".env")
     return folder

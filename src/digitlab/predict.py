@@ -16,7 +16,6 @@ from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from digitlab.compose import compose
 from digitlab.config import Config, Fold
 from digitlab.datamodule import to_unit
 from digitlab.datasets import TRAIN, load_digits, stratified_split
@@ -26,8 +25,8 @@ from digitlab.explain import draw_reasons
 from digitlab.module import evaluate
 from digitlab.prepare import Grey, Prepared, prepare
 from digitlab.reconcile import trial_runs
-from digitlab.recorded import load_network, recorded_config, trained
-from digitlab.tracking import RunRow, Tracking, open_tracking
+from digitlab.recorded import lab_tracking, load_run
+from digitlab.tracking import RunRow, Tracking
 
 _KEPT = 0.99  # of the holdout's digits keep each of the limits
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
@@ -95,9 +94,7 @@ class Predictor:
         Raises:
             UserError: no such run, or its data are not to be had.
         """
-        self.row = trained(tracking, run)
-        self.config = recorded_config(tracking, self.row)
-        self.network = load_network(tracking, self.row, self.config)
+        self.row, self.config, self.network = load_run(tracking, run)
         self.judge = _judge(tracking, self.row, self.config, self.network, lab)
 
     def answer(self, prepared: Sequence[tuple[str, Prepared]]) -> list[Answer]:
@@ -218,7 +215,7 @@ def predict(
     Raises:
         UserError: no such run.
     """
-    tracking = open_tracking(compose("train", [])[0].config, lab)
+    tracking = lab_tracking(lab)
     predictor = Predictor(tracking, run, lab)
     failed = False
     answers: list[Answer] = []

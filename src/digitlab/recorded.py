@@ -4,17 +4,24 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from digitlab.compose import ADDED, config_from_yaml
+from digitlab.compose import ADDED, compose, config_from_yaml
 from digitlab.config import Config
 from digitlab.errors import UserError, nearest
 from digitlab.networks import build_network
 from digitlab.record import SUMS, row_params, seal, trial_tags
-from digitlab.tracking import RunRow, Tracking
+from digitlab.tracking import RunRow, Tracking, open_tracking
+
+
+def lab_tracking(lab: Path, overrides: Sequence[str] = ()) -> Tracking:
+    """The records of a lab, as the configuration says where they are."""
+    return open_tracking(compose("train", overrides)[0].config, lab)
 
 
 def find_run(tracking: Tracking, name: str) -> RunRow:
@@ -109,6 +116,13 @@ def recorded_config(tracking: Tracking, row: RunRow) -> Config:
         raise UserError(
             f"config.yaml of {row.name} ({row.run_id}), written by digitlab {version}: {error}"
         ) from error
+
+
+def load_run(tracking: Tracking, name: str) -> tuple[RunRow, Config, nn.Module]:
+    """A trained run that a person names as for `find_run`, with its network."""
+    row = trained(tracking, name)
+    config = recorded_config(tracking, row)
+    return row, config, load_network(tracking, row, config)
 
 
 def load_network(tracking: Tracking, row: RunRow, config: Config) -> nn.Module:

@@ -17,7 +17,6 @@ from digitlab.record import Identity, begin_record
 from digitlab.recorded import recorded_environment
 from digitlab.reproduce import IDENTICAL, INCOMPARABLE, NOT, Difference, Verdict, differences
 from digitlab.search import Search, TrialRow
-from digitlab.space import read_space
 from digitlab.study import sweep
 from digitlab.tracking import Tracking, open_tracking
 
@@ -60,7 +59,7 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
         status = sweep(Composed(config, ()), lab, f"digitlab reproduce --study {study}")
     if status == 130:
         raise KeyboardInterrupt
-    again = Search(original.storage, config.study, read_space(config))
+    again = Search(original.storage, config)
     parted = where_they_part(original, again)
     harmless = all(difference.harmless for difference in found)
     verdict = IDENTICAL if not parted else NOT if harmless else INCOMPARABLE

@@ -34,6 +34,7 @@ from digitlab.recorded import (
     accuracy_name,
     damage,
     find_run,
+    lab_tracking,
     over_seeds,
     recorded_config,
     recorded_environment,
@@ -42,7 +43,7 @@ from digitlab.recorded import (
 )
 from digitlab.run import perform
 from digitlab.single import Spoken, train
-from digitlab.tracking import RunRow, Tracking, open_tracking
+from digitlab.tracking import RunRow, Tracking
 
 IDENTICAL, WITHIN, NOT, INCOMPARABLE = (
     *("identical", "within tolerance", "not reproduced", "not comparable"),
@@ -141,7 +142,7 @@ def reproduce(
         UserError: there is no such run, or its record does not allow it.
     """
     stores, others = _stores(overrides)
-    tracking = open_tracking(compose("train", stores)[0].config, lab)
+    tracking = lab_tracking(lab, stores)
     values = override_values(others)
     if values.keys() - {"trainer.threads"}:
         raise UserError(
@@ -351,7 +352,7 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
         raise UserError(f"--config {file}: cannot be read: {error}") from error
     stores, others = _stores(overrides)
     config = with_values(config_from_yaml(text), override_values(others))
-    tracking = open_tracking(compose("train", stores)[0].config, lab)
+    tracking = lab_tracking(lab, stores)
     leaves = flat(config_to_plain(config))
     for row in tracking.find({"digitlab.state": "finished"}):
         same = all(str(leaves.get(key)) == value for key, value in row.params.items())
@@ -365,7 +366,7 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
 def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
     """Train a recorded run's configuration with overrides; its exit status."""
     stores, others = _stores(overrides)
-    tracking = open_tracking(compose("train", stores)[0].config, lab)
+    tracking = lab_tracking(lab, stores)
     row = find_run(tracking, name)
     if "digitlab.seal" in row.tags:
         broken = damage(tracking, row)

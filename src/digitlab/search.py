@@ -26,9 +26,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import Engine, Result, TextClause, text
 
-from digitlab.config import Pruner, Sampler, StudyConfig
+from digitlab.config import Config, Pruner, Sampler, StudyConfig
 from digitlab.errors import UserError
-from digitlab.space import Knob, suggest
+from digitlab.space import Knob, read_space, suggest
 from digitlab.storage import (
     BEAT,
     GRACE,
@@ -133,11 +133,20 @@ class Search:
     question about the trial, before anything of the trial is read or changed.
     """
 
-    def __init__(self, storage: BaseStorage, config: StudyConfig, knobs: list[Knob]) -> None:
-        self.storage, self.config, self.knobs = storage, config, knobs
-        self.sampler, self.pruner = _SeededSampler(config, knobs), _build_pruner(config)
+    def __init__(self, storage: BaseStorage, config: Config) -> None:
+        """Open the study of `config`, or make it.
+
+        Raises:
+            UserError: its space cannot be searched.
+        """
+        self.storage, self.config, self.knobs = storage, config.study, read_space(config)
+        self.pruner = _build_pruner(self.config)
+        _build_sampler(self.config, self.knobs, 0)  # which refuses a space that is not for it
         study = optuna.create_study(
-            storage=storage, study_name=config.name, direction="maximize", load_if_exists=True
+            storage=storage,
+            study_name=self.config.name,
+            direction="maximize",
+            load_if_exists=True,
         )
         self.id = storage.get_study_id_from_name(study.study_name)
         self.sessions = sessions_of(storage)
@@ -146,7 +155,7 @@ class Search:
         self._ended: dict[int, TrialRow] = {}
         self._claimed: dict[int, int] = {}  # ids of trials that were claimed here, by number
         # Only where no knob is continuous can two trials have the same values.
-        self._finite = not any(_continuous(knob.distribution) for knob in knobs)
+        self._finite = not any(_continuous(knob.distribution) for knob in self.knobs)
         self._unbeaten: dict[int, float] = {}  # running trials without any sign, and since when
 
     @property
@@ -334,7 +343,7 @@ class Search:
         study = optuna.load_study(
             study_name=self.config.name,
             storage=self.storage,
-            sampler=self.sampler,
+            sampler=_build_sampler(self.config, self.knobs, number),
             pruner=self.pruner,
         )
         # The storage's cache must have seen a trial before it can be changed: it has, if the trial
@@ -407,51 +416,23 @@ def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
     return metrics.get({"finished": "val_accuracy", "pruned": "rung_accuracy"}.get(state, ""))
 
 
-class _SeededSampler(BaseSampler):
-    """The configured sampler, seeded anew for each trial from the study's seed and its number.
+def _build_sampler(config: StudyConfig, knobs: list[Knob], number: int) -> BaseSampler:
+    """The configured sampler, for one trial, seeded by the study's seed and the trial's number.
 
     So a trial's values depend on the earlier trials and its number alone, and no random state has
     to survive a process: a study that was stopped goes on as if it had not been.
     """
-
-    def __init__(self, config: StudyConfig, knobs: list[Knob]) -> None:
-        self.config, self.knobs = config, knobs
-        self.inner = self._build(0)
-
-    def _build(self, number: int) -> BaseSampler:
-        digest = hashlib.sha256(f"{self.config.seed}/{number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")
-        startup = self.config.startup_trials
-        builders: dict[Sampler, Callable[[], BaseSampler]] = {
-            Sampler.tpe: lambda: TPESampler(n_startup_trials=startup, seed=seed),
-            Sampler.gp: lambda: GPSampler(n_startup_trials=startup, seed=seed),
-            Sampler.random: lambda: RandomSampler(seed=seed),
-            Sampler.grid: lambda: GridSampler(_grid(self.knobs), seed=self.config.seed),
-        }
-        return builders[self.config.sampler]()
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.inner = self._build(trial.number)
-        self.inner.before_trial(study, trial)
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self.inner.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self.inner.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+    digest = hashlib.sha256(f"{config.seed}/{number}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    match config.sampler:
+        case Sampler.tpe:
+            return TPESampler(n_startup_trials=config.startup_trials, seed=seed)
+        case Sampler.gp:
+            return GPSampler(n_startup_trials=config.startup_trials, seed=seed)
+        case Sampler.random:
+            return RandomSampler(seed=seed)
+        case Sampler.grid:  # which visits its points in an order of its own
+            return GridSampler(_grid(knobs), seed=config.seed)
 
 
 def _continuous(distribution: BaseDistribution) -> bool:

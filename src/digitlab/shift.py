@@ -15,16 +15,14 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as change
 
-from digitlab.compose import compose
 from digitlab.config import DataConfig, Fold
 from digitlab.console import Board, table
 from digitlab.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.decode import decode
 from digitlab.module import evaluate
 from digitlab.prepare import Grey, prepare
-from digitlab.recorded import load_network, recorded_config, trained
+from digitlab.recorded import lab_tracking, load_run
 from digitlab.statistics import share_interval
-from digitlab.tracking import open_tracking
 
 
 def _moved(x: float = 0, degrees: float = 0, scale: float = 1) -> Callable[[Tensor], Tensor]:
@@ -93,10 +91,8 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     Raises:
         UserError: no such run, or its data are not to be had.
     """
-    tracking = open_tracking(compose("train", [])[0].config, lab)
-    row = trained(tracking, run)
-    config = recorded_config(tracking, row)
-    network = load_network(tracking, row, config)
+    tracking = lab_tracking(lab)
+    row, config, network = load_run(tracking, run)
     tested = config.data.fold is Fold.test
     files = TEST if tested else TRAIN
     digits = load_digits(lab, config.data.name, files, config.data.allow_unknown)

@@ -30,7 +30,6 @@ from digitlab.join import invite, reap
 from digitlab.reconcile import audit, reconcile_trial, record_taken
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.search import Search, TrialRow
-from digitlab.space import read_space
 from digitlab.storage import PATIENCE, STORE_ERRORS, Hold, open_storage
 from digitlab.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.tracking import open_tracking
@@ -65,7 +64,7 @@ def sweep(composed: Composed, lab: Path, again: str | None = None) -> int:
         )
     _require_shared(config)
     storage = open_storage(lab, config.study.storage)
-    search = Search(storage, config.study, read_space(config))
+    search = Search(storage, config)
     with only_parent(lab, config.study.name), _held(search) as hold, Board() as board:
         return _Sweep(composed, lab, search, hold, board, again).run()
 

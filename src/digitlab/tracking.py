@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -74,12 +74,10 @@ class RunRow:
         return self.status in ("FINISHED", "FAILED", "KILLED")
 
 
-class RunRecord(Protocol):
-    """The record of one run while it is written."""
+class RunRecord:
+    """The record of one run while it is written; this one, of a run that nobody wants."""
 
-    @property
-    def run_id(self) -> str | None:
-        """The tracker's id; None while the tracker has not answered."""
+    run_id: str | None = None  # the tracker's; None while it has not answered
 
     def log(
         self,
@@ -90,6 +88,7 @@ class RunRecord(Protocol):
 
     def keep(self, folder: Path) -> None:
         """Take over the files of `folder` as the run's artifacts; the folder is gone afterwards."""
+        shutil.rmtree(folder)
 
     def end(self, state: str) -> None:
         """finished, failed, pruned or interrupted; running once more, when it is taken up again."""
@@ -98,24 +97,30 @@ class RunRecord(Protocol):
         """Take the run back, delivered or not: it is void."""
 
 
-class Tracking(Protocol):
-    """Where runs are recorded; tests/test_tracking.py says what an implementation must do."""
+class Tracking:
+    """Where runs are recorded; here, nowhere. tests/test_tracking.py says what others must do."""
 
-    def start(self, start: Start) -> RunRecord: ...
+    def start(self, start: Start) -> RunRecord:
+        return RunRecord()
 
     def resume(self, run_id: str) -> RunRecord:
         """Write on in a run that was begun earlier, such as a study's."""
+        return RunRecord()
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         """The runs that carry all of the tags, oldest first; deleted ones are left out."""
+        return []
 
     def get(self, run: str) -> RunRow:
         """The run of an id, a unique beginning of one, or a name."""
+        raise UserError(f"{run}: with tracking=none there is no run to be found")
 
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
         """Every metric that was logged: (name, step, value), sorted."""
+        return []
 
-    def artifact(self, run_id: str, path: str) -> bytes: ...
+    def artifact(self, run_id: str, path: str) -> bytes:
+        raise UserError(f"{path}: with tracking=none there is no artifact to be found")
 
     def delete(self, run_id: str) -> None: ...
 
@@ -127,15 +132,18 @@ class Tracking(Protocol):
 
     def runs_page(self) -> str:
         """The address of the page that lists the runs; empty where there is none."""
+        return ""
 
     def lay_out(self, tags: Mapping[str, str]) -> None:
         """Set tags of the experiment, which is where MLflow keeps saved views."""
 
     def kept_back(self) -> int:
         """How many runs wait for the tracker to be back."""
+        return 0
 
     def deliver(self) -> int:
         """Hand over what was kept back while the tracker was away; how many runs."""
+        return 0
 
 
 def sqlite_uri(lab: Path) -> str:
@@ -150,60 +158,8 @@ def open_tracking(config: Config, lab: Path) -> Tracking:
         UserError: it cannot be reached or written.
     """
     if config.tracking.name is Tracker.none:
-        return NoTracking()
+        return Tracking()
     return MlflowTracking(config.tracking.uri, config.tracking.experiment, lab)
-
-
-class NoRecord:
-    """The record of a run that nobody wants."""
-
-    run_id = None
-
-    def log(self, *_: Any, **__: Any) -> None: ...
-
-    def keep(self, folder: Path) -> None:
-        shutil.rmtree(folder)
-
-    def end(self, state: str) -> None: ...
-
-    def drop(self) -> None: ...
-
-
-class NoTracking:
-    """No tracker at all."""
-
-    def start(self, start: Start) -> RunRecord:
-        return NoRecord()
-
-    def resume(self, run_id: str) -> RunRecord:
-        return NoRecord()
-
-    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
-        return []
-
-    def get(self, run: str) -> RunRow:
-        raise UserError(f"{run}: with tracking=none there is no run to be found")
-
-    def history(self, run_id: str) -> list[tuple[str, int, float]]:
-        return []
-
-    def artifact(self, run_id: str, path: str) -> bytes:
-        raise UserError(f"{path}: with tracking=none there is no artifact to be found")
-
-    def delete(self, run_id: str) -> None: ...
-
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
-
-    def runs_page(self) -> str:
-        return ""
-
-    def lay_out(self, tags: Mapping[str, str]) -> None: ...
-
-    def kept_back(self) -> int:
-        return 0
-
-    def deliver(self) -> int:
-        return 0
 
 
 _P = ParamSpec("_P")
@@ -228,7 +184,7 @@ def _reaching(method: Callable[_P, _T]) -> Callable[_P, _T]:
     return reached
 
 
-class MlflowTracking:
+class MlflowTracking(Tracking):
     """MLflow on sqlite in the lab folder, or on the server of `uri`."""
 
     def __init__(self, uri: str | None, experiment: str, lab: Path) -> None:
@@ -381,7 +337,7 @@ class MlflowTracking:
         return delivered
 
 
-class _MlflowRecord:
+class _MlflowRecord(RunRecord):
     """Operations on one MLflow run, in order.
 
     Each is delivered at once. When MLflow does not take one, it and all that follow are written to

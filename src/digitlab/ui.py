@@ -5,10 +5,10 @@ import socket
 import sys
 from pathlib import Path
 
-from digitlab.compose import compose
 from digitlab.errors import UserError, first_line
+from digitlab.recorded import lab_tracking
 from digitlab.storage import open_storage, study_names
-from digitlab.tracking import open_tracking, sqlite_uri
+from digitlab.tracking import sqlite_uri
 from digitlab.views import view_addresses
 
 _SHOWN = 5  # studies whose addresses are printed
@@ -27,7 +27,7 @@ def serve(lab: Path, port: int) -> int:
         raise UserError(
             f"{given}: the records are there: open that page, or unset it for the lab's"
         )
-    tracking = open_tracking(compose("train", ["tracking=mlflow"])[0].config, lab)
+    tracking = lab_tracking(lab, ["tracking=mlflow"])
     page = tracking.runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")
     for study in study_names(open_storage(lab))[-_SHOWN:]:

@@ -15,7 +15,6 @@ from digitlab.reconcile import record_taken, trial_runs
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import Broken, Ended, Outcome, perform
 from digitlab.search import GivenAway, Search, TrialRow, trial_value
-from digitlab.space import read_space
 from digitlab.storage import GRACE, open_storage
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.training import Watch
@@ -28,7 +27,7 @@ def work(connection: Connection, setup: Setup) -> None:
     """Run jobs from the connection until it closes or says None."""
     with one_worker(setup.lab, setup.config.study.name):
         storage = open_storage(setup.lab, setup.config.study.storage)
-        search = Search(storage, setup.config.study, read_space(setup.config))
+        search = Search(storage, setup.config)
         worker = Work(connection, setup, search, open_tracking(setup.config, setup.lab))
         connection.send("ready")
         while True:
