@@ -1,39 +1,47 @@
 """`digitlab bench`: what the machinery costs, as ratios of two things run in turns."""
 
+import io
 import json
 import os
 import random
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from digitlab.cli import Parser
 from digitlab.compose import compose, with_values
 from digitlab.config import Config
 from digitlab.console import Board, table
 from digitlab.datamodule import DigitsData
+from digitlab.datasets import TEST, load_digits
 from digitlab.environment import describe_environment
 from digitlab.errors import UserError, require
-from digitlab.lab import ROOT
+from digitlab.lab import ROOT, lab_folder
 from digitlab.module import DigitModule, build_optimizer, build_schedule, evaluate
 from digitlab.networks import build_network
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import perform
 from digitlab.search import Search
-from digitlab.space import Knob, read_space, suggest
+from digitlab.space import Knob, suggest
 from digitlab.storage import open_storage
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.training import Watch, fit
@@ -71,14 +79,15 @@ def _verdict(met: bool, missed: bool) -> str:
     return "met" if met else "not met" if missed else "too wide to tell"
 
 
-def bench(lab: Path, repeats: int, only: str, out: Path | None) -> int:
-    """Measure, print a table and write it as JSON; returns the exit status.
-
-    Args:
-        repeats: of each figure.
-        only: part of the names of the measurements to make; all if empty.
-        out: the JSON file; `bench.json` in the lab if none is given.
-    """
+def main() -> None:
+    """Measure, print a table and write it as JSON."""
+    parser = Parser("digitlab bench", description="Time things in turns.")
+    parser.add_argument("--repeats", type=int, default=5, help="of each figure; 5")
+    parser.add_argument("--only", default="", help="a part of a name: start limit tracked workers "
+                        "article conventional draw trial")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON; lab/bench.json", metavar="FILE")
+    asked = parser.parse_args()
+    lab, repeats = lab_folder(), asked.repeats
     preload()
     recipe = compose("train", ["trainer.epochs=1"])[0].config
     measurements: dict[str, Callable[[], list[Figure]]] = {
@@ -88,20 +97,20 @@ def bench(lab: Path, repeats: int, only: str, out: Path | None) -> int:
         "workers": lambda: [two_workers_against_one(recipe, lab, repeats)],
         "article": lambda: against_the_article(lab, repeats),
         "conventional": lambda: against_the_conventional_stack(lab, repeats),
+        "draw": lambda: drawings_under_load(lab, repeats),
         "trial": lambda: [f for n in (100, 1000, 10000) for f in empty_trial(lab, n, repeats)],
     }
-    chosen = [name for name in measurements if only in name]
-    require(bool(chosen), f"--only {only}", f"a part of {', '.join(measurements)}")
+    chosen = [name for name in measurements if asked.only in name]
+    require(bool(chosen), f"--only {asked.only}", f"a part of {', '.join(measurements)}")
     environment = describe_environment()
     machine = f"{environment['processor']}, {environment['cores']} cores"
     figures: list[Figure] = []
     for name in chosen:
         figures += measurements[name]()
         document = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
-        (out or lab / "bench.json").write_text(json.dumps(document, indent=1))
+        (asked.out or lab / "bench.json").write_text(json.dumps(document, indent=1))
     columns = ["figure", "median", "spread", "n", "unit", "bar", "verdict"]
     Board().print(table(machine, columns, [figure.row() for figure in figures]))
-    return 0
 
 
 def _timed(function: Callable[[], object]) -> float:
@@ -383,6 +392,75 @@ def _runs(pool: Pool, config: Config, count: int) -> None:
             ended += 1
 
 
+_RATE, _LOAD_SECONDS = 50, 10  # drawings a second, and for how long
+
+
+def drawings_under_load(lab: Path, repeats: int) -> list[Figure]:
+    """Drawings sent to the page's API at times that do not wait for its answers."""
+    digits = load_digits(lab, "mnist", TEST).images[:100]
+    files = []
+    for digit in digits:
+        file = io.BytesIO()
+        Image.fromarray(255 - digit.numpy()).resize((280, 280)).save(file, "PNG")
+        files.append(file.getvalue())
+    latencies: list[list[float]] = []
+    lost = 0
+    with _drawing_page(lab) as address, ThreadPoolExecutor(_RATE) as senders:
+        [run, *_] = json.loads(urlopen(f"{address}/runs").read())  # noqa: S310
+        where = f"{address}/predict?run={run['run_id']}"
+
+        def send(due: float, file: bytes) -> float | None:
+            time.sleep(max(0.0, due - time.perf_counter()))
+            request = Request(where, file, {"Content-Type": "image/png"})  # noqa: S310
+            try:
+                with urlopen(request, timeout=10) as answer:  # noqa: S310
+                    json.loads(answer.read())
+            except OSError:
+                return None
+            return 1000 * (time.perf_counter() - due)
+
+        for _ in range(repeats + 1):
+            begun = time.perf_counter() + 0.5
+            due = [begun + i / _RATE for i in range(_RATE * _LOAD_SECONDS)]
+            answers = list(senders.map(send, due, [files[i % 100] for i in range(len(due))]))
+            latencies.append([answer for answer in answers if answer is not None])
+            lost += len(answers) - len(latencies[-1])
+    kept = latencies[1:]  # less the warm-up
+    return [
+        Figure("50 drawings a second: median", "ms", [_quantile(v, 0.5) for v in kept]),
+        Figure("50 drawings a second: p99", "ms", [_quantile(v, 0.99) for v in kept], most=150),
+        Figure("50 drawings a second: lost, of all", "requests", [float(lost)], most=0),
+    ]
+
+
+@contextmanager
+def _drawing_page(lab: Path) -> Iterator[str]:
+    """The address of `digitlab draw` with a network that was trained a second ago."""
+    program = str(Path(sys.executable).with_name("digitlab"))
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder)
+        (own / "data").symlink_to(lab / "data")
+        _run([program, "train", "experiments=fast98"], own)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [program, "draw", "--run", "fast98-seed-0", "--port", str(port)]
+        place = os.environ | {"DIGITLAB_HOME": folder}
+        with subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL) as process:
+            try:
+                while True:
+                    try:
+                        urlopen(f"http://127.0.0.1:{port}/runs").close()
+                        break
+                    except URLError:
+                        if process.poll() is not None:
+                            raise
+                        time.sleep(0.2)
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                process.terminate()
+
+
 def empty_trial(lab: Path, earlier: int, repeats: int) -> list[Figure]:
     """Choose the values of a trial, record a run of it and tell the study; nothing is trained.
 
@@ -392,7 +470,7 @@ def empty_trial(lab: Path, earlier: int, repeats: int) -> list[Figure]:
     config = compose("sweep", overrides)[0].config
     with tempfile.TemporaryDirectory(dir=lab) as folder:
         beside = Path(folder)
-        search = Search(open_storage(beside), config.study, read_space(config))
+        search = Search(open_storage(beside), config)
         tracking = open_tracking(config, beside)
         chance = random.Random(0)  # noqa: S311  for numbers that only fill
         for _ in range(earlier):
@@ -437,3 +515,7 @@ def _empty(search: Search, tracking: Tracking, config: Config) -> None:
     record.log({"val_accuracy": 0.5, "val_loss": 1.0}, step=1)
     record.end("finished")
     search.tell(number, "finished", 0.5, {"metrics": {"val_accuracy": 0.5}})
+
+
+if __name__ == "__main__":
+    main()
