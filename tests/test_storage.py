@@ -324,6 +324,31 @@ def test_lock_is_one_machines_and_taken_again_after_a_restart(
 
 
 @pytest.mark.cluster
+def test_what_is_told_of_a_trial_holds_as_a_whole_or_not_at_all(
+    shared: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = shared()
+    assert search.claim(1) == 0
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.storage, "set_trial_state_values", broken)
+        with pytest.raises(RuntimeError, match="half-way"):
+            search.tell(0, "finished", 0.9, {"metrics": {"val_accuracy": 0.9}})
+    assert [(row.state, row.notes) for row in search.rows()] == [("running", {})]
+    assert search.tell(0, "finished", 0.9, {"metrics": {"val_accuracy": 0.9}}) == "finished"
+    assert search.tell(0, "failed", None, {"reason": "later"}) == "finished"
+    [row] = shared().rows()
+    assert (row.state, row.value, row.notes) == (
+        "finished",
+        0.9,
+        {"metrics": {"val_accuracy": 0.9}},
+    )
+
+
+@pytest.mark.cluster
 def test_turn_is_one_at_a_time(shared: Open) -> None:
     engine = shared().engine
     assert engine is not None
