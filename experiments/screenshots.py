@@ -1,6 +1,6 @@
-"""The pictures of the README, from a real study and a running `make ui`.
+"""The pictures of the README, from a real study, a running `make ui` and a running `make draw`.
 
-python experiments/screenshots.py default http://127.0.0.1:5000
+python experiments/screenshots.py default http://127.0.0.1:5000 http://127.0.0.1:8000
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-study, server = sys.argv[1:]
+study, server, drawing = sys.argv[1:]
 here = Path(__file__).parent
 
 
@@ -66,5 +66,26 @@ with sync_playwright() as playwright:
     page.goto(report.as_uri())
     page.wait_for_timeout(3000)
     page.screenshot(path=here / f"{study}-report.png")
+    page.set_viewport_size({"width": 1000, "height": 900})
+    page.goto(drawing)
+    page.locator("#run option").first.wait_for(state="attached")
+    paper = page.locator("#paper").bounding_box()
+    three = [
+        (0.3, 0.28),
+        (0.5, 0.18),
+        (0.68, 0.3),
+        (0.5, 0.46),
+        (0.7, 0.62),
+        (0.5, 0.82),
+        (0.28, 0.7),
+    ]
+    places = [(paper["x"] + x * paper["width"], paper["y"] + y * paper["height"]) for x, y in three]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(3000)
+    page.screenshot(path=here / "draw.png")
     browser.close()
 report.unlink()
