@@ -10,7 +10,7 @@ import pytest
 from conftest import SHARE, TINY, Parent
 
 from digitlab.compose import compose
-from digitlab.guard import recorded_config
+from digitlab.guard import begun_config
 from digitlab.reconcile import audit
 from digitlab.search import Search
 from digitlab.storage import open_storage
@@ -28,7 +28,7 @@ def results(lab: Path) -> list[tuple[object, ...]]:
 
 
 def problems(lab: Path, search: Search) -> list[object]:
-    config = recorded_config(search.notes())
+    config = begun_config(search.notes())
     return list(audit(search, open_tracking(config, lab), config, repair=False))
 
 

@@ -37,7 +37,7 @@ from digitlab import draw
 from digitlab.compose import compose
 from digitlab.datasets import TEST, load_digits
 from digitlab.predict import Predictor
-from digitlab.single import train
+from digitlab.run import train
 from digitlab.tracking import Start, Tracking, open_tracking
 
 DIGITLAB = Path(sys.executable).parent / "digitlab"

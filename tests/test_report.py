@@ -39,7 +39,7 @@ from digitlab.cli import main
 from digitlab.compose import compose, config_to_yaml
 from digitlab.config import Config
 from digitlab.datasets import TEST, load_digits
-from digitlab.guard import recorded_config
+from digitlab.guard import begun_config
 from digitlab.record import Identity, begin_record, stage, trial_tags
 from digitlab.report import report
 from digitlab.search import Search, TrialRow
@@ -120,7 +120,7 @@ class Study:
 def recorded(lab: Path, name: str) -> Study:
     """A study of a lab, as `digitlab report` opens it."""
     storage = open_storage(lab)
-    config = recorded_config(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
+    config = begun_config(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
     search = Search(storage, config)
     return Study(search, config, open_tracking(config, lab), lab)
 

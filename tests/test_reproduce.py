@@ -48,8 +48,7 @@ from digitlab.reproduce import (
     judge,
     reproduce,
 )
-from digitlab.run import Ended, perform
-from digitlab.single import train
+from digitlab.run import Ended, perform, train
 from digitlab.tracking import MlflowTracking, RunRow, Start
 from digitlab.training import Fit, Watch
 

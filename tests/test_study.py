@@ -15,8 +15,8 @@ import pytest
 from conftest import TINY, Parent
 from test_crashes import assert_whole, open_study, problems
 
-from digitlab.guard import recorded_config
-from digitlab.inspection import inspect
+from digitlab.guard import begun_config
+from digitlab.reconcile import inspect
 from digitlab.tracking import open_tracking
 
 
@@ -32,7 +32,7 @@ def until(condition, seconds: float = 60) -> None:
 
 
 def tracking_of(lab: Path):
-    return open_tracking(recorded_config(open_study(lab).notes()), lab)
+    return open_tracking(begun_config(open_study(lab).notes()), lab)
 
 
 def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep) -> None:

@@ -81,7 +81,7 @@ def _train(arguments: list[str]) -> int:
     jobs = compose("train", arguments)
     if not jobs:  # --help, --cfg and the like have printed what was asked for
         return 0
-    from digitlab.single import train
+    from digitlab.run import train
 
     return max(train(job, lab_folder()) for job in jobs)
 
@@ -120,7 +120,7 @@ def _audit(arguments: list[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
-    from digitlab.inspection import inspect
+    from digitlab.reconcile import inspect
 
     return inspect(options.study, lab_folder(), options.repair, options.json)
 

@@ -56,7 +56,7 @@ def _facts(config: Config, data_sha256: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def recorded_config(notes: Mapping[str, Any]) -> Config:
+def begun_config(notes: Mapping[str, Any]) -> Config:
     """The configuration that a study was begun with, from its notes."""
     return config_from_yaml(str(notes["config"]))
 
@@ -74,7 +74,7 @@ def begun_study(lab: Path, name: str) -> tuple[Search, Config]:
     notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
     if "config" not in notes:
         raise UserError(f"{name}: it never began: run `make sweep` for it first")
-    config = recorded_config(notes)
+    config = begun_config(notes)
     return Search(storage, config), config
 
 
@@ -94,7 +94,7 @@ def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:
     if name not in search.names():
         raise UserError(f"study.fork_from={name}: no such study, {nearest(name, search.names())}")
     notes = search.notes(name)
-    old = recorded_config(notes)
+    old = begun_config(notes)
     source = Search(search.storage, replace(old, study=replace(old.study, name=name)))
     ours, theirs = search.notes()["begun"], notes["begun"]
     fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k != "source code"}

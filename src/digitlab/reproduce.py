@@ -41,8 +41,7 @@ from digitlab.recorded import (
     recorded_guesses,
     trained,
 )
-from digitlab.run import perform
-from digitlab.single import Spoken, train
+from digitlab.run import Spoken, perform, train
 from digitlab.tracking import RunRow, Tracking
 
 IDENTICAL, WITHIN, NOT, INCOMPARABLE = (

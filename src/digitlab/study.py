@@ -15,13 +15,14 @@ from digitlab.champion import (
     candidates,
     choose,
     confirm_jobs,
+    crown,
     final_jobs,
+    test_metrics,
     unpruned_jobs,
 )
 from digitlab.compose import Composed, with_values
 from digitlab.config import Config, Fold, Launcher, Tracker
 from digitlab.console import Board, Busy, View
-from digitlab.crown import crown, test_metrics
 from digitlab.datasets import TRAIN, load_digits
 from digitlab.environment import describe_environment
 from digitlab.errors import UserError, first_line, require
