@@ -86,7 +86,7 @@ class Problem:
 
 
 def draw(run: str, lab: Path, port: int) -> int:
-    """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C.
+    """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C; returns 130.
 
     Raises:
         UserError: no such run, its data are not to be had, or the port is taken.
@@ -102,7 +102,7 @@ def draw(run: str, lab: Path, port: int) -> int:
     )
     print(f"draw: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     uvicorn.Server(serving(app, port)).run()
-    return 0
+    return 130  # it ends by a signal alone, which uvicorn does not always raise again
 
 
 def serving(app: FastAPI, port: int) -> uvicorn.Config:
