@@ -1,6 +1,8 @@
 """The storage of studies: one suite for sqlite and for a real PostgreSQL server."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -346,6 +348,38 @@ def test_what_is_told_of_a_trial_holds_as_a_whole_or_not_at_all(
         0.9,
         {"metrics": {"val_accuracy": 0.9}},
     )
+
+
+@pytest.mark.cluster
+def test_trial_that_a_machine_had_locked_as_it_was_cut_off_is_soon_free(
+    network: Any, near_postgres: Any, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", near_postgres.password)
+    address = near_postgres.create()
+    places = opener(lab, address)
+    search = next(places)()
+    number = search.claim(1)
+    code = (
+        "import sys, time; from pathlib import Path; from digitlab.storage import *; "
+        "from digitlab.compose import compose; from digitlab.search import Search; "
+        "config = compose('sweep', ['experiments=smoke', 'data=sample'])[0].config; "
+        "search = Search(open_storage(Path(sys.argv[1]), sys.argv[2]), config)\n"
+        "with together(search.sessions): "
+        "search._check(int(sys.argv[3])); print('locked', flush=True); "
+        "search._execute(text('SELECT pg_sleep(2)'))"  # whose answer finds no way any more
+    )
+    arguments = [sys.executable, "-c", code, str(lab), address, str(number)]
+    with subprocess.Popen(network.far(*arguments), stdout=subprocess.PIPE, text=True) as far:
+        try:
+            assert far.stdout is not None
+            assert far.stdout.readline() == "locked\n"
+            network.cut()
+            begun = time.monotonic()
+            search.put_back(number, 1)
+            assert time.monotonic() - begun < storage.GRACE
+        finally:
+            far.kill()
+    next(places, None)
 
 
 @pytest.mark.cluster

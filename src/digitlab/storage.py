@@ -60,14 +60,23 @@ def _open_sqlite(path: Path) -> BaseStorage:
 
 
 # Of each connection: a server that does not answer must not hold a worker for ever, and one that
-# was cut off must be noticed on both sides.
+# was cut off must be noticed on both sides, else it keeps the trial that it had locked. A worker
+# that is stopped but connected keeps it no longer than others try for it.
+_SERVER = {
+    "statement_timeout": "60s",
+    "idle_in_transaction_session_timeout": "240s",
+    "tcp_user_timeout": "20s",  # after which an answer that was not received is given up
+    "tcp_keepalives_idle": "10s",
+    "tcp_keepalives_interval": "5s",
+    "tcp_keepalives_count": "3",
+}
 _CONNECTION = {
     "connect_timeout": 10,  # s
     "tcp_user_timeout": 30_000,  # ms
     "keepalives_idle": 10,  # s
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "options": "-c statement_timeout=60s -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5",
+    "options": " ".join(f"-c {name}={value}" for name, value in _SERVER.items()),
     "application_name": "digitlab",
 }
 # One connection is kept; a turn and a sign of life take one each for a moment. None is asked first
