@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from digitlab.errors import UserError
 from digitlab.module import Diverged
 from digitlab.networks import build_network
 from digitlab.pictures import draw_confusions
-from digitlab.record import Identity
+from digitlab.record import Identity, stage
 from digitlab.run import Broken, Ended, Outcome, perform
 from digitlab.tracking import Start, Tracking
 from digitlab.training import Watch
@@ -338,6 +339,16 @@ def test_error_that_is_no_fault_of_the_configuration_is_raised(
         perform(configure(), identity(), notebook, lab, Raising(error))
     assert told.value is error
     assert notebook.ends == ["interrupted"]
+
+
+def test_staging_folder_is_shared_with_others_and_cleared_of_what_was_left(lab: Path) -> None:
+    staging = lab / "staging"
+    (staging / "left").mkdir(parents=True)
+    os.utime(staging / "left", (0, 0))
+    (staging / "another").mkdir()
+    (staging / "gone").symlink_to(staging / "handed over since the folder was listed")
+    folder = stage(lab, configure(), Identity("mine", "train"))
+    assert {path.name for path in staging.iterdir()} == {folder.name, "another", "gone"}
 
 
 def test_staging_folder_that_cannot_be_made_is_raised(lab: Path) -> None:

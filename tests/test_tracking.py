@@ -761,7 +761,7 @@ def test_delivery_killed_after_it_handed_over_files_can_be_ended(
     gate.open()
     remove = shutil.rmtree
 
-    def killed(folder: Path) -> None:
+    def killed(folder: Path, **_: bool) -> None:
         remove(folder)
         raise Killed
 

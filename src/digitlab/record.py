@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ def stage(lab: Path, config: Config, identity: Identity) -> Path:
     staging = lab / "staging"
     staging.mkdir(exist_ok=True)
     for left in staging.iterdir():  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _LEFT:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just handed its own over
+            if time.time() - left.stat().st_mtime > _LEFT:
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=staging))  # not named by a name that a store may hold
     (folder / "config.yaml").write_text(config_to_yaml(config))
     environment = json.dumps(dict(identity.environment), indent=1)

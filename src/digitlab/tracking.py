@@ -445,7 +445,7 @@ class _MlflowRecord(RunRecord):
             if not self._deleted():
                 return False
         self.kept, self.done = [], 0
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # another process may look into it
         if self.lock:
             self.lock.release()
         return True

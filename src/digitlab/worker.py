@@ -29,23 +29,15 @@ def work(connection: Connection, setup: Setup) -> None:
         storage = open_storage(setup.lab, setup.config.study.storage)
         search = Search(storage, setup.config)
         worker = Work(connection, setup, search, open_tracking(setup.config, setup.lab))
-        connection.send("ready")
-        while True:
-            try:
-                job = connection.recv()
-            except EOFError:  # the parent has died
-                return
-            if job is None:
-                return
-            try:
-                done = worker.run(job)
-            except Exception as error:  # noqa: BLE001  a store that fails: the parent decides
-                done = Done("waiting", fatal=f"{type(error).__name__}: {error}")
-            try:
+        with suppress(EOFError, OSError):  # the parent has died
+            connection.send("ready")
+            while (job := connection.recv()) is not None:
+                try:
+                    done = worker.run(job)
+                except Exception as error:  # noqa: BLE001  a store that fails: the parent decides
+                    done = Done("waiting", fatal=f"{type(error).__name__}: {error}")
                 connection.send(done)
-            except OSError:  # the parent has died
-                return
-            gc.collect()  # Lightning's objects hold one another
+                gc.collect()  # Lightning's objects hold one another
 
 
 class Ear(Protocol):
