@@ -112,6 +112,24 @@ def test_two_digits_are_not_one() -> None:
     assert "more than one digit" in prepare(image).problem
 
 
+@pytest.mark.parametrize(
+    ("box", "problem"),
+    [
+        ((slice(0, 90), slice(20, 23)), "a line from edge to edge"),
+        ((slice(88, 90), slice(0, 90)), "a line from edge to edge"),
+        ((slice(40, 48), slice(30, 60)), "wider than any digit"),
+        ((slice(85, 90), slice(60, 90)), "wider than any digit"),
+        ((slice(10, 80), slice(40, 43)), ""),  # a thin one
+        ((slice(0, 90), slice(20, 26)), ""),  # one that was cut off at both ends
+    ],
+)
+def test_lines_and_dashes_are_no_digits(box: tuple[slice, slice], problem: str) -> None:
+    picture = np.full((90, 90), 255, np.float32)
+    picture[box] = 0
+    assert problem in prepare(picture).problem
+    assert bool(prepare(picture).problem) == bool(problem)
+
+
 def test_specks_and_the_edge_of_the_paper_are_left_out() -> None:
     plain = canvas(DIGITS[3], (80, 80), (20, 25))
     dirty = plain.copy()

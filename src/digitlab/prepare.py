@@ -13,6 +13,8 @@ _SMALLEST = 8  # pixels of the larger side of a digit that can be read
 # Stroke widths in pixels of the 20x20 box, between which 98 of 100 of MNIST's digits lie,
 # measured on 1,500 of them enlarged eight times.
 _THINNEST, _THICKEST = 1.5, 5.3
+_WIDEST = 2.5  # times its height: no digit of the 60,000 that MNIST has for training is wider
+_LINE = 20  # times its width: what is longer and reaches from edge to edge is a rule or a fold
 
 Grey = NDArray[np.float32]
 
@@ -47,6 +49,8 @@ def prepare(grey: Grey) -> Prepared:
     ink = _cut(ink)
     if max(ink.shape) < _SMALLEST:
         return _nothing(f"what there is has fewer than {_SMALLEST} pixels a side")
+    if ink.shape[1] > _WIDEST * ink.shape[0]:
+        return _nothing("it is wider than any digit")
     if max(ink.shape) > 1.4 * BOX:  # drawn larger: the box ends where ink is half of full
         ink = _cut(ink, 0.5 * float(ink.max()))
     ink = _stroke(ink)
@@ -111,6 +115,9 @@ def _digit(ink: Grey, mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], str]:
             for rows, columns in boxes
         ]
     )
+    weights[[_is_line(box, mask.shape) for box in boxes]] = 0
+    if not weights.any():
+        return mask, "a line from edge to edge"
     if inside.any() and weights[inside].max() > 0.1 * weights.max():
         weights = np.where(inside, weights, 0)  # edges of the paper, shadows, fingers
     large = weights > 0.04 * weights.max()
@@ -127,6 +134,11 @@ def _digit(ink: Grey, mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], str]:
     if kept.mean() > 0.7:
         return mask, "more ink than paper"
     return kept, ""
+
+
+def _is_line(box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:
+    sides = [part.stop - part.start for part in box]
+    return max(sides) > _LINE * min(sides) and sides[np.argmax(sides)] == shape[np.argmax(sides)]
 
 
 def _cut(ink: Grey, least: float = 0.0) -> Grey:
