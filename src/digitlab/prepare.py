@@ -136,9 +136,10 @@ def _digit(ink: Grey, mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], str]:
     return kept, ""
 
 
-def _is_line(box: tuple[slice, slice], shape: tuple[int, ...]) -> bool:
-    sides = [part.stop - part.start for part in box]
-    return max(sides) > _LINE * min(sides) and sides[np.argmax(sides)] == shape[np.argmax(sides)]
+def _is_line(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    height, width = (int(part.stop - part.start) for part in box)
+    upright = height == shape[0] and height > _LINE * width
+    return upright or (width == shape[1] and width > _LINE * height)
 
 
 def _cut(ink: Grey, least: float = 0.0) -> Grey:
