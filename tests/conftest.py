@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from digitlab import workers
@@ -15,6 +16,9 @@ from digitlab.errors import UserError
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
+if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked for
+    hypothesis.settings.register_profile("fixed", derandomize=True)
+    hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ["parts"]  # PostgreSQL, MLflow, Ray
 DATA = Path(__file__).parent / "data"

@@ -83,7 +83,7 @@ class Site:
     def rows(self) -> list[TrialRow]:
         return self.search.rows()
 
-    def until(self, ended: int, seconds: float = 120) -> None:
+    def until(self, ended: int, seconds: float = 300) -> None:
         """Wait until so many trials have ended."""
         deadline = time.monotonic() + seconds
         while sum(row.ended for row in self.rows()) < ended:
@@ -174,7 +174,7 @@ def test_workers_started_by_hand_share_a_study_that_refuses_others(
 
 
 def until_waiting(site: Site) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while "waiting for workers" not in site.log("driver"):
         assert time.monotonic() < deadline, site.told()
         time.sleep(0.2)
@@ -196,8 +196,9 @@ def test_driver_with_processes_of_its_own_is_joined_by_another_machine(site: Sit
     # Passwords stand in the lab's .env alone, as on a machine of a person's.
     (site.lab("driver") / ".env").write_text("".join(f"{k}={v}\n" for k, v in site.secrets.items()))
     unset = [word for name in site.secrets for word in ("-u", name)]
-    driver = site.sweep(20, "study.workers=1", prefix=["env", *unset])
-    site.until(2)
+    long = ["study.pruner=none", "trainer.epochs=20"]  # s a trial: time to join
+    driver = site.sweep(20, "study.workers=1", *long, prefix=["env", *unset])
+    site.until(1)
     worker = site.worker("worker")
     assert site.wait(driver) == 0, site.told()
     assert site.wait(worker) == 0, site.told()
@@ -267,16 +268,15 @@ def test_machine_that_is_cut_off_comes_back_to_find_its_trial_given_away(
         command = ["worker", "smoke", "--storage", site.address]
         far = site.start("far", *command, prefix=network.far())
         site.until(3)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not any(row.state == "running" for row in site.rows()):
             assert time.monotonic() < deadline, site.told()
         network.cut()
         near = site.worker("near")
-        assert site.wait(driver) == 0, site.told()
         assert site.wait(near) == 0, site.told()
         network.join()
-        assert site.wait(far) == 0, site.told()
-        assert "its worker was lost" in site.log("driver")
+        assert [site.wait(process) for process in (driver, far)] == [0, 0], site.told()
+        assert any(row.notes.get("attempts") for row in site.rows())  # lost, and put back
         site.assert_whole(12)
         assert not list(site.lab("far").glob("outbox/*"))
     finally:

@@ -547,7 +547,7 @@ def open_browser() -> Iterator[Browser]:
         pytest.skip(f"NO BROWSER, SO NO PAGE WAS LOOKED AT: install one of {', '.join(names)}")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=options)
+        browser = playwright.chromium.launch(executable_path=found, args=options, timeout=90_000)
         yield browser
         browser.close()
 
@@ -589,7 +589,7 @@ def look(browser: Browser, text: str, folder: Path, width: int = 1200) -> Seen:
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("console", lambda line: seen.errors.extend([line.text] * (line.type == "error")))
     page.goto(file.as_uri())
-    page.wait_for_function(DRAWN, timeout=30_000)
+    page.wait_for_function(DRAWN, timeout=90_000)
     return seen
 
 
