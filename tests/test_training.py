@@ -641,7 +641,7 @@ def test_a_batch_takes_as_many_operators_whatever_its_size(lab: Path) -> None:
     for size in (16, 400):
         data = DigitsData(configure(f"data.batch_size={size}", *moved), lab)
         with Calls() as calls:
-            data.train_dataloader()._batch(torch.arange(size))
+            data.train_dataloader()._block(torch.arange(size))
         counts.add(calls.count)
     assert len(counts) == 1
 

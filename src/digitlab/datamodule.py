@@ -59,11 +59,17 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         order = torch.randperm(len(self.labels), generator=self.order)[: self.count]
         for indices in torch.split(order, self.block * self.config.batch_size):
-            yield [self._batch(index) for index in torch.split(indices, self.config.batch_size)]
+            yield self._block(indices)
 
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        images = augment(to_unit(self.images[index]), self.config.augment, self.chance)
-        return standardise(images, self.config), self.labels[index]
+    def _block(self, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
+        config, size = self.config, self.config.batch_size
+        images = to_unit(self.images.index_select(0, indices))  # of all batches at once
+        labels = self.labels.index_select(0, indices)
+        parts = [
+            standardise(augment(part, config.augment, self.chance), config)
+            for part in torch.split(images, size)
+        ]
+        return list(zip(parts, torch.split(labels, size), strict=True))
 
 
 class DigitsData(pl.LightningDataModule):
