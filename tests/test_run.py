@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from digitlab.module import Diverged
 from digitlab.networks import build_network
 from digitlab.pictures import draw_confusions
 from digitlab.record import Identity, stage
-from digitlab.run import Broken, Ended, Outcome, perform
+from digitlab.run import Broken, Ended, Outcome, Spoken, perform
 from digitlab.tracking import Start, Tracking
 from digitlab.training import Watch
 
@@ -339,6 +340,17 @@ def test_error_that_is_no_fault_of_the_configuration_is_raised(
         perform(configure(), identity(), notebook, lab, Raising(error))
     assert told.value is error
     assert notebook.ends == ["interrupted"]
+
+
+def test_signal_between_two_batches_interrupts_the_run_and_is_recorded(lab: Path) -> None:
+    class Ending(Spoken):
+        def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)  # which Lightning hears, too
+
+    config, notebook = configure(), Notebook()
+    with Ending(config) as watch:
+        outcome = perform(config, Identity("a", "train"), notebook, lab, watch)
+    assert (outcome.state, notebook.ends) == ("interrupted", ["interrupted"])
 
 
 def test_staging_folder_is_shared_with_others_and_cleared_of_what_was_left(lab: Path) -> None:

@@ -107,10 +107,9 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
         warnings.simplefilter("ignore")  # Lightning's advice on loaders that are no DataLoader
         try:
             trainer.fit(module, datamodule=data)
-        except SystemExit as end:  # what Lightning makes of Ctrl-C
-            if isinstance(end.__context__, KeyboardInterrupt):
-                raise end.__context__ from None
-            raise
+        except SystemExit as end:  # what Lightning makes of Ctrl-C and, between batches, of SIGTERM
+            watch.batch(module.steps / steps)  # which has heard of it too, and ends the run
+            raise KeyboardInterrupt from end
     measured, labels = data.measured()
     metrics = loop.metrics
     if config.data.fold is Fold.test:
