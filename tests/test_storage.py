@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import TINY
+from optuna.pruners import NopPruner
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from digitlab import storage
 from digitlab.compose import compose
@@ -347,6 +349,60 @@ def test_what_is_told_of_a_trial_holds_as_a_whole_or_not_at_all(
         0.9,
         {"metrics": {"val_accuracy": 0.9}},
     )
+
+
+@pytest.mark.cluster
+def test_call_whose_transaction_was_lost_half_way_is_made_again_as_a_whole(
+    shared: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = shared()
+    count, tries = search._counts, []
+
+    def lose_first() -> Any:
+        counts = count()
+        tries.append(1)
+        if len(tries) == 1:  # Optuna does so where a connection breaks, and goes on
+            search.sessions().rollback()  # type: ignore[misc]
+        return counts
+
+    monkeypatch.setattr(search, "_counts", lose_first)
+    assert (search.claim(1), len(tries)) == (0, 2)
+    assert [row.number for row in shared().rows()] == [0]
+
+
+@pytest.mark.cluster
+def test_accuracy_at_a_rung_is_kept_though_the_first_try_was_rolled_back(shared: Open) -> None:
+    search, tries = shared(), []
+    assert search.claim(1) == 0
+    trial = search.ask(0)[0]
+
+    class Pruner(NopPruner):
+        def prune(self, study: Any, trial: Any) -> bool:
+            tries.append(trial.intermediate_values)
+            if len(tries) == 1:
+                raise SQLAlchemyError("the connection broke")
+            return False
+
+    search.pruner = Pruner()
+    assert not search.report(trial, 0, 0.5)
+    assert tries == [{0: 0.5}, {0: 0.5}]
+    [row] = shared().rows()
+    assert (row.rungs, row.value) == (1, 0.5)
+
+
+@pytest.mark.cluster
+def test_only_a_whole_audit_makes_a_run_for_a_trial_that_others_may_still_deliver(
+    shared: Open, lab: Path
+) -> None:
+    config = compose("sweep", TINY)[0].config
+    search, tracking = shared(*TINY), open_tracking(config, lab)
+    run(search, 1)
+    [problem] = audit(search, tracking, config, repair=True, deep=False)
+    assert (problem.kind, problem.mended) == ("no run", False)
+    assert tracking.find({}) == []
+    [problem] = audit(search, tracking, config, repair=True)
+    assert (problem.kind, problem.mended) == ("no run", True)
+    assert audit(search, tracking, config, repair=False) == []
 
 
 @pytest.mark.cluster

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from digitlab.guard import guard
 from digitlab.reconcile import reconcile_trial
 from digitlab.run import Broken
 from digitlab.search import Search
-from digitlab.storage import PATIENCE, STORE_ERRORS, open_storage, study_names, turn
+from digitlab.storage import PATIENCE, STORE_ERRORS, open_storage, patiently, study_names, turn
 from digitlab.tracking import Tracking, open_tracking
 from digitlab.worker import Work
 from digitlab.workers import Job, Setup
@@ -81,17 +80,18 @@ def _until_none_is_left(work: Work, stopped: Callable[[], bool]) -> int:
 def _admitted(study: str, address: str | None, lab: Path, stopped: Callable[[], bool]) -> Work:
     """A worker whose code and data are those that the study was begun with."""
     storage = open_storage(lab, address, PATIENCE)
-    known = study_names(storage)
+    known = patiently(lambda: study_names(storage), PATIENCE)
     if study not in known:
         raise UserError(f"{study}: no such study in the storage, {nearest(study, known)}")
-    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(study))
+    number = storage.get_study_id_from_name(study)
+    notes = patiently(lambda: storage.get_study_user_attrs(number), PATIENCE)
     if _NOTE not in notes:
         raise UserError(
             f"{study}: it takes no workers from elsewhere: begin it with `digitlab sweep "
             "study.storage=postgresql+psycopg://...`"
         )
     config = config_from_yaml(notes[_NOTE]["config"])
-    search = Search(storage, config)
+    search = patiently(lambda: Search(storage, config), PATIENCE)
     if search.engine is None:
         raise UserError(
             f"{study}: sqlite is not shared between workers that nobody leads: give --storage "
@@ -102,24 +102,11 @@ def _admitted(study: str, address: str | None, lab: Path, stopped: Callable[[], 
         guard(search, config, sums)
     except UserError as error:
         raise UserError(f"{socket.gethostname()} is refused as a worker: {error}") from error
-    tracking = _patient_tracking(config, lab)
+    tracking = open_tracking(config, lab, PATIENCE)
     setup = Setup(
         config, tuple(notes[_NOTE]["overrides"]), lab, notes.get("run_id"), describe_environment()
     )
     return Work(_Alone(stopped), setup, search, tracking)
-
-
-def _patient_tracking(config: Config, lab: Path) -> Tracking:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return open_tracking(config, lab)
-        except UserError as error:
-            refused = any(word in str(error) for word in ("401", "403"))
-            if refused or time.monotonic() > deadline:
-                raise
-            print(error, file=sys.stderr, flush=True)
-        time.sleep(random.uniform(5, 10))  # noqa: S311  s
 
 
 def _deliver_all(tracking: Tracking, stopped: Callable[[], bool]) -> None:
@@ -145,15 +132,15 @@ def reap(search: Search, tracking: Tracking) -> list[str]:
     if search.engine is None or not search.lost():
         return []
     told: list[str] = []
-    with turn(search.engine, f"digitlab/{search.config.name}/reap") as mine:
-        lost = search.lost() if mine else set()  # once more: another may have been faster
-        for row in search.rows() if lost else []:
-            if row.number in lost and row.state == "running":
-                try:
+    try:
+        with turn(search.engine, f"digitlab/{search.config.name}/reap") as mine:
+            lost = search.lost() if mine else set()  # once more: another may have been faster
+            for row in search.rows() if lost else []:
+                if row.number in lost and row.state == "running":
                     state = reconcile_trial(search, tracking, row, "its worker was lost")
-                except (UserError, *STORE_ERRORS) as error:  # tracker or storage away: later
-                    return [*told, f"trial {row.number}: {first_line(error)}"]
-                told.append(f"trial {row.number}: its worker was lost; {state}")
+                    told.append(f"trial {row.number}: its worker was lost; {state}")
+    except (UserError, *STORE_ERRORS) as error:  # tracker or storage away: at the next look
+        told.append(f"trials of lost workers: {first_line(error.__cause__ or error)}")
     return told
 
 

@@ -14,7 +14,7 @@ from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.recorded import damage
 from digitlab.search import Search, TrialRow, trial_value
 from digitlab.storage import open_storage, study_names
-from digitlab.tracking import RunRow, Tracking, open_tracking
+from digitlab.tracking import RunRecord, RunRow, Tracking, open_tracking
 from digitlab.workers import only_parent
 
 
@@ -36,12 +36,13 @@ def trial_runs(tracking: Tracking, study: str, number: int) -> list[RunRow]:
 
 def record_taken(
     tracking: Tracking, config: Config, identity: Identity, notes: Mapping[str, Any]
-) -> None:
+) -> RunRecord:
     """Record a finished trial whose result was not trained but taken from elsewhere."""
     record = begin_record(tracking, config, identity)
     metrics = {k: v for k, v in notes["metrics"].items() if k not in ("seconds", "done")}
     record.log(metrics, tags={"digitlab.taken_from": str(notes.get("taken_from", ""))})
     record.end("finished")
+    return record
 
 
 def reconcile_trial(search: Search, tracking: Tracking, row: TrialRow, blame: str | None) -> str:
@@ -82,10 +83,12 @@ def audit(
         search: the study; its trials' states and values are what runs are held against.
         config: what the study was begun with.
         repair: mend what can be mended.
-        deep: also read each run's artifacts and hash the weights.
+        deep: also read each run's artifacts and hash the weights, and make a run for a trial of a
+            shared study that has none: while workers elsewhere go on, it may wait in an outbox.
     """
     study = search.config.name
     audited = _Audit(search, tracking, config, repair)
+    audited.again = repair and (deep or search.engine is None)
     kept = tracking.kept_back()
     if kept:
         delivered = tracking.deliver() if repair else 0
@@ -117,6 +120,7 @@ class _Audit:
     def __init__(self, search: Search, tracking: Tracking, config: Config, repair: bool) -> None:
         self.search, self.tracking = search, tracking
         self.config, self.repair = config, repair
+        self.again = repair  # make runs for trials that have none
         self.lost = search.lost()
         self.problems: list[Problem] = []
 
@@ -157,7 +161,7 @@ class _Audit:
             if run not in best:
                 self.surplus(run, row.number, "several runs", f"another run is {best[0].run_id}")
         if not best:
-            mended = self.repair and self._record_again(row)
+            mended = self.again and self._record_again(row)
             detail = f"the {row.state} trial has no run"
             self.problems.append(Problem("no run", row.number, None, detail, mended))
             return

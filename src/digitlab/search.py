@@ -268,12 +268,11 @@ class Search:
         if self.sessions is None:
             yield
             return
-        self._take(number)
+        trial_id = self._take(number)
         ended = threading.Event()
         until = time.monotonic() + seconds if seconds else math.inf
 
         def beat() -> None:
-            trial_id = self._id(number)
             while not ended.wait(BEAT) and time.monotonic() < until:
                 try:
                     self._beat(trial_id)
@@ -291,11 +290,12 @@ class Search:
             thread.join()
 
     @_patient
-    def _take(self, number: int) -> None:
-        """Make a claimed trial this one's own."""
-        mine = json.dumps(self.owner)
-        if self._execute(_TAKE, trial=self._id(number), owner=mine).scalar() is None:
+    def _take(self, number: int) -> int:
+        """Make a claimed trial this one's own; returns its id."""
+        mine, trial_id = json.dumps(self.owner), self._id(number)
+        if self._execute(_TAKE, trial=trial_id, owner=mine).scalar() is None:
             raise GivenAway
+        return trial_id
 
     def _check(self, number: int) -> TrialState | None:
         """The state of a trial in a storage that many share, where it stays so until the call ends.
@@ -362,10 +362,12 @@ class Search:
     def report(self, trial: Trial, rung: int, accuracy: float) -> bool:
         """Note the accuracy at the rung, counted from 0; whether to prune."""
         self._check(trial.number)
-        known = self.storage.get_trial(trial._trial_id).intermediate_values
-        if rung not in known:  # of an earlier attempt
-            trial.report(accuracy, rung)
-        return trial.should_prune()
+        # Not by `trial.report`, which takes what it has told for kept, rolled back or not.
+        known = self.storage.get_trial(trial._trial_id)
+        if rung not in known.intermediate_values:  # of an earlier attempt
+            self.storage.set_trial_intermediate_value(trial._trial_id, rung, accuracy)
+            known = self.storage.get_trial(trial._trial_id)
+        return self.pruner.prune(trial.study, known)
 
     @_patient
     def tell(self, number: int, state: str, value: float | None, notes: dict[str, Any]) -> str:

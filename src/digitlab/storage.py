@@ -27,6 +27,7 @@ BEAT = 10  # s between two signs of life of a trial's worker, in a storage that 
 GRACE = 45  # s without one, after which the worker is taken for lost
 PATIENCE = 300.0  # s for which a server that is away is tried again
 _LONGEST_WAIT = 15.0  # s between two tries
+_ENDING = 3.0  # s until the server has noticed that a connection was closed, and frees its locks
 
 _T = TypeVar("_T")
 
@@ -133,19 +134,25 @@ def sessions_of(storage: BaseStorage) -> Sessions | None:
     return None
 
 
+class _Lost(SQLAlchemyError):
+    """Optuna has tried again by itself after a rollback: the whole has to be."""
+
+
 class _JointSession(Session):
     """Optuna commits after each small thing that it is asked; in `together` that waits."""
 
-    joint = False
+    joint = lost = False
 
     def commit(self) -> None:
+        if self.lost:  # what comes later must not be kept without what was lost
+            raise _Lost("a part of the transaction was lost")
         if self.joint:
             self.flush()
         else:
             super().commit()
 
     def rollback(self) -> None:
-        self.joint = False  # what comes later must not be kept without what is lost here
+        self.lost = self.joint
         super().rollback()
 
     def close(self) -> None:
@@ -164,11 +171,10 @@ def together(sessions: Sessions) -> Iterator[None]:
     session.joint = True
     try:
         yield
-        if not session.joint:
-            raise optuna.exceptions.StorageInternalError("a part of the transaction was lost")
         session.joint = False
         session.commit()
     except BaseException:
+        session.joint = False
         session.rollback()
         raise
     finally:
@@ -247,9 +253,12 @@ class Hold:
                 return
             connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
             query = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-            if not connection.execute(query, {"name": self.name}).scalar():
-                connection.close()
-                raise UserError(self.problem)
+            deadline = time.monotonic() + _ENDING
+            while not connection.execute(query, {"name": self.name}).scalar():
+                if time.monotonic() > deadline:
+                    connection.close()
+                    raise UserError(self.problem)
+                time.sleep(0.2)
             self.connection = connection
         except SQLAlchemyError:
             self.close()
