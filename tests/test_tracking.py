@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 
+from digitlab.compose import compose
 from digitlab.errors import UserError
-from digitlab.tracking import MlflowTracking, Start, Tracking
+from digitlab.tracking import _REFUSED, MlflowTracking, Start, Tracking, open_tracking
 
 HOST = "127.0.0.1"
 LONG = "".join(str(i % 10) for i in range(20_000))
@@ -569,6 +570,31 @@ def connect(
 
 Connect = Callable[[], MlflowTracking]
 Runs = list[tuple[object, ...]]
+
+
+def test_tracker_that_is_away_is_waited_for_unless_it_refuses(
+    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose("train", [f"tracking.uri={gate.uri}"])[0].config
+    gate.shut()
+    later = threading.Timer(3, gate.open)
+    later.start()
+    assert open_tracking(config, tmp_path, 60).find({}) == []
+    later.join()
+    assert f"{gate.uri}: cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("API request to endpoint /api failed with error code 401 != 200", True),
+        ("API request to endpoint /api failed with error code 403 != 200", True),
+        ("PERMISSION_DENIED: Permission denied", True),
+        ("HTTPConnectionPool(host='h', port=8401): <object at 0x7f4030> timed out", False),
+    ],
+)
+def test_refused_login_is_told_from_a_tracker_that_is_away(said: str, refused: bool) -> None:
+    assert bool(_REFUSED.search(said)) == refused
 
 
 def test_killed_server_loses_nothing_of_a_run_that_goes_on(

@@ -142,7 +142,12 @@ def crown(
         tracking.delete(row.run_id)
     first = next(iter(final_jobs(config, champion).values())).config
     assert first is not None
-    weights_run = str(next(iter(finals.values()))["run"])
+    key, metrics = next(iter(finals.items()))
+    weights_run = str(metrics["run"])
+    if not weights_run:  # its record was kept back while the tracker was away
+        same = {"digitlab.kind": "final", "digitlab.seed": key.split("/")[1]}
+        rows = tracking.find(same | trial_tags(study, champion.number))
+        weights_run = rows[-1].run_id if rows else ""
     tags = trial_tags(study, champion.number) | {"digitlab.weights_run": weights_run}
     identity = dataclasses.replace(identity, name=f"{study}-champion", kind="champion", tags=tags)
     record = begin_record(tracking, first, identity)

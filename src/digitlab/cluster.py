@@ -1,6 +1,7 @@
 """Workers that a Ray cluster places, and starts again elsewhere when a node is lost."""
 
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ class RayWorkers:
         except ImportError as error:
             raise UserError("launcher=ray: needs Ray: pip install 'digitlab[cluster]'") from error
         self.ray: Any = ray
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(launcher.address, log_to_driver=False, configure_logging=False)
+            signal.signal(signal.SIGTERM, before)  # Ray has set its own, which ends us at once
             free = self.ray.cluster_resources().get("CPU", 0) / launcher.cpus
         except Exception as error:  # Ray's own, of gRPC and of many kinds: one cause for the user
             raise UserError(

@@ -249,6 +249,7 @@ class _Sweep:
             return
         self._work_off("trials", self._next_trial, self._trial_ended, total)
         while self.hold and not self.stopping and not self._complete(total):  # others run the rest
+            self.hold.keep()
             self._reap()
             time.sleep(_LOOK)
             self._work_off("trials", self._next_trial, self._trial_ended, total)
@@ -348,7 +349,11 @@ class _Sweep:
             row, why = self.search.rows()[job.number], worker.killed or "its worker died"
             state = row.state
             if state == "running":
-                state = reconcile_trial(self.search, self.tracking, row, why)
+                try:
+                    state = reconcile_trial(self.search, self.tracking, row, why)
+                except UserError:  # the tracker is away: the next attempt voids what this one left
+                    self.search.put_back(row.number, int(row.notes.get("attempts", 0)) + 1)
+                    state = "waiting"
             self.board.say(f"trial {job.number}: {why}; {state}")
         elif done.state in ("waiting", "failed"):
             self.board.say(f"trial {job.number} {done.state}: {done.reason}")
@@ -455,10 +460,15 @@ class _Sweep:
         waiting = list(todo.values())
         keys = {id(job): key for key, job in todo.items()}
         tries = dict.fromkeys(todo, 0)
-        for job in waiting:  # of a call that was killed
+
+        def clear(job: Job) -> None:
+            """What a call or a worker that was killed has left of it is void."""
             same = {"digitlab.kind": job.kind, **trial_tags(self.study.name, job.number)}
             for row in self.tracking.find(same | job.tags):
                 self.tracking.delete(row.run_id)
+
+        for job in waiting:
+            clear(job)
 
         def ended(_: Worker, job: Job, done: Done | None) -> None:
             key = keys[id(job)]
@@ -467,6 +477,8 @@ class _Sweep:
                 self.search.note(phase, self._noted(phase) | {key: metrics})
                 return
             tries[key] += 1
+            if done is None:
+                clear(job)
             reason = "its worker died" if done is None else done.reason
             if tries[key] > self.study.retries:
                 raise UserError(f"{phase} {key}: {reason}, {tries[key]} times")
@@ -501,7 +513,9 @@ class _Sweep:
             identity = self._identity("champion", "", {})
             summary = crown(self.tracking, self.config, identity, self.lab, choice, finals)
             self.search.note("champion", summary | {"asked": asked})
+        if self.search.notes().get("published") != asked:
             self._publish(summary)
+            self.search.note("published", asked)
         self.board.print(trials_table(rows, self.study))
         self.board.say(pruning_text(rows, unpruned))
         overrides = None if self.again else self.overrides

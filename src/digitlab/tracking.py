@@ -1,9 +1,12 @@
 """Records of runs: MLflow, or none. The only module that imports mlflow."""
 
+import errno
 import functools
 import json
 import logging
 import os
+import random
+import re
 import shutil
 import sqlite3
 import sys
@@ -151,15 +154,30 @@ def sqlite_uri(lab: Path) -> str:
     return f"sqlite:///{lab / 'mlflow.db'}?timeout=60"
 
 
-def open_tracking(config: Config, lab: Path) -> Tracking:
+# What MLflow says of a login that is wrong, which no waiting changes.
+_REFUSED = re.compile(r"error code 40[13]\b|PERMISSION_DENIED|UNAUTHENTICATED")
+
+
+def open_tracking(config: Config, lab: Path, patience: float = 0.0) -> Tracking:
     """The tracker of `config.tracking`, set up and reachable.
+
+    Args:
+        patience: seconds for which a tracker that is away is tried again.
 
     Raises:
         UserError: it cannot be reached or written.
     """
     if config.tracking.name is Tracker.none:
         return Tracking()
-    return MlflowTracking(config.tracking.uri, config.tracking.experiment, lab)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return MlflowTracking(config.tracking.uri, config.tracking.experiment, lab)
+        except UserError as error:
+            if _REFUSED.search(str(error)) or time.monotonic() > deadline:
+                raise
+            print(error, file=sys.stderr, flush=True)
+        time.sleep(random.uniform(5, 10))  # noqa: S311  s
 
 
 _P = ParamSpec("_P")
@@ -406,24 +424,35 @@ class _MlflowRecord(RunRecord):
                 reason = first_line(error)
                 print(f"tracking: not reached ({reason}); kept in {self.folder}", file=sys.stderr)
                 self.tried = time.monotonic()
-                self._lock()
+                self._lock(10.0)  # s; one that delivers may look into the new folder
         self._write(operation)
         if time.monotonic() - self.tried > _RETRY_SECONDS:
             self.tried = time.monotonic()
             self._deliver_rest()
 
-    def _lock(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        self.lock.acquire(timeout=0)
+    def _lock(self, seconds: float = 0.0) -> None:
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = FileLock(self.folder / ".lock")
+                self.lock.acquire(timeout=seconds)
+                return
+            except (FileNotFoundError, FileExistsError):  # another process is removing it
+                continue
 
     def _write(self, operation: dict[str, Any]) -> None:
         if operation["do"] == "artifacts":
             target = self.folder / f"artifacts-{len(self.kept)}"
             shutil.move(operation["folder"], target)
             operation = {"do": "artifacts", "folder": target.name}
-        with open(self.folder / "operations.jsonl", "a") as file:
-            file.write(json.dumps(operation) + "\n")
+        with open(self.folder / "operations.jsonl", "ab", buffering=0) as file:
+            whole, line = file.seek(0, os.SEEK_END), (json.dumps(operation) + "\n").encode()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(whole)  # or the next line would be added to a half of this one
+                raise
         self.kept.append(operation)
         self._write_state()
 

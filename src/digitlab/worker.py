@@ -2,8 +2,8 @@
 
 import gc
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -15,8 +15,8 @@ from digitlab.reconcile import record_taken, trial_runs
 from digitlab.record import Identity, begin_record, trial_tags
 from digitlab.run import Broken, Ended, Outcome, perform
 from digitlab.search import GivenAway, Search, TrialRow, trial_value
-from digitlab.storage import GRACE, open_storage
-from digitlab.tracking import Tracking, open_tracking
+from digitlab.storage import GRACE, PATIENCE, open_storage, patiently, sessions_of
+from digitlab.tracking import RunRecord, Tracking, open_tracking
 from digitlab.training import Watch
 from digitlab.workers import Done, Job, Progress, Setup, one_worker
 
@@ -26,9 +26,11 @@ _TELL_SECONDS = 0.2  # between two messages about progress
 def work(connection: Connection, setup: Setup) -> None:
     """Run jobs from the connection until it closes or says None."""
     with one_worker(setup.lab, setup.config.study.name):
-        storage = open_storage(setup.lab, setup.config.study.storage)
-        search = Search(storage, setup.config)
-        worker = Work(connection, setup, search, open_tracking(setup.config, setup.lab))
+        storage = open_storage(setup.lab, setup.config.study.storage, PATIENCE)
+        patience = PATIENCE if sessions_of(storage) else 0.0  # servers that others keep come back
+        search = patiently(lambda: Search(storage, setup.config), patience)
+        tracking = open_tracking(setup.config, setup.lab, patience)
+        worker = Work(connection, setup, search, tracking)
         with suppress(EOFError, OSError):  # the parent has died
             connection.send("ready")
             while (job := connection.recv()) is not None:
@@ -101,12 +103,8 @@ class Work:
             return self._take_over(job, config, twin)
         watch = _TrialWatch(self, trial, values)
         outcome = self._perform(job, config, watch)
-        try:
+        with _void_if_given_away(outcome.record):
             return self._settle(job, outcome, watch.curve, int(attempts or 0))
-        except GivenAway:  # its run is void
-            if outcome.record is not None:
-                outcome.record.drop()
-            raise
 
     def _settle(self, job: Job, outcome: Outcome, curve: list[float], attempts: int) -> Done:
         """Tell the study how a trial ended, or put it back."""
@@ -131,16 +129,29 @@ class Work:
         record = begin_record(self.tracking, self.config, self._identity(job))
         record.log(tags={"digitlab.reason": reason})
         record.end("failed")
-        self.search.tell(job.number, "failed", None, {"reason": reason})
+        with _void_if_given_away(record):
+            self.search.tell(job.number, "failed", None, {"reason": reason})
         return Done("failed", reason)
 
     def _take_over(self, job: Job, config: Config, twin: TrialRow) -> Done:
         """The result of an earlier trial with the same values and so the same bits."""
         metrics = dict(twin.notes.get("metrics", {}))
         notes = {"metrics": metrics, "taken_from": str(twin.number)}
-        record_taken(self.tracking, config, self._identity(job), notes)
-        self.search.tell(job.number, "finished", twin.value, notes)
+        record = record_taken(self.tracking, config, self._identity(job), notes)
+        with _void_if_given_away(record):
+            self.search.tell(job.number, "finished", twin.value, notes)
         return Done("finished", f"as trial {twin.number}", metrics)
+
+
+@contextmanager
+def _void_if_given_away(record: RunRecord | None) -> Iterator[None]:
+    """The run of a trial that turns out to be another worker's is dropped."""
+    try:
+        yield
+    except GivenAway:
+        if record is not None:
+            record.drop()
+        raise
 
 
 class _Told(Watch):
