@@ -108,6 +108,8 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
         try:
             trainer.fit(module, datamodule=data)
         except SystemExit as end:  # what Lightning makes of Ctrl-C and, between batches, of SIGTERM
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise end.__context__ from None
             watch.batch(module.steps / steps)  # which has heard of it too, and ends the run
             raise KeyboardInterrupt from end
     measured, labels = data.measured()
