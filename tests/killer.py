@@ -2,9 +2,9 @@
 
 A worker whose lab holds `killer.json`, {"probability": p, "left": n}, kills itself with
 probability p before and after each step of a trial's life, as long as the file
-`killed` beside it has fewer than n lines; each line names the step. "hang" and "raise" list
-numbers of trials that do so. Every opening of a test file is noted in `opened`, with the kind of
-run that did it.
+`killed` beside it has fewer than n lines; each line names the step. "only" names the kind of run
+and the step at which alone it does. "hang" and "raise" list numbers of trials that do so. Every
+opening of a test file is noted in `opened`, with the kind of run that did it.
 """
 
 import json
@@ -27,6 +27,8 @@ _orders: dict[str, Any] = {}
 
 def _maybe_die(step: str) -> None:
     if random.random() >= _orders.get("probability", 0):
+        return
+    if "only" in _orders and [*_kind, step] != _orders["only"]:
         return
     killed: Path = _orders["lab"] / "killed"
     lines = killed.read_text().splitlines() if killed.exists() else []

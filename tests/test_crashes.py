@@ -82,6 +82,15 @@ def test_nothing_is_lost_or_doubled_over_a_hundred_kills(lab, run_sweep) -> None
     assert results(lab) == undisturbed(lab, run_sweep, *study)
 
 
+@pytest.mark.parametrize("kind", ["confirm", "final"])
+def test_worker_that_dies_in_a_fit_leaves_no_run(lab, run_sweep, kind) -> None:
+    orders = {"probability": 1, "left": 1, "only": [kind, "before batch"]}
+    (lab / "killer.json").write_text(json.dumps(orders))
+    assert run_sweep("study.pruner=none", "study.confirm=2").wait() == 0
+    assert (lab / "killed").read_text() == "before batch\n"
+    assert_whole(lab, 3)
+
+
 @pytest.mark.long
 def test_one_worker_killed_five_times_gives_the_same_trials(lab, run_sweep) -> None:
     study = (
