@@ -314,7 +314,7 @@ def against_the_conventional_stack(lab: Path, repeats: int) -> list[Figure]:
     """The default study against the same one on the usual stack, in turns.
 
     A turn of ours is eight trials, from the start of the first to the end of the last; of theirs
-    it is four with a pruner and two without, which take most of the time of all that is measured.
+    it is two with a pruner and two without, which take most of the time of all that is measured.
     """
     whole, pruned = [], []
     with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
@@ -324,7 +324,7 @@ def against_the_conventional_stack(lab: Path, repeats: int) -> list[Figure]:
             (Path(theirs) / kind / "MNIST/raw").symlink_to(lab / "data/mnist")
         for turn in range(repeats):
             seconds = _study_seconds(Path(ours), 8 * turn, 8 * (turn + 1)) / 8
-            pruned.append(_conventional_seconds(Path(theirs) / "pruned", 4, lab) / seconds)
+            pruned.append(_conventional_seconds(Path(theirs) / "pruned", 2, lab) / seconds)
             whole.append(_conventional_seconds(Path(theirs) / "whole", 2, lab) / seconds)
     return [
         Figure("trials an hour / the conventional stack", "ratio", whole, least=6),
