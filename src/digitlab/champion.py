@@ -145,7 +145,8 @@ def crown(
     key, metrics = next(iter(finals.items()))
     weights_run = str(metrics["run"])
     if not weights_run:  # its record was kept back while the tracker was away
-        same = {"digitlab.kind": "final", "digitlab.seed": key.split("/")[1]}
+        same = {"digitlab.kind": "final", "digitlab.state": "finished"}
+        same["digitlab.seed"] = key.split("/")[1]
         rows = tracking.find(same | trial_tags(study, champion.number))
         weights_run = rows[-1].run_id if rows else ""
     tags = trial_tags(study, champion.number) | {"digitlab.weights_run": weights_run}

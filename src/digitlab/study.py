@@ -352,7 +352,10 @@ class _Sweep:
                 try:
                     state = reconcile_trial(self.search, self.tracking, row, why)
                 except UserError:  # the tracker is away: the next attempt voids what this one left
-                    self.search.put_back(row.number, int(row.notes.get("attempts", 0)) + 1)
+                    attempts = int(row.notes.get("attempts", 0)) + 1
+                    if attempts > self.study.retries or worker.killed:
+                        raise
+                    self.search.put_back(row.number, attempts)
                     state = "waiting"
             self.board.say(f"trial {job.number}: {why}; {state}")
         elif done.state in ("waiting", "failed"):
@@ -478,7 +481,8 @@ class _Sweep:
                 return
             tries[key] += 1
             if done is None:
-                clear(job)
+                with suppress(UserError):  # the tracker is away: the audit finds what is left
+                    clear(job)
             reason = "its worker died" if done is None else done.reason
             if tries[key] > self.study.retries:
                 raise UserError(f"{phase} {key}: {reason}, {tries[key]} times")
@@ -510,6 +514,9 @@ class _Sweep:
         if complete:
             self.board.say(f"study {self.study.name} is complete: {len(rows)} trials")
         else:
+            self._await_tracker()  # which is given what the final fits kept back
+            if self.stopping:
+                return 130
             identity = self._identity("champion", "", {})
             summary = crown(self.tracking, self.config, identity, self.lab, choice, finals)
             self.search.note("champion", summary | {"asked": asked})

@@ -162,14 +162,15 @@ def open_tracking(config: Config, lab: Path, patience: float = 0.0) -> Tracking:
     """The tracker of `config.tracking`, set up and reachable.
 
     Args:
-        patience: seconds for which a tracker that is away is tried again.
+        patience: seconds for which a server that is away is tried again; a database is not.
 
     Raises:
         UserError: it cannot be reached or written.
     """
     if config.tracking.name is Tracker.none:
         return Tracking()
-    deadline = time.monotonic() + patience
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    deadline = time.monotonic() + (patience if uri.startswith("http") else 0.0)
     while True:
         try:
             return MlflowTracking(config.tracking.uri, config.tracking.experiment, lab)
@@ -431,14 +432,15 @@ class _MlflowRecord(RunRecord):
             self._deliver_rest()
 
     def _lock(self, seconds: float = 0.0) -> None:
-        while True:
+        for again in (True, True, False):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = FileLock(self.folder / ".lock")
                 self.lock.acquire(timeout=seconds)
                 return
             except (FileNotFoundError, FileExistsError):  # another process is removing it
-                continue
+                if not again:
+                    raise
 
     def _write(self, operation: dict[str, Any]) -> None:
         if operation["do"] == "artifacts":

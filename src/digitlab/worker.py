@@ -29,7 +29,7 @@ def work(connection: Connection, setup: Setup) -> None:
         storage = open_storage(setup.lab, setup.config.study.storage, PATIENCE)
         patience = PATIENCE if sessions_of(storage) else 0.0  # servers that others keep come back
         search = patiently(lambda: Search(storage, setup.config), patience)
-        tracking = open_tracking(setup.config, setup.lab, patience)
+        tracking = open_tracking(setup.config, setup.lab, PATIENCE)
         worker = Work(connection, setup, search, tracking)
         with suppress(EOFError, OSError):  # the parent has died
             connection.send("ready")
