@@ -87,8 +87,8 @@ def audit(
             shared study that has none: while workers elsewhere go on, it may wait in an outbox.
     """
     study = search.config.name
-    audited = _Audit(search, tracking, config, repair)
-    audited.again = repair and (deep or search.engine is None)
+    again = repair and (deep or search.engine is None)
+    audited = _Audit(search, tracking, config, repair, again)
     kept = tracking.kept_back()
     if kept:
         delivered = tracking.deliver() if repair else 0
@@ -117,10 +117,12 @@ def audit(
 
 
 class _Audit:
-    def __init__(self, search: Search, tracking: Tracking, config: Config, repair: bool) -> None:
-        self.search, self.tracking = search, tracking
-        self.config, self.repair = config, repair
-        self.again = repair  # make runs for trials that have none
+    def __init__(
+        self, search: Search, tracking: Tracking, config: Config, repair: bool, again: bool
+    ) -> None:
+        """Args: again: make runs for trials that have none."""
+        self.search, self.tracking, self.config = search, tracking, config
+        self.repair, self.again = repair, again
         self.lost = search.lost()
         self.problems: list[Problem] = []
 
