@@ -27,25 +27,25 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from digitlab.base.console import Board, table
+from digitlab.base.environment import describe_environment
+from digitlab.base.errors import UserError, require
+from digitlab.base.paths import ROOT, lab_folder
 from digitlab.cli import Parser
-from digitlab.compose import compose, with_values
-from digitlab.config import Config
-from digitlab.console import Board, table
-from digitlab.datamodule import DigitsData
-from digitlab.datasets import TEST, load_digits
-from digitlab.environment import describe_environment
-from digitlab.errors import UserError, require
-from digitlab.lab import ROOT, lab_folder
-from digitlab.module import DigitModule, build_optimizer, build_schedule, evaluate
+from digitlab.config.compose import compose, with_values
+from digitlab.config.types import Config
+from digitlab.data.datamodule import DigitsData
+from digitlab.data.datasets import TEST, load_digits
 from digitlab.networks import build_network
-from digitlab.record import Identity, begin_record, trial_tags
-from digitlab.run import perform
-from digitlab.search import Search
-from digitlab.space import Knob, suggest
-from digitlab.storage import open_storage
-from digitlab.tracking import Tracking, open_tracking
-from digitlab.training import Watch, fit
-from digitlab.workers import Job, Pool, Setup, preload
+from digitlab.records.mlflow import Tracking, open_tracking
+from digitlab.records.record import Identity, begin_record, trial_tags
+from digitlab.study.run import perform
+from digitlab.study.space import Knob, suggest
+from digitlab.study.storage import open_storage
+from digitlab.study.trials import Search
+from digitlab.study.workers.processes import Job, Pool, Setup, preload
+from digitlab.training.fit import Watch, fit
+from digitlab.training.module import DigitModule, build_optimizer, build_schedule, evaluate
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ class _Facts(Watch):
 _FIT = """
 import json, sys, time
 from pathlib import Path
-from digitlab.compose import compose
-from digitlab.training import Watch, fit
+from digitlab.config.compose import compose
+from digitlab.training.fit import Watch, fit
 config = compose("train", sys.argv[2:])[0].config
 begun = time.perf_counter()
 accuracy = fit(config, Path(sys.argv[1]), Watch()).metrics["test_accuracy"]

@@ -18,14 +18,14 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits as load_uci
 from sklearn.datasets import load_sample_images
 
-from digitlab.compose import compose
-from digitlab.datasets import TEST, load_digits
-from digitlab.lab import lab_folder
-from digitlab.module import evaluate
-from digitlab.predict import Predictor
-from digitlab.prepare import Grey, prepare
-from digitlab.statistics import share_interval
-from digitlab.tracking import open_tracking
+from digitlab.base.paths import lab_folder
+from digitlab.base.statistics import share_interval
+from digitlab.config.compose import compose
+from digitlab.data.datasets import TEST, load_digits
+from digitlab.digits.predict import Predictor
+from digitlab.digits.prepare import Grey, prepare
+from digitlab.records.mlflow import open_tracking
+from digitlab.training.module import evaluate
 
 CHANCE = np.random.default_rng(0)
 FONTS = sorted((Path(matplotlib.get_data_path()) / "fonts/ttf").glob("DejaVu*.ttf"))

@@ -25,10 +25,10 @@ from optuna.samplers import RandomSampler
 from optuna.storages import GrpcStorageProxy, RDBStorage
 from sqlalchemy import create_engine, text
 
-from digitlab.compose import compose
-from digitlab.search import Search
-from digitlab.space import suggest
-from digitlab.storage import open_storage
+from digitlab.config.compose import compose
+from digitlab.study.space import suggest
+from digitlab.study.storage import open_storage
+from digitlab.study.trials import Search
 
 # Earlier trials, as many rows as real ones have; made by the server, since telling takes minutes.
 _EARLIER = """

@@ -10,9 +10,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from digitlab import workers
+from digitlab.base.errors import UserError
 from digitlab.cli import main
-from digitlab.errors import UserError
+from digitlab.study.workers import processes as workers
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
@@ -21,10 +21,12 @@ if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked f
     hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ["parts"]  # PostgreSQL, MLflow, Ray
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "support" / "digits"
 
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
-os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the fork server finds `killer`
+os.environ["PYTHONPATH"] = str(
+    Path(__file__).parent / "support"
+)  # where the fork server finds `killer`
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ class Parent:
 
     def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
         self.log = lab / "log.txt"
-        workers.preload("digitlab.study", "digitlab.report", *LATE, "killer")
+        workers.preload("digitlab.study.driver", "digitlab.results.report", *LATE, "killer")
         self.process = workers._CONTEXT.Process(target=_sweep, args=(lab, list(overrides)))
         self.process.start()
 
@@ -93,8 +95,8 @@ class Parent:
 
 
 def _sweep(lab: Path, overrides: list[str]) -> None:
-    from digitlab.compose import compose
-    from digitlab.study import sweep
+    from digitlab.config.compose import compose
+    from digitlab.study.driver import sweep
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import Call, CallIn
 
-from digitlab.compose import compose, config_from_yaml
-from digitlab.errors import UserError
-from digitlab.tracking import MlflowTracking
+from digitlab.base.errors import UserError
+from digitlab.config.compose import compose, config_from_yaml
+from digitlab.records.mlflow import MlflowTracking
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "support" / "digits"
 DIGITLAB = Path(sys.executable).parent / "digitlab"
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]

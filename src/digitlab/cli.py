@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from digitlab.errors import UserError, nearest
-from digitlab.lab import ROOT, lab_folder
+from digitlab.base.errors import UserError, nearest
+from digitlab.base.paths import ROOT, lab_folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ def _data(arguments: list[str]) -> int:
     parser = Parser("digitlab data", description="Fetch and verify a data set.")
     parser.add_argument("name", nargs="?", default="mnist", help="mnist, fashion_mnist")
     name = parser.parse_args(arguments).name
-    from digitlab.datasets import TEST, TRAIN, load_digits
+    from digitlab.data.datasets import TEST, TRAIN, load_digits
 
     for files in (TRAIN, TEST):
         digits = load_digits(lab_folder(), name, files)
@@ -69,35 +69,35 @@ def _data(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from digitlab.compose import compose
+    from digitlab.config.compose import compose
 
     parser = Parser("digitlab train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config-from", metavar="RUN")
     options, arguments = parser.parse_known_args(arguments)
     if options.config_from:
-        from digitlab.reproduce import train_from
+        from digitlab.results.reproduce import train_from
 
         return train_from(options.config_from, arguments, lab_folder())
     jobs = compose("train", arguments)
     if not jobs:  # --help, --cfg and the like have printed what was asked for
         return 0
-    from digitlab.run import train
+    from digitlab.study.run import train
 
     return max(train(job, lab_folder()) for job in jobs)
 
 
 def _sweep(arguments: list[str]) -> int:
-    from digitlab.workers import preload
+    from digitlab.study.workers.processes import preload
 
     lab = lab_folder()  # whose .env the workers inherit
     if not any(argument.startswith("-") for argument in arguments):
         preload()  # beside the parent's own imports
-    from digitlab.compose import compose
+    from digitlab.config.compose import compose
 
     jobs = compose("sweep", arguments)
     if not jobs:
         return 0
-    from digitlab.study import sweep
+    from digitlab.study.driver import sweep
 
     return max(sweep(job, lab) for job in jobs)
 
@@ -109,7 +109,7 @@ def _worker(arguments: list[str]) -> int:
         "--storage", metavar="ADDRESS", help="postgresql+psycopg://...; else DIGITLAB_STORAGE"
     )
     options = parser.parse_args(arguments)
-    from digitlab.join import worker
+    from digitlab.study.join import worker
 
     return worker(options.study, options.storage, lab_folder())
 
@@ -120,7 +120,7 @@ def _audit(arguments: list[str]) -> int:
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
-    from digitlab.reconcile import inspect
+    from digitlab.study.audit import inspect
 
     return inspect(options.study, lab_folder(), options.repair, options.json)
 
@@ -161,13 +161,13 @@ def _reproduce(arguments: list[str]) -> int:
 
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:
-        from digitlab.workers import preload
+        from digitlab.study.workers.processes import preload
 
         preload()
-        from digitlab.replay import replay
+        from digitlab.results.replay import replay
 
         return replay(options.study, lab, options.json)
-    from digitlab.reproduce import reproduce, reproduce_file
+    from digitlab.results.reproduce import reproduce, reproduce_file
 
     if options.config:
         return reproduce_file(Path(options.config), overrides, lab)
@@ -182,7 +182,7 @@ def _compare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     overrides = [word for word in options.runs if "=" in word]
     runs = [word for word in options.runs if "=" not in word]
-    from digitlab.compare import compare
+    from digitlab.results.compare import compare
 
     return compare(runs, overrides, lab_folder(), options.json, options.page)
 
@@ -192,7 +192,7 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("study", nargs="?", help="its name; the one begun last if none is given")
     parser.add_argument("--out", type=Path, help="a file beside the recipe, say", metavar="FILE")
     options = parser.parse_args(arguments)
-    from digitlab.report import write_report
+    from digitlab.results.report import write_report
 
     return write_report(options.study, options.out, lab_folder())
 
@@ -204,7 +204,7 @@ def _explain(arguments: list[str]) -> int:
     parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
     parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
     options = parser.parse_args(arguments)
-    from digitlab.explain import explain
+    from digitlab.digits.explain import explain
 
     return explain(options.image, options.run, options.against, options.out, lab_folder())
 
@@ -220,7 +220,7 @@ def _predict(arguments: list[str]) -> int:
     parser.add_argument("--explain", action="store_true", help="draw why, in lab/explained/")
     parser.add_argument("--save", type=Path, help="the 28x28 that are read", metavar="FOLDER")
     options = parser.parse_args(arguments)
-    from digitlab.predict import predict
+    from digitlab.digits.predict import predict
 
     given = (options.image, options.run, options.json, options.explain, options.save)
     return predict(*given, lab_folder())
@@ -231,7 +231,7 @@ def _draw(arguments: list[str]) -> int:
     parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
     parser.add_argument("--port", type=int, default=8000, help="8000")
     options = parser.parse_args(arguments)
-    from digitlab.draw import draw
+    from digitlab.pages.draw import draw
 
     return draw(options.run, lab_folder(), options.port)
 
@@ -243,19 +243,19 @@ def _evaluate(arguments: list[str]) -> int:
     parser.add_argument("--prepared", type=int, default=1000, help="images of each, prepared; 1000")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
-    from digitlab.shift import evaluate_shift
+    from digitlab.digits.shift import evaluate_shift
 
     return evaluate_shift(options.run, options.prepared, options.json, lab_folder())
 
 
 def _ui(arguments: list[str]) -> int:
-    from digitlab.ui import serve
+    from digitlab.pages.ui import serve
 
     return _pages("ui", "MLflow's pages on this machine.", 5000, arguments, serve)
 
 
 def _dashboard(arguments: list[str]) -> int:
-    from digitlab.ui import dashboard
+    from digitlab.pages.ui import dashboard
 
     return _pages("dashboard", "Optuna's pages on this machine.", 8080, arguments, dashboard)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from digitlab.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest
 from digitlab.networks.convnet import Convnet, ConvnetConfig
 from digitlab.networks.seed import Seed, SeedConfig
 

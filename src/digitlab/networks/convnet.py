@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from digitlab.errors import UserError, require
+from digitlab.base.errors import UserError, require
 
 PIXELS = 28
 CLASSES = 10

@@ -1,0 +1,85 @@
+"""What a run ran on: code, libraries and machine."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from digitlab.base.paths import ROOT
+
+_SOURCES = ("src", "conf", "experiments")  # whose untracked files may have taken part
+# Whatever a person's git is set to, the diff is one that `git apply` takes.
+_DIFF = (
+    *("--binary", "--no-color", "--no-ext-diff", "--no-textconv", "-U3"),
+    *("--src-prefix=a/", "--dst-prefix=b/"),
+)
+_LARGEST = 2**20  # bytes of an untracked file that is kept whole
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a run's code, libraries and machine are, as plain containers.
+
+    `diff` and `untracked` (path -> text, None of a file too large or not text) are what a checkout
+    of `commit` lacks. `source` is the package's own digest: the same code at another commit.
+    """
+    libraries: dict[str, str] = {}
+    for distribution in distributions():  # of two of a name, the first is the one imported
+        try:
+            name = distribution.metadata["Name"]
+        except FileNotFoundError:  # what an uninstallation left behind
+            continue
+        if name:
+            libraries.setdefault(name.lower(), distribution.version)
+    listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
+    return {
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "diff": _git("diff", *_DIFF, "HEAD"),
+        "untracked": {path: _text(ROOT / path) for path in listed.split("\0") if path},
+        "source": source_digest(),
+        "libraries": dict(sorted(libraries.items())),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode() if path.stat().st_size <= _LARGEST else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def source_digest(package: Path | None = None) -> str:
+    """SHA-256 of a package's source, this one's if none is given; the first 12 characters."""
+    digest = hashlib.sha256()
+    package = package or Path(__file__).parent.parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; empty where there is no git or no repository."""
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    # Names and changes need not be UTF-8; JSON takes the bytes that are not as surrogates.
+    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            models = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+        return models[0]
+    except (OSError, IndexError):
+        return platform.processor()

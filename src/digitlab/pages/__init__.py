@@ -1,0 +1,1 @@
+"""Pages in a browser: drawing, MLflow's and Optuna's."""

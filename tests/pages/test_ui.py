@@ -1,0 +1,530 @@
+"""MLflow's and Optuna's own pages on a study, in a real browser, from the servers that we start."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHARE
+from playwright.sync_api import Browser, Page
+from test_report import Study, configure, look, open_browser, recorded, studies
+
+from digitlab.base.paths import ROOT
+from digitlab.cli import main
+from digitlab.config.compose import compose, config_to_yaml
+from digitlab.pages.views import describe_study, view_addresses, view_tags
+from digitlab.records.mlflow import open_tracking
+from digitlab.records.record import Identity, begin_record, stage, trial_tags
+from digitlab.study.storage import open_storage
+from digitlab.study.trials import Search
+
+DIGITLAB = Path(sys.executable).parent / "digitlab"
+HOST = "127.0.0.1"
+BESIDE = "127.0.0.2"  # of this machine too, so what listens to all addresses answers there
+
+
+# ---- what is tagged ------------------------------------------------------------------------------
+
+TWELVE = {
+    "model.widths": "choice([16,24,48],[16,32,48],[16,32,64])",
+    "model.hidden": "tag(log,int(interval(16,64)))",
+    "model.dropout": "interval(0,0.5)",
+    "data.batch_size": "choice(64,128,256)",
+    "data.augment.shift": "interval(0,3)",
+    "data.augment.rotate": "interval(0,20)",
+    "data.augment.scale": "interval(0,0.2)",
+    "optim.learning_rate": "tag(log,interval(0.003,0.03))",
+    "optim.weight_decay": "tag(log,interval(0.0001,0.1))",
+    "optim.label_smoothing": "interval(0,0.1)",
+    "optim.warmup": "interval(0.1,0.5)",
+    "trainer.epochs": "range(1,6)",
+}
+
+
+def state_of(tag: str) -> dict[str, Any]:
+    """The state of a saved view, unpacked as MLflow's page does it."""
+    kind, packed = json.loads(tag)["state"].split(";")
+    assert kind == "deflate"
+    return dict(json.loads(zlib.decompress(base64.b64decode(packed, validate=True))))
+
+
+def test_view_of_twelve_knobs_fits_into_a_tag_and_shows_them_all() -> None:
+    tags = view_tags(replace(configure().study, name="a-study_of.mine", space=TWELVE))
+    assert sorted(tags) == [
+        "mlflow.sharedViewState.digitlab-a-study_of.mine-charts",
+        "mlflow.sharedViewState.digitlab-a-study_of.mine-table",
+    ]
+    assert max(map(len, tags.values())) < 5000  # what MLflow takes
+    for key, tag in tags.items():
+        title = "charts" if key.endswith("charts") else "best first"
+        assert json.loads(tag)["name"] == f"a-study_of.mine: {title}"
+        state = state_of(tag)
+        assert "'a-study_of.mine'" in state["searchFilter"]
+        assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val_accuracy`", False)
+        columns = state["selectedColumns"]
+        assert len(set(columns)) == len(columns)
+        assert {f"params.`{knob}`" for knob in TWELVE} < set(columns)
+        assert state["columnOrder"] == columns
+        assert state["compareRunCharts"][0]["selectedParams"] == list(TWELVE)
+        sections = {section["uuid"] for section in state["compareRunSections"]}
+        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
+        assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 3
+
+
+def test_addresses_name_the_views_that_are_tagged() -> None:
+    study = configure().study
+    keys = {key.removeprefix("mlflow.sharedViewState.") for key in view_tags(study)}
+    addresses = view_addresses("http://there/#/runs?a=b", study.name)
+    assert {address.split("viewStateShareKey=")[1] for address in addresses.values()} == keys
+    assert all(address.startswith("http://there/#/runs?a=b&") for address in addresses.values())
+
+
+def test_a_studys_text_tells_its_space_and_what_came_of_it() -> None:
+    config = configure()
+    begun = describe_study(config, ("experiments=smoke", "study.trials=9"))
+    assert "No champion yet." in begun
+    assert "| `model.hidden` | `tag(log,int(interval(16,64)))` |" in begun
+    assert "`make sweep EXPERIMENT=smoke ARGS=study.trials=9`" in begun
+    ended = describe_study(config, (), "champion: trial 7")
+    assert "champion: trial 7" in ended
+    assert "No champion yet" not in ended
+
+
+# ---- the servers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+    told: str  # what it printed when it began
+
+    def get(self, path: str, host: str = HOST, **headers: str) -> bytes:
+        request = urllib.request.Request(f"http://{host}:{self.port}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bytes(answer.read())
+
+
+@contextmanager
+def served(command: str, lab: Path, path: str, log: Path) -> Iterator[Server]:
+    """`digitlab ui` or `dashboard`, as a person starts it, until it answers on a path."""
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [DIGITLAB, command, "--port", str(port)],
+            env=os.environ | {"DIGITLAB_HOME": str(lab)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            server = Server(port, log.read_text())
+            try:
+                server.get(path)
+                break
+            except OSError as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"{error}: {server.told}") from error
+                time.sleep(0.1)
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return studies(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Path) -> Study:
+    return recorded(lab, "smoke")
+
+
+@pytest.fixture(scope="module")
+def ui(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with served("ui", lab, "/health", tmp_path_factory.mktemp("ui") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    yield from open_browser()
+
+
+@dataclass(frozen=True)
+class Looking:
+    """A browser before the pages of a server."""
+
+    page: Page
+    server: Server
+    elsewhere: list[str]  # requests to other places
+
+    def open(self, address: str) -> None:
+        self.page.goto("about:blank")  # or a change after the # alone loads nothing anew
+        self.page.goto(address)
+
+    def address(self, study: str, kind: str) -> str:
+        """As the command has printed it."""
+        found = re.search(rf"^{study}, {kind}: (\S+)$", self.server.told, re.MULTILINE)
+        assert found, self.server.told
+        return found[1]
+
+    def path(self, path: str) -> str:
+        return f"http://{HOST}:{self.server.port}/#{path}"
+
+    def wait_rows(self, count: int) -> None:
+        counted = "n => document.querySelectorAll('.ag-pinned-left-cols-container .ag-row').length"
+        self.page.wait_for_function(f"{counted} === n", arg=count)
+
+    def column(self, column: str) -> list[str]:
+        """The texts of a column, from top to bottom."""
+        rows = self.page.evaluate(
+            """id => [...document.querySelectorAll('.ag-row .ag-cell')]
+                .filter(cell => cell.getAttribute('col-id') === id)
+                .map(cell => [+cell.closest('.ag-row').getAttribute('row-index'), cell.innerText])
+            """,
+            column,
+        )
+        return [text.splitlines()[-1] for _, text in sorted(rows)]
+
+
+def look_at(browser: Browser, server: Server) -> Looking:
+    page = browser.new_page(viewport={"width": 2200, "height": 1000})  # or columns are left out
+    page.set_default_timeout(60_000)
+    looking = Looking(page, server, [])
+
+    def note(url: str) -> None:
+        if not url.startswith((f"http://{HOST}:{server.port}/", "data:", "blob:", "about:")):
+            looking.elsewhere.append(url)
+
+    page.on("request", lambda request: note(request.url))
+    return looking
+
+
+@pytest.fixture(scope="module")
+def looking(browser: Browser, ui: Server) -> Iterator[Looking]:
+    looking = look_at(browser, ui)
+    yield looking
+    looking.page.close()
+
+
+NAME = "attributes.`Run Name`"
+
+
+# ---- MLflow's pages ------------------------------------------------------------------------------
+
+
+def test_table_lists_the_studys_trials_and_nothing_else_best_first(
+    looking: Looking, whole: Study
+) -> None:
+    looking.open(looking.address("smoke", "table"))
+    rows = whole.search.rows()
+    looking.wait_rows(len(rows))
+    looking.page.get_by_text(f"{len(rows)} matching runs").wait_for()
+    values = {f"smoke-{row.number}": row.value for row in rows if row.state == "finished"}
+    best_first = sorted(values.values(), reverse=True)
+    names = looking.column(NAME)
+    assert [values[name] for name in names[: len(values)]] == best_first  # two may be tied
+    assert set(names) == {f"smoke-{row.number}" for row in rows}
+    accuracies = looking.column("metrics.`val_accuracy`")
+    assert [float(text) for text in accuracies[: len(values)]] == best_first
+    headers = looking.page.locator(".ag-header-cell")
+    columns = headers.evaluate_all("cells => cells.map(cell => cell.getAttribute('col-id'))")
+    wanted = {f"params.`{knob}`" for knob in [*whole.config.study.space, "trainer.epochs"]}
+    wanted |= {f"metrics.`{name}`" for name in ("val_accuracy", "model_parameters", "seconds")}
+    assert wanted < set(columns)
+    numbers = {name: rows[int(name.removeprefix("smoke-"))] for name in names}
+    for knob in whole.config.study.space:
+        told = looking.column(f"params.`{knob}`")
+        assert told == [str(numbers[name].values[knob]) for name in names]
+    assert set(looking.column("params.`trainer.epochs`")) == {"2"}
+
+
+def test_charts_show_knobs_curves_and_accuracy_against_seconds(
+    looking: Looking, whole: Study
+) -> None:
+    looking.open(looking.address("smoke", "charts"))
+    cards = looking.page.get_by_test_id("experiment-view-compare-runs-card")
+    looking.page.wait_for_function(
+        "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2 && "
+        "document.querySelector('.parcoords svg')"
+    )
+    assert cards.count() == 3
+    coordinates, curves, seconds = (cards.nth(i) for i in range(3))
+    axes = coordinates.locator("svg text").all_text_contents()
+    assert {"model.hidden", "rung_accuracy"} <= set(axes)  # where all trials have one
+    assert any(axis.startswith("optim") for axis in axes)  # it is shortened
+    finished = {row.number: row for row in whole.search.rows() if row.state == "finished"}
+    lines = curves.locator(".js-plotly-plot").evaluate(
+        "plot => plot.data.map(line => [line.name, line.mode, line.x, line.y])"
+    )
+    drawn = {(name, tuple(x), tuple(y)) for name, mode, x, y in lines if "markers" in mode}
+    assert drawn == {
+        (f"smoke-{number}", (1, 2), tuple(row.notes["curve"])) for number, row in finished.items()
+    }, "the curves are not the accuracies that were measured"
+    points = seconds.locator(".js-plotly-plot").evaluate(
+        "plot => plot.data.flatMap(d => d.x.map((x, i) => [x, d.y[i]]))"
+    )
+    metrics = [row.notes["metrics"] for row in finished.values()]
+    assert sorted(map(tuple, points)) == sorted((m["seconds"], m["val_accuracy"]) for m in metrics)
+
+
+def test_both_views_stand_in_the_menu_and_open_from_it(looking: Looking, whole: Study) -> None:
+    found = re.search(r"^runs: +(\S+) ", looking.server.told, re.MULTILINE)
+    assert found
+    looking.open(found[1])
+    looking.page.get_by_role("button", name="Views").click()
+    items = looking.page.get_by_role("menuitem").all_inner_texts()
+    assert {"smoke: best first", "smoke: charts"} <= set(items)
+    looking.page.get_by_role("menuitem", name="smoke: best first").click()
+    looking.wait_rows(len(whole.search.rows()))
+    assert set(looking.column(NAME)) == {f"smoke-{r.number}" for r in whole.search.rows()}
+
+
+def test_runs_page_lists_studies_and_unfolds_their_runs(looking: Looking, whole: Study) -> None:
+    looking.open(looking.path("/experiments/1/runs?workflowType=machine_learning"))
+    looking.wait_rows(2)
+    assert looking.column(NAME) == ["stopped", "smoke"]
+    row = looking.page.locator(".ag-row", has_text="smoke")
+    row.locator("button[data-component-id*=runnamecell]").click()
+    children = whole.tracking.find({"digitlab.study": "smoke"})
+    looking.wait_rows(1 + len(children))
+    names = looking.column(NAME)
+    assert sorted(names) == sorted(["stopped", *(run.name for run in children)])
+    assert names.index("smoke") < min(names.index(f"smoke-{n}") for n in range(6))
+
+
+def test_two_trials_side_by_side_show_the_knobs(looking: Looking, whole: Study) -> None:
+    rows = [row for row in whole.search.rows() if row.state == "finished"][:2]
+    ids = [whole.tracking.get(f"smoke-{row.number}").run_id for row in rows]
+    looking.open(looking.path(f'/compare-runs?runs={json.dumps(ids)}&experiments=["1"]'))
+    plot = looking.page.locator(".js-plotly-plot").first
+    plot.locator("svg").first.wait_for()
+    axes = plot.locator("svg text").all_text_contents()
+    assert set(whole.config.study.space) <= set(axes)
+    text = looking.page.locator("body").inner_text()
+    for row in rows:
+        assert f"smoke-{row.number}" in text
+        assert all(str(value) in text for value in row.values.values())
+
+
+def test_page_of_a_study_tells_its_space_its_champion_and_the_commands(
+    looking: Looking, whole: Study
+) -> None:
+    run = whole.search.notes()["run_id"]
+    champion = whole.search.notes()["champion"]
+    looking.open(looking.path(f"/experiments/1/runs/{run}"))
+    page = looking.page
+    page.get_by_role("heading", name="Study smoke").wait_for()
+    knobs = [page.locator("table", has_text="searched").locator("tr").nth(i) for i in (1, 2)]
+    assert {row.inner_text().split()[0] for row in knobs} == set(whole.config.study.space)
+    told = page.locator("pre", has_text="champion: trial").inner_text()
+    assert f"champion: trial {champion['trial']} (" in told
+    assert f"make reproduce RUN={champion['run_id']}" in told
+    assert "extend:" in told
+    assert page.get_by_text("make sweep EXPERIMENT=smoke").count() >= 2
+    figure = str(champion["test_accuracy"]["mean"])
+    assert figure in page.locator("body").inner_text()
+
+
+def test_report_is_among_the_studys_artifacts_and_opens(looking: Looking, whole: Study) -> None:
+    run = whole.search.notes()["run_id"]
+    looking.open(looking.path(f"/experiments/1/runs/{run}/artifacts"))
+    looking.page.get_by_text("report.html", exact=True).click()
+    page = looking.page.frame_locator("iframe")
+    page.get_by_role("heading", name="Study smoke").wait_for()
+    page.locator(".chart .main-svg").first.wait_for()
+
+
+def test_film_of_a_trial_opens_among_its_artifacts(looking: Looking, whole: Study) -> None:
+    row = next(row for row in whole.search.rows() if row.state == "finished")
+    run = whole.tracking.get(f"smoke-{row.number}").run_id
+    picture = whole.tracking.artifact(run, "pictures/evolution.png")
+    looking.open(looking.path(f"/experiments/1/runs/{run}/artifacts/pictures/evolution.png"))
+    looking.page.wait_for_function(
+        "width => [...document.images].some(i => i.src.startsWith('blob:') && "
+        "i.naturalWidth === width)",
+        arg=struct.unpack(">I", picture[16:20])[0],
+    )
+
+
+def test_pages_ask_nothing_of_other_places(looking: Looking) -> None:
+    if looking.page.url == "about:blank":  # no other test has opened one
+        looking.open(looking.address("smoke", "table"))
+        looking.page.wait_for_selector(".ag-row")
+    assert looking.elsewhere == []
+
+
+# ---- who may look --------------------------------------------------------------------------------
+
+
+def test_ui_answers_to_this_machine_alone(ui: Server) -> None:
+    assert ui.get("/health") == b"OK"
+    with pytest.raises(urllib.error.HTTPError) as refused:  # of a page that points its name here
+        ui.get("/ajax-api/2.0/mlflow/experiments/search?max_results=1", Host="evil.example")
+    with refused.value as answer:
+        assert answer.code == 403
+    with pytest.raises(urllib.error.URLError):
+        ui.get("/health", host=BESIDE)
+
+
+def test_dashboard_shows_the_studies_to_this_machine_alone(lab: Path, tmp_path: Path) -> None:
+    with served("dashboard", lab, "/api/studies", tmp_path / "log") as server:
+        assert f"http://{HOST}:{server.port}" in server.told
+        told = json.loads(server.get("/api/studies"))["study_summaries"]
+        assert {study["study_name"] for study in told} == {"smoke", "stopped"}
+        study = next(study for study in told if study["study_name"] == "smoke")
+        whole = json.loads(server.get(f"/api/studies/{study['study_id']}?after=0"))
+        assert len(whole["trials"]) == 6
+        with pytest.raises(urllib.error.URLError):
+            server.get("/api/studies", host=BESIDE)
+
+
+@pytest.mark.parametrize("command", ["ui", "dashboard"])
+def test_port_that_is_taken_is_told_in_one_line(
+    command: str, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIGITLAB_HOME", str(lab))
+    with socket.create_server((HOST, 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([command, "--port", str(port)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"--port={port}: taken" in told.err
+    advice = re.search(r"\((make [^)]*)\)", told.err)
+    assert advice
+    dry = [*shlex.split(advice[1]), "--dry-run", "--no-print-directory"]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert f"{command} --port {port + 1}" in done.stdout, advice[1]
+    assert told.err.count("\n") == 1
+    assert main([command, "--port", "70000"]) == 2
+    assert "1 to 65535" in capsys.readouterr().err
+
+
+# ---- a large study -------------------------------------------------------------------------------
+
+MANY = 500
+PATIENCE = 2.0  # seconds
+
+
+def fill(lab: Path) -> Study:
+    """A study of many trials, as a sweep leaves it, without training one."""
+    overrides = ["experiments=default", "data=sample", "study.name=large", "study.pruner=none"]
+    composed = compose("sweep", overrides)[0]
+    config, environment = composed.config, {"commit": "c0ffee", "libraries": {}}
+    config.study.trials = MANY
+    lab.mkdir(exist_ok=True)
+    tracking = open_tracking(config, lab)
+    search = Search(open_storage(lab), config)
+    tracking.lay_out(view_tags(config.study))
+    tags = {"mlflow.note.content": describe_study(config, composed.overrides)}
+    tags["digitlab.study"] = "large"
+    whole = Identity("large", "study", tags, None, composed.overrides, environment)
+    record = begin_record(tracking, config, whole)
+    record.keep(stage(lab, config, whole))
+    search.note("run_id", record.run_id)
+    search.note("config", config_to_yaml(config))
+    chance = np.random.default_rng(1)
+    for number in range(MANY):
+        values = {
+            "model.widths": [[16, 24, 48], [16, 32, 48], [16, 32, 64]][int(chance.integers(3))],
+            "model.hidden": int(chance.integers(64, 257)),
+            "trainer.epochs": int(chance.integers(3, 6)),
+            "optim.learning_rate": float(chance.uniform(0.004, 0.025)),
+        }
+        curve = np.sort(chance.uniform(0.95, 0.995, values["trainer.epochs"])).tolist()
+        metrics = {"model_parameters": 300.0 * values["model.hidden"], "seconds": 9 * len(curve)}
+        metrics |= {"training_flops": 1e12, "val_accuracy": curve[-1]}
+        shown = replace(config, optim=replace(config.optim))
+        shown.optim.learning_rate = values["optim.learning_rate"]
+        identity = Identity(f"large-{number}", "trial", trial_tags("large", number), record.run_id)
+        run = begin_record(tracking, shown, identity)
+        for epoch, accuracy in enumerate(curve, 1):
+            run.log({"val_accuracy": accuracy, "train_loss": 1 / epoch}, epoch)
+        run.log(metrics, values["trainer.epochs"])
+        run.end("finished")
+        search.add(values, curve[-1], {"metrics": metrics, "curve": curve})
+    record.end("finished")
+    return Study(search, config, tracking, lab)
+
+
+def timed(what: str, limit: float, do: Callable[[], Any], times: int = 1) -> Any:
+    """Do it so often, and take the best; where the cores have more to do than ours, allow more."""
+    load = 4.0 if SHARE < 1 else 2 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    limit *= min(4.0, max(1.0, load))
+    seconds = []
+    for _ in range(times):
+        begun = time.monotonic()
+        result = do()
+        seconds.append(time.monotonic() - begun)
+    told = ", ".join(f"{second:.2f}" for second in seconds)
+    print(f"{what} of {MANY} trials: {told} s (allowed {limit:.1f})")
+    assert min(seconds) < limit, what
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_pages_of_five_hundred_trials_come_at_once(
+    browser: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = fill(tmp_path / "lab")
+    page = timed("report", 5, study.report, times=2)
+    print(f"report of {MANY} trials: {len(page) / 1e6:.2f} MB")
+    assert len(page) < 6e6
+    run = study.tracking.get("large-7").run_id
+    with served("ui", study.lab, "/health", tmp_path / "log") as server:
+        looking = look_at(browser, server)
+        shown = looking.page
+
+        def table() -> None:
+            looking.open(looking.address("large", "table"))
+            shown.wait_for_selector(".ag-cell[col-id='metrics.`val_accuracy`']")
+
+        def charts() -> None:
+            looking.open(looking.address("large", "charts"))
+            shown.wait_for_function(
+                "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2 && "
+                "document.querySelector('.parcoords svg')"
+            )
+
+        def trial() -> None:
+            looking.open(looking.path(f"/experiments/1/runs/{run}"))
+            shown.get_by_text("optim.learning_rate").first.wait_for()
+
+        pages = {"table": table, "charts": charts, "run": trial}
+        for see in pages.values():  # the server loads what it needs when it is first asked for it
+            see()
+        for name, see in pages.items():
+            timed(name, PATIENCE, see, times=3)
+        shown.close()
+    seen = timed("the report in the browser", 10, lambda: look(browser, page, tmp_path))
+    assert seen.errors == []
+    seen.page.context.close()
+    with capsys.disabled():
+        print("\n" + capsys.readouterr().out)

@@ -1,0 +1,1359 @@
+"""Reproduction: what is found before training, the verdict after it, and whose code trains."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import Call, CallIn
+from test_crashes import open_study
+from test_study import until
+
+from digitlab.base import environment
+from digitlab.base.environment import describe_environment, source_digest
+from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
+from digitlab.config.compose import Composed, compose
+from digitlab.data.datasets import TRAIN
+from digitlab.records.mlflow import MlflowTracking, RunRow, Start
+from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
+from digitlab.records.record import SUMS, Identity, seal, stage, trial_tags
+from digitlab.results import reproduce as reproduction
+from digitlab.results.replay import replay, where_they_part
+from digitlab.results.reproduce import (
+    Difference,
+    Verdict,
+    _at_commit,
+    differences,
+    judge,
+    reproduce,
+)
+from digitlab.study import run
+from digitlab.study.run import Ended, perform, train
+from digitlab.training.fit import Fit, Watch
+
+DATA = Path(__file__).parents[1] / "support" / "digits"
+SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
+SMALL += ["trainer.epochs=1"]
+IMAGES = 400  # of the sample's holdout
+
+
+# ---- a recorded run ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run of one epoch, the lab that it is recorded in, and that lab's tracker."""
+
+    lab: Path
+    run_id: str
+    tracking: MlflowTracking
+
+    @property
+    def row(self) -> RunRow:
+        return self.tracking.get(self.run_id)
+
+    def file(self, name: str) -> Path:
+        """An artifact of the run, or a file of the data that it was trained on."""
+        if name in TRAIN:
+            return self.lab / "data" / "sample" / name
+        return self.lab / "artifacts" / self.run_id / "artifacts" / name
+
+    def execute(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        """Read or write the tracker's database behind its back."""
+        with closing(sqlite3.connect(self.lab / "mlflow.db", timeout=60)) as database, database:
+            return list(database.execute(statement, values))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    lab = tmp_path_factory.mktemp("lab")
+    shutil.copytree(DATA, lab / "data" / "sample")
+    assert train(compose("train", SMALL)[0], lab) == 0
+    tracking = MlflowTracking(None, "digitlab", lab)
+    return Recorded(lab, tracking.get("smoke-seed-0").run_id, tracking)
+
+
+@pytest.fixture
+def call(recorded: Recorded, call_in: CallIn) -> Call:
+    """`digitlab` in this process, in the lab of the run: exit status, output, error output."""
+    return call_in(recorded.lab)
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Composed:
+    return compose("train", overrides)[0]
+
+
+def _opened(lab: Path, overrides: Sequence[str] = ()) -> MlflowTracking:
+    config = _composed(tuple(overrides)).config
+    return _opened_once(config.tracking.uri, config.tracking.experiment, lab)
+
+
+@cache
+def _opened_once(uri: str | None, experiment: str, lab: Path) -> MlflowTracking:
+    return MlflowTracking(uri, experiment, lab)
+
+
+@pytest.fixture(autouse=True)
+def _prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composing and opening a store take longer than most of what is tested here."""
+    monkeypatch.setattr(reproduction, "lab_tracking", _opened)
+
+
+def runs(recorded: Recorded) -> set[str]:
+    return {run_id for (run_id,) in recorded.execute("SELECT run_uuid FROM runs")}
+
+
+def changes(document: Mapping[str, Any]) -> list[str]:
+    """The differences of a verdict, but for those of a checkout that is edited meanwhile."""
+    edited = ("uncommitted changes", "commit was")
+    return [text for text in document["differences"] if not text.startswith(edited)]
+
+
+@contextmanager
+def rewritten(path: Path, content: bytes) -> Iterator[None]:
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+# ---- the verdict, its document and its tags ------------------------------------------------------
+
+
+def test_reproduction_is_identical_in_one_json_document(call: Call, recorded: Recorded) -> None:
+    status, out, _ = call("reproduce", recorded.run_id[:12], "--json")
+    assert status == 0
+    document = json.loads(out)
+    assert document.keys() == {"verdict", "differences", "run_id", "original_run_id"}
+    assert (document["verdict"], changes(document)) == ("identical", [])
+    assert document["original_run_id"] == recorded.run_id
+    again = recorded.tracking.get(document["run_id"])
+    assert again.tags["digitlab.kind"] == "reproduction"
+    assert again.tags["digitlab.verdict"] == "identical"
+    assert again.tags["digitlab.reproduction_of"] == recorded.run_id
+    assert recorded.row.tags["digitlab.reproduced"] == f"identical {again.run_id}"
+    original = recorded.tracking.history(recorded.run_id)
+    of_training = [x for x in original if x[0].startswith(("train_", "val_"))]
+    assert len(of_training) == 4
+    assert set(of_training) <= set(recorded.tracking.history(again.run_id))
+    assert damage(recorded.tracking, again) == []
+    status, out, _ = call("reproduce", again.run_id, "--json")
+    assert (status, json.loads(out)["original_run_id"]) == (0, again.run_id)
+
+
+def test_other_number_of_threads_is_named_before_and_after_training(
+    call: Call, recorded: Recorded
+) -> None:
+    named = "trainer.threads was 1, is 2: may round otherwise, and so give other weights"
+    status, out, _ = call("reproduce", recorded.run_id, "trainer.threads=2")
+    before, after = out.split("epoch 1/1")
+    assert named in before
+    assert named in after
+    verdict = out.splitlines()[-1].split(":")[0]
+    assert status == {"identical": 0, "within tolerance": 0, "not comparable": 3}[verdict]
+    changed = "SHA-256 of the weights was" in after
+    assert (verdict == "identical") is not changed
+
+
+def test_other_version_of_a_library_is_named_in_words_before_and_after_training(
+    call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = describe_environment()
+    libraries = now["libraries"] | {"torch": "99.0"}
+    monkeypatch.setattr(
+        reproduction, "describe_environment", lambda: now | {"libraries": libraries}
+    )
+    status, out, err = call("reproduce", recorded.run_id)
+    assert (status, err) == (0, "")  # it was the same version after all
+    before, after = out.split("epoch 1/1")
+    named = f"libraries.torch was {version('torch')}, is 99.0: may round otherwise"
+    assert named in before
+    assert named in after
+    assert before.splitlines()[0] == f"reproducing smoke-seed-0 ({recorded.run_id})"
+    assert after.splitlines()[-1].startswith(f"identical: smoke-seed-0 ({recorded.run_id})")
+
+
+@contextmanager
+def other_label(recorded: Recorded) -> Iterator[None]:
+    """A data set in which the last training digit has another label."""
+    path = recorded.file(TRAIN[1])
+    whole = path.read_bytes()
+    with rewritten(path, whole[:-1] + bytes([(whole[-1] + 1) % 10])):
+        yield
+
+
+def test_run_on_other_data_is_not_comparable_and_not_trained(
+    call: Call, recorded: Recorded
+) -> None:
+    known = recorded.file(TRAIN[1]).read_bytes()
+    with other_label(recorded):
+        unknown = recorded.file(TRAIN[1]).read_bytes()
+        _, out, _ = call("train", *SMALL, "data.allow_unknown=true", "trainer.seed=50")
+        run_id = out.split("run ")[1].split()[0]
+        assert call("reproduce", run_id)[0] == 0
+    before = runs(recorded)
+    status, out, _ = call("reproduce", run_id, "--json")
+    assert status == 3
+    document = json.loads(out)
+    assert (document["verdict"], document["run_id"]) == ("not comparable", None)
+    [difference] = changes(document)
+    for content in (known, unknown):
+        assert hashlib.sha256(content).hexdigest() in difference
+    assert runs(recorded) == before
+    assert recorded.tracking.get(run_id).tags["digitlab.reproduced"] == "not comparable"
+
+
+def test_data_that_are_none_of_the_known_ones_are_refused_before_training(
+    call: Call, recorded: Recorded
+) -> None:
+    before = runs(recorded)
+    with other_label(recorded):
+        status, out, err = call("reproduce", recorded.run_id)
+    assert status == 2
+    assert "epoch" not in out
+    assert "is not the known file" in err
+    assert runs(recorded) == before
+
+
+def next_weight(fitted: Fit) -> Fit:
+    """The same fit with one weight one step of its precision larger."""
+    name, weight = next((n, w) for n, w in fitted.weights.items() if w.is_floating_point())
+    weight = weight.clone()
+    weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(math.inf))
+    return replace(fitted, weights=fitted.weights | {name: weight})
+
+
+def test_one_bit_of_one_weight_is_not_reproduced(
+    call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "fit", lambda *given: next_weight(fit(*given)))
+    status, out, _ = call("reproduce", recorded.run_id, "--json")
+    assert status == 1
+    document = json.loads(out)
+    assert document["verdict"] == "not reproduced"
+    [difference] = changes(document)
+    assert difference.startswith("SHA-256 of the weights was")
+    assert recorded.tracking.get(document["run_id"]).tags["digitlab.verdict"] == "not reproduced"
+    assert recorded.row.tags["digitlab.reproduced"] == f"not reproduced {document['run_id']}"
+
+
+fit = run.fit  # as it is before a test replaces it
+
+
+class Nudged(Watch):
+    """Passes on what it is told, with one loss one step of its precision larger."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.begin, self.batch, self.rung = watch.begin, watch.batch, watch.rung  # type: ignore[method-assign]
+        self.watch = watch
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        loss = math.nextafter(metrics["train_loss"], math.inf)
+        self.watch.epoch(epoch, {**metrics, "train_loss": loss})
+
+
+def test_one_bit_of_one_metric_of_one_epoch_is_not_reproduced(
+    call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "fit", lambda c, lab, watch, rungs: fit(c, lab, Nudged(watch), rungs))
+    status, out, _ = call("reproduce", recorded.run_id, "--json")
+    assert status == 1
+    [difference] = changes(json.loads(out))
+    assert difference.startswith("train_loss of epoch 1 was ")
+
+
+def test_reproduction_that_fails_is_not_reproduced_for_that_reason(
+    call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Fit:
+        raise ZeroDivisionError("nothing is left")
+
+    monkeypatch.setattr(run, "fit", broken)
+    status, out, _ = call("reproduce", recorded.run_id)
+    assert status == 1
+    assert "the reproduction failed: ZeroDivisionError: nothing is left" in out
+
+
+def test_reproduction_that_is_stopped_gives_no_verdict(
+    call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> Fit:
+        raise Ended("interrupted", "it was stopped")
+
+    before = recorded.row.tags.get("digitlab.reproduced")
+    monkeypatch.setattr(run, "fit", stopped)
+    status, out, _ = call("reproduce", recorded.run_id)
+    assert status == 130
+    assert "reproduced:" not in out
+    assert recorded.row.tags.get("digitlab.reproduced") == before
+
+
+def test_run_that_did_not_finish_is_not_trained_again(call: Call, recorded: Recorded) -> None:
+    row = written(recorded, "unfinished", state="interrupted")
+    before = runs(recorded)
+    status, out, err = call("reproduce", row.run_id)
+    assert (status, out) == (2, "")
+    assert "interrupted: only finished runs can be compared" in err
+    assert len(err.splitlines()) == 1
+    assert runs(recorded) == before
+
+
+@pytest.mark.parametrize("override", ["trainer.seed=1", "model.hidden=8", "tracking=none"])
+def test_override_that_makes_another_run_is_refused(
+    call: Call, recorded: Recorded, override: str
+) -> None:
+    before = runs(recorded)
+    status, out, err = call("reproduce", recorded.run_id, override)
+    assert (status, out) == (2, "")
+    assert "digitlab train --config-from" in err
+    assert len(err.splitlines()) == 1
+    assert runs(recorded) == before
+
+
+# ---- judging two runs ----------------------------------------------------------------------------
+
+
+def written(
+    recorded: Recorded,
+    name: str,
+    *,
+    state: str = "finished",
+    seed: int = 0,
+    accuracy: float = 0.9,
+    wrong: Sequence[int] = (),
+    weights: str = "same",
+    tags: Mapping[str, str] | None = None,
+) -> RunRow:
+    """A run that was not trained but written by hand; `name` is a parameter, too.
+
+    Args:
+        wrong: places of the images that it guesses wrong.
+    """
+    guesses = torch.zeros(IMAGES, dtype=torch.uint8)
+    guesses[list(wrong)] = 1
+    tensors = {"predictions": guesses, "labels": torch.zeros(IMAGES, dtype=torch.uint8)}
+    folder = Path(tempfile.mkdtemp(dir=recorded.lab / "staging"))
+    (folder / "predictions.safetensors").write_bytes(safetensors.torch.save(tensors))
+    begun = {"digitlab.kind": "train", "digitlab.weights_sha256": weights} | dict(tags or {})
+    begun = {key: value for key, value in begun.items() if value}
+    params = {"written": name.split("/", maxsplit=1)[0], "trainer.seed": seed}
+    record = recorded.tracking.start(Start(name, begun, params))
+    record.keep(folder)
+    record.log({"val_accuracy": accuracy}, 1)
+    record.end(state)
+    return recorded.tracking.get(str(record.run_id))
+
+
+HARMLESS = Difference("libraries.mlflow", "3", "4")
+ROUNDING = Difference("libraries.torch", "1", "2")
+
+
+@pytest.mark.parametrize("found", [[], [HARMLESS], [HARMLESS, ROUNDING]])
+def test_runs_with_the_same_bits_are_identical_whatever_else_differs(
+    recorded: Recorded, found: list[Difference]
+) -> None:
+    row = written(recorded, f"same {len(found)}")
+    assert judge(recorded.tracking, row, row, found) == ("identical", [])
+
+
+@pytest.mark.parametrize("found", [[], [HARMLESS]])
+def test_other_bits_without_a_cause_are_not_reproduced(
+    recorded: Recorded, found: list[Difference]
+) -> None:
+    row = written(recorded, f"causeless {len(found)}")
+    again = written(recorded, f"causeless {len(found)}/again", weights="other")
+    told = judge(recorded.tracking, row, again, found)
+    assert told == ("not reproduced", ["SHA-256 of the weights was same, is other"])
+
+
+# Accuracies 0.90, 0.91, 0.92 deviate by 0.01: two of them may lie 1.96 * sqrt(2) * 0.01 apart.
+@pytest.mark.parametrize(
+    ("distance", "verdict"), [(0.0277, "within tolerance"), (0.0278, "not comparable")]
+)
+def test_tolerance_is_the_distance_of_two_seeds_where_three_are_known(
+    recorded: Recorded, distance: float, verdict: str
+) -> None:
+    accuracies = (0.90, 0.91, 0.92)
+    name = f"seeds {distance}"
+    rows = [
+        written(recorded, f"{name}/{seed}", seed=seed, accuracy=accuracy)
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    assert sorted(over_seeds(recorded.tracking, rows[0])) == sorted(accuracies)
+    again = written(recorded, f"{name}/again", accuracy=0.90 - distance, wrong=range(99))
+    told, (*_, reason) = judge(recorded.tracking, rows[0], again, [ROUNDING])
+    assert told == verdict
+    tolerance = 1.96 * math.sqrt(2) * statistics.stdev(accuracies)
+    assert reason.startswith(
+        f"val_accuracy is {distance:.4f} off; {tolerance:.4f} is tolerated: two seeds differ so"
+    )
+    assert "over 3 seeds" in reason
+
+
+# d images that are right in one run alone fall to either by chance: they tip by 1.96 * sqrt(d).
+@pytest.mark.parametrize(("wrong", "verdict"), [(3, "within tolerance"), (4, "not comparable")])
+def test_tolerance_is_that_of_mcnemar_where_no_three_seeds_are_known(
+    recorded: Recorded, wrong: int, verdict: str
+) -> None:
+    name = f"paired {wrong}"
+    row = written(recorded, name, accuracy=1.0)
+    written(recorded, f"{name}/seed", seed=1, accuracy=0.5)
+    again = written(
+        recorded, f"{name}/again", accuracy=1 - wrong / IMAGES, wrong=range(wrong), weights="other"
+    )
+    told, (*_, reason) = judge(recorded.tracking, row, again, [ROUNDING])
+    assert told == verdict
+    assert f"{wrong} images are right in one alone" in reason
+    assert f"{1.96 * math.sqrt(wrong) / IMAGES:.4f} is tolerated" in reason
+
+
+def test_run_of_another_configuration_is_no_seed_of_this_one(recorded: Recorded) -> None:
+    row = written(recorded, "alone")
+    written(recorded, "another", seed=1)
+    assert over_seeds(recorded.tracking, row) == [0.9]
+
+
+def test_differences_of_two_environments_are_named_one_by_one() -> None:
+    then = {
+        "commit": "a",
+        "libraries": {"torch": "1", "numpy": "2", "nvidia-cublas": "12", "rich": "1"},
+        "numerics": {"mkldnn": True},
+        "untracked": {},
+        "diff": "",
+        "source": "1",
+        "gone": 1,
+    }
+    now = {
+        "commit": "b",
+        "libraries": {"torch": "2", "numpy": "2", "nvidia-cublas": "13", "rich": "2"},
+        "numerics": {"mkldnn": False},
+        "untracked": {"src/x.py": "a long text"},
+        "diff": "a long text",
+        "source": "2",
+    }
+    found = {item.name: item for item in differences(then, now)}
+    assert {name for name, item in found.items() if not item.harmless} == {
+        *("libraries.torch", "libraries.nvidia-cublas", "numerics.mkldnn", "source"),
+    }
+    harmless = {"commit", "diff", "gone", "libraries.rich", "untracked"}
+    assert {name for name, item in found.items() if item.harmless} == harmless
+    assert str(found["gone"]) == "gone was 1, is None: should change nothing"
+    assert "may change anything" in str(found["source"])
+    assert not any("a long text" in str(item) for item in found.values())
+    assert differences(then, then) == []
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+# Where a bit is flipped, and how often: a hundred times in all.
+FLIPS = {
+    "weights.safetensors": 14,
+    "predictions.safetensors": 14,
+    "config.yaml": 10,
+    "environment.json": 10,
+    SUMS: 10,
+    "metrics": 12,
+    "params": 12,
+    "digitlab.weights_sha256": 4,
+    "digitlab.data_sha256": 4,
+    "digitlab.seal": 3,
+    TRAIN[0]: 4,
+    TRAIN[1]: 3,
+}
+assert sum(FLIPS.values()) == 100
+
+
+def flipped(content: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(8 * len(content))
+    changed = bytearray(content)
+    changed[at // 8] ^= 1 << at % 8
+    return bytes(changed)
+
+
+def flipped_number(number: float, chance: random.Random) -> float:
+    changed = math.nan
+    while math.isnan(changed):  # which sqlite does not hold
+        [changed] = struct.unpack("<d", flipped(struct.pack("<d", number), chance))
+    return float(changed)
+
+
+@contextmanager
+def one_bit_flipped(recorded: Recorded, where: str, chance: random.Random) -> Iterator[str]:
+    """Somewhere in a file, in any metric of any step, in any parameter or in a tag."""
+    if where == "metrics":
+        key, step, value = chance.choice(
+            recorded.execute(
+                "SELECT key, step, value FROM metrics WHERE run_uuid = ?", recorded.run_id
+            )
+        )
+        change = "UPDATE metrics SET value = ? WHERE run_uuid = ? AND key = ? AND step = ?"
+        changed: object = flipped_number(value, chance)
+        recorded.execute(change, changed, recorded.run_id, key, step)
+        yield f"{key} of step {step}: {value}, {changed}"
+        recorded.execute(change, value, recorded.run_id, key, step)
+    elif where == "params" or where.startswith("digitlab."):
+        table = "params" if where == "params" else "tags"
+        rows = recorded.execute(
+            f"SELECT key, CAST(value AS BLOB) FROM {table} WHERE run_uuid = ?", recorded.run_id
+        )
+        key, value = chance.choice([row for row in rows if table == "params" or row[0] == where])
+        change = f"UPDATE {table} SET value = CAST(? AS TEXT) WHERE run_uuid = ? AND key = ?"
+        changed = flipped(value, chance)
+        recorded.execute(change, changed, recorded.run_id, key)
+        yield f"{key}: {value!r}, {changed!r}"
+        recorded.execute(change, value, recorded.run_id, key)
+    else:
+        path = recorded.file(where)
+        changed = flipped(path.read_bytes(), chance)
+        with rewritten(path, changed):
+            yield f"{where}: now {hashlib.sha256(changed).hexdigest()}"
+
+
+@pytest.mark.parametrize("where", FLIPS)
+def test_no_flipped_bit_is_reproduced(
+    recorded: Recorded, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert damage(recorded.tracking, recorded.row) == []
+    before = runs(recorded)
+    for number in range(FLIPS[where]):
+        chance = random.Random(f"{where} {number}")
+        capsys.readouterr()
+        with one_bit_flipped(recorded, where, chance) as what:
+            status = 2
+            with suppress(UserError):
+                status = reproduce(recorded.run_id, [], recorded.lab, False, False)
+        out = capsys.readouterr().out
+        assert status in (1, 2, 3), what
+        assert not re.search("^(identical|within tolerance)", out, re.MULTILINE), what
+        assert "epoch 1/1" not in out, what
+    assert runs(recorded) == before
+    assert damage(recorded.tracking, recorded.row) == []
+
+
+def test_metric_that_is_shown_otherwise_than_it_was_recorded_is_damage(recorded: Recorded) -> None:
+    change = "UPDATE latest_metrics SET value = value {} 1 WHERE run_uuid = ? AND key = ?"
+    recorded.execute(change.format("+"), recorded.run_id, "val_accuracy")
+    found = damage(recorded.tracking, recorded.row)
+    recorded.execute(change.format("-"), recorded.run_id, "val_accuracy")
+    assert found != []
+
+
+def test_damage_is_told_with_the_file_and_tagged_without_a_run(
+    call: Call, recorded: Recorded
+) -> None:
+    path = recorded.file("weights.safetensors")
+    with rewritten(path, flipped(path.read_bytes(), random.Random(1))):
+        status, out, _ = call("reproduce", recorded.run_id, "--json")
+    assert status == 1
+    name = f"of smoke-seed-0 ({recorded.run_id})"
+    assert json.loads(out) == {
+        "verdict": "not reproduced",
+        "differences": [f"weights.safetensors {name} is not the file that was recorded"],
+        "run_id": None,
+        "original_run_id": recorded.run_id,
+    }
+    assert recorded.row.tags["digitlab.reproduced"] == "not reproduced"
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "pictures/confusion.png", SUMS])
+def test_missing_file_of_a_record_is_refused_by_name(
+    call: Call, recorded: Recorded, name: str
+) -> None:
+    path = recorded.file(name)
+    path.rename(aside := path.with_name("aside"))
+    status, out, err = call("reproduce", recorded.run_id)
+    aside.rename(path)
+    assert (status, out) == (2, "")
+    assert f"its artifact {name} is missing" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_record_without_a_seal_is_held_to_its_weights(call: Call, recorded: Recorded) -> None:
+    """A champion's, or one of before 0.2."""
+    change = "UPDATE tags SET key = ? WHERE run_uuid = ? AND key = ?"
+    path = recorded.file("weights.safetensors")
+    sums = recorded.file("SHA256SUMS")
+    recorded.execute(change, "aside", recorded.run_id, "digitlab.seal")
+    try:
+        status, out, _ = call("reproduce", recorded.run_id)
+        assert status == 1
+        assert "the seal of smoke-seed-0" in out
+        sums.rename(sums.with_name("aside"))
+        assert call("reproduce", recorded.run_id)[0] == 0
+        with rewritten(path, flipped(path.read_bytes(), random.Random(1))):
+            status, out, _ = call("reproduce", recorded.run_id)
+    finally:
+        recorded.execute(change, "digitlab.seal", recorded.run_id, "aside")
+        if not sums.exists():
+            sums.with_name("aside").rename(sums)
+    assert status == 1
+    assert "weights.safetensors of smoke-seed-0" in out
+    assert "epoch" not in out
+
+
+# ---- which run a person means --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(recorded: Recorded) -> dict[str, RunRow]:
+    """Runs of a study `wavelet` with a champion, written by hand, by how they are called."""
+    trial = {"digitlab.kind": "trial"}
+    first = written(recorded, "wavelet-7", tags=trial | trial_tags("wavelet", 7))
+    second = written(recorded, "wavelet-7b", tags=trial | trial_tags("wavelet", 7))
+    other = written(recorded, "wavelet-8", tags=trial | trial_tags("wavelet", 8))
+    taken = {"digitlab.weights_sha256": "", "digitlab.taken_from": "7"}
+    copy = written(recorded, "wavelet-9", tags=trial | trial_tags("wavelet", 9) | taken)
+    final = written(recorded, "wavelet-final-8", tags={"digitlab.kind": "final"})
+    crowned = {"digitlab.kind": "champion", "digitlab.weights_run": final.run_id}
+    champion = written(recorded, "wavelet-champion", tags=crowned)
+    study = {"digitlab.kind": "study", "digitlab.weights_sha256": ""}
+    return {
+        "wavelet-7": first,
+        "wavelet/7": second,
+        "wavelet/8": other,
+        "wavelet/9": copy,
+        "champion": final,
+        "wavelet-champion": final,
+        champion.run_id: final,
+        "wavelet": written(recorded, "wavelet", tags=study),
+    }
+
+
+def test_run_is_found_by_id_beginning_name_trial_and_champion(
+    recorded: Recorded, named: dict[str, RunRow]
+) -> None:
+    for name, row in named.items():
+        assert find_run(recorded.tracking, name).run_id == row.run_id, name
+        assert find_run(recorded.tracking, row.run_id).run_id == row.run_id
+        assert find_run(recorded.tracking, row.run_id[:8]).run_id == row.run_id
+    assert find_run(recorded.tracking, "wavelet/07").run_id == named["wavelet/7"].run_id
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("wavlet-final-8", "did you mean wavelet-final-8"),
+        ("wavelet-champoin", "did you mean wavelet-champion"),
+        ("wavlet/7", "did you mean wavelet/7"),
+        ("wavelet/70", "wavelet/7"),
+        ("wavelet/seven", "wavelet/7"),
+        ("wavelet/", "wavelet/7"),
+        ("wavelet/-7", "wavelet/7"),
+        ("0000", "no such run"),
+    ],
+)
+def test_run_that_is_not_there_is_refused_with_the_nearest(
+    recorded: Recorded, named: dict[str, RunRow], typed: str, meant: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(meant)) as told:
+        find_run(recorded.tracking, typed)
+    assert str(told.value).startswith(f"{typed}: no such ")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("wavelet/9", "was taken from 7, and trained nothing"), ("wavelet", "is of kind study")],
+)
+def test_run_that_trained_nothing_is_refused_with_the_reason(
+    recorded: Recorded, named: dict[str, RunRow], name: str, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        trained(recorded.tracking, name)
+
+
+def test_study_with_a_quote_in_its_name_is_no_fault_of_the_tracker(recorded: Recorded) -> None:
+    with pytest.raises(UserError, match="no such trial"):
+        find_run(recorded.tracking, "it's/7")
+
+
+# ---- another run of a recorded configuration -----------------------------------------------------
+
+
+def test_config_from_a_run_is_its_own_with_the_overrides(call: Call, recorded: Recorded) -> None:
+    before = runs(recorded)
+    status, _, err = call("train", "--config-from", recorded.run_id, "model.hidden=24")
+    assert (status, err) == (0, "")
+    [run_id] = runs(recorded) - before
+    row = recorded.tracking.get(run_id)
+    assert row.tags["digitlab.config_from"] == recorded.run_id
+    assert row.tags["digitlab.kind"] == "train"
+    assert json.loads(row.tags["digitlab.overrides"]) == ["model.hidden=24"]
+    assert row.params == recorded.row.params | {"model.hidden": "24"}
+    config = recorded_config(recorded.tracking, row)
+    assert config.model.hidden == 24
+    config.model.hidden = recorded_config(recorded.tracking, recorded.row).model.hidden
+    assert config == recorded_config(recorded.tracking, recorded.row)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.hiden=24", "did you mean model.hidden"),
+        ("model.hidden=-1", "model.hidden=-1"),
+        ("model=seed", "a group of settings"),
+        ("experiments=smoke", "no such key"),
+        ("model.hidden=choice(8,16)", "takes one value"),
+        ("+model.more=1", "takes one value"),
+        ("~model.hidden", "takes one value"),
+        ("model.hidden", "not understood"),
+    ],
+)
+def test_override_that_does_not_fit_the_recorded_configuration_is_refused(
+    call: Call, recorded: Recorded, override: str, reason: str
+) -> None:
+    status, out, err = call("train", "--config-from", recorded.run_id, override)
+    assert (status, out) == (2, "")
+    assert reason in err
+    assert len(err.splitlines()) == 1
+
+
+def test_file_of_a_recorded_configuration_is_a_reproduction(
+    call: Call, recorded: Recorded, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    shutil.copy(recorded.file("config.yaml"), file)
+    status, out, _ = call("reproduce", "--config", str(file))
+    assert status == 0
+    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-0 ({recorded.run_id})")
+
+
+def test_file_of_a_new_configuration_is_trained_and_said_to_be_new(
+    call: Call, recorded: Recorded, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    shutil.copy(recorded.file("config.yaml"), file)
+    before = runs(recorded)
+    status, out, _ = call("reproduce", "--config", str(file), "trainer.seed=123")
+    assert status == 0
+    assert "no finished run has this configuration" in out.splitlines()[0]
+    [run_id] = runs(recorded) - before
+    row = recorded.tracking.get(run_id)
+    assert (row.params["trainer.seed"], row.tags["digitlab.kind"]) == ("123", "train")
+    assert row.tags["digitlab.config_from"] == "mine.yaml"
+    status, out, _ = call("reproduce", "--config", str(file), "trainer.seed=123")
+    assert status == 0
+    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-123 ({run_id})")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"", b"[1]", b"trainer: {epochs: 1}", b"{"])
+def test_file_that_is_no_configuration_is_one_line(
+    call: Call, tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "mine.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    status, out, err = call("reproduce", "--config", str(file))
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+
+
+def test_words_that_do_not_go_together_are_refused(call: Call, recorded: Recorded) -> None:
+    file = str(recorded.file("config.yaml"))
+    for words in (
+        ["--config", file, "--json"],
+        ["--config", file, "--at-commit"],
+        ["--study", "smoke", "--at-commit"],
+        ["--study", "smoke", "trainer.threads=2"],
+        ["--study", "smoke", "--config", file],
+    ):
+        status, out, err = call("reproduce", *words)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A run in another store of the same lab: its id, and the override that names the store."""
+    folder = tmp_path_factory.mktemp("store")
+    store = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
+    [composed] = compose("train", [*SMALL, "trainer.seed=4", store])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)  # where MLflow puts the artifacts of such a store
+        assert train(composed, recorded.lab) == 0
+    uri = composed.config.tracking.uri
+    return MlflowTracking(uri, "digitlab", recorded.lab).get("smoke-seed-4").run_id, store
+
+
+def test_run_in_another_store_is_reproduced_there(call: Call, elsewhere: tuple[str, str]) -> None:
+    status, out, _ = call("reproduce", *elsewhere)
+    assert status == 0
+    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-4 ({elsewhere[0]})")
+
+
+def test_file_of_a_run_in_another_store_is_held_to_that_run(
+    call: Call, recorded: Recorded, elsewhere: tuple[str, str]
+) -> None:
+    run_id, store = elsewhere
+    file = str(recorded.file("config.yaml"))
+    status, out, _ = call("reproduce", "--config", file, "trainer.seed=4", store)
+    assert status == 0
+    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-4 ({run_id})")
+
+
+def test_config_from_a_run_in_another_store_is_found_there(
+    call: Call, elsewhere: tuple[str, str]
+) -> None:
+    run_id, store = elsewhere
+    assert call("train", "--config-from", run_id, store, "model.hidden=8")[0] == 0
+
+
+# ---- stored configurations are data --------------------------------------------------------------
+
+
+@contextmanager
+def sealed_with(recorded: Recorded, change: Callable[[str], str]) -> Iterator[None]:
+    """The record with another config.yaml, as if it had been written so."""
+    text = recorded.file("config.yaml").read_text()
+    changed = change(text)
+    assert changed != text
+    digests = [hashlib.sha256(t.encode()).hexdigest() for t in (text, changed)]
+    sums = recorded.file(SUMS).read_text().replace(*digests)
+    tags = recorded.row.tags
+    sealed = seal(sums, recorded.tracking.history(recorded.run_id), tags)
+    update = "UPDATE tags SET value = ? WHERE run_uuid = ? AND key = 'digitlab.seal'"
+    recorded.execute(update, sealed, recorded.run_id)
+    with (
+        rewritten(recorded.file("config.yaml"), changed.encode()),
+        rewritten(recorded.file(SUMS), sums.encode()),
+    ):
+        yield
+    recorded.execute(update, tags["digitlab.seal"], recorded.run_id)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("  epochs: 1\n", "  epochs: 1\n  pace: 3\n", "pace"),
+        ("  epochs: 1\n", "", "trainer.epochs"),
+        ("  epochs: 1\n", "  epochs: many\n", "trainer.epochs=many"),
+        ("  epochs: 1\n", "  epochs: 0\n", "trainer.epochs=0"),
+        ("  epochs: 1\n", "  epochs: [1]\n", "trainer.epochs"),
+        ("  name: convnet\n", "  name: convnet\n  _target_: os.getcwd\n", "_target_"),
+        ("  name: convnet\n", "  name: os.path\n", "model.name=os.path"),
+        ("  name: sample\n", "  name: ${oc.env:HOME}\n", "interpolation"),
+        ("data:\n", "x: !!python/object/apply:os.getcwd []\ndata:\n", "not a configuration"),
+        ("  name: smoke\n", "  name: ../../smoke\n", "study.name=../../smoke"),
+    ],
+)
+def test_stored_configuration_is_refused_with_the_version_that_wrote_it(
+    call: Call,
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str,
+    new: str,
+    named: str,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of/nobody")
+    before = runs(recorded)
+    with sealed_with(recorded, lambda text: text.replace(old, new)):
+        told = [call("reproduce", recorded.run_id), call("train", "--config-from", recorded.run_id)]
+    for status, out, err in told:
+        assert (status, out) == (2, "")
+        assert named in err
+        assert f"config.yaml of smoke-seed-0 ({recorded.run_id})" in err
+        assert f"written by digitlab {version('digitlab')}" in err
+        assert len(err.splitlines()) == 1
+        assert "/home/of/nobody" not in err
+    assert runs(recorded) == before
+
+
+def test_stored_name_of_data_is_no_path(call: Call, recorded: Recorded) -> None:
+    name = "../../etc/passwd"
+    with sealed_with(recorded, lambda text: text.replace("name: sample", f"name: {name}")):
+        status, out, _ = call("reproduce", recorded.run_id)
+        assert status == 1
+        assert f"parameter data.name of smoke-seed-0 ({recorded.run_id}) is sample, {name}" in out
+        status, out, err = call("train", "--config-from", recorded.run_id)
+        assert (status, out) == (2, "")
+        assert f"is sample, {name} in its config.yaml" in err
+        change = "UPDATE params SET value = ? WHERE run_uuid = ? AND key = 'data.name'"
+        recorded.execute(change, name, recorded.run_id)
+        status, out, err = call("reproduce", recorded.run_id)
+        recorded.execute(change, "sample", recorded.run_id)
+    assert (status, out) == (2, "")
+    assert f"data.name={name}: no such data set" in err
+
+
+def test_name_of_a_run_is_no_path(call: Call, recorded: Recorded) -> None:
+    identity = Identity("../../escaped/here", "train")
+    config = recorded_config(recorded.tracking, recorded.row)
+    folder = stage(recorded.lab, config, identity)
+    assert folder.resolve().parent == (recorded.lab / "staging").resolve()
+    shutil.rmtree(folder)
+    outcome = perform(config, identity, recorded.tracking, recorded.lab, Watch())
+    status, out, _ = call("reproduce", str(outcome.run_id))
+    assert status == 0
+    assert out.splitlines()[0] == f"reproducing {identity.name} ({outcome.run_id})"
+    assert list(Path.cwd().iterdir()) == []
+    assert list((recorded.lab / "staging").iterdir()) == []
+    assert list(recorded.lab.parent.rglob("*escaped*")) == []
+
+
+# ---- the recorded code ---------------------------------------------------------------------------
+
+
+def git(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a", *arguments]
+    return subprocess.run(command, input=given, capture_output=True, check=True).stdout
+
+
+def commit(folder: Path) -> str:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "more")
+    return git(folder, "rev-parse", "HEAD").decode().strip()
+
+
+def work_trees(folder: Path) -> int:
+    return len(git(folder, "worktree", "list").splitlines())
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of one commit that stands for the project's own."""
+    folder = tmp_path / "repository"
+    (folder / "src").mkdir(parents=True)
+    (folder / "src" / "x.py").write_text("x = 1\n" * 9)
+    (folder / "src" / "crlf.txt").write_bytes(b"one\r\ntwo\r\n")
+    (folder / "src" / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "src" / "bits").write_bytes(bytes(range(256)))
+    git(folder, "init", "--quiet")
+    commit(folder)
+    monkeypatch.setattr(reproduction, "ROOT", folder)
+    monkeypatch.setattr(environment, "ROOT", folder)
+    return folder
+
+
+# A project whose command says what code it is; `reproduce` is all that it can do.
+STUB = """import json, os, sys
+from digitlab import kept
+from digitlab import version
+
+def main():
+    assert sys.argv[1] == "reproduce" and sys.argv[3] == "--json"
+    told = [version.NAME, kept.NAME, os.environ["DIGITLAB_HOME"], *sys.argv[4:]]
+    print(json.dumps(dict(verdict="not comparable", differences=told, run_id=None,
+                          original_run_id=sys.argv[2])))
+    return 3
+"""
+
+
+def test_recorded_code_is_run_when_the_checkout_has_moved_on(
+    recorded: Recorded, repository: Path
+) -> None:
+    package = repository / "src" / "digitlab"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(STUB)
+    (package / "version.py").write_text("NAME = 'committed'\n")
+    commit(repository)
+    (package / "version.py").write_text("NAME = 'changed'\n")
+    (package / "kept.py").write_text("NAME = 'untracked'\n")
+    then = describe_environment() | {"source": source_digest(package)}
+
+    (package / "version.py").write_text("NAME = 'later'\n")
+    commit(repository)
+    (package / "version.py").write_text("NAME = 'now'\n")
+    (package / "kept.py").unlink()
+    verdict = _at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
+    told = ["changed", "untracked", str(recorded.lab), "trainer.threads=2"]
+    assert verdict == Verdict("not comparable", told, None, recorded.run_id)
+    assert work_trees(repository) == 1
+    assert (package / "version.py").read_text() == "NAME = 'now'\n"
+    assert not (package / "kept.py").exists()
+
+
+OTHER_DIFF = "--- a/src/x.py\n+++ b/src/x.py\n@@ -1 +1 @@\n-never\n+there\n"
+OUTSIDE_DIFF = "--- /dev/null\n+++ b/src/../../x\n@@ -0,0 +1 @@\n+x\n"
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        ({"commit": ""}, "recorded outside a repository"),
+        ({"commit": "0" * 40}, "invalid reference"),
+        ({"diff": OTHER_DIFF}, "patch does not apply|patch failed"),
+        ({"diff": OUTSIDE_DIFF}, "invalid path"),
+        ({"untracked": {"../x": "x"}}, r"\.\./x lies outside the checkout"),
+        ({"untracked": {"src/../../x": "x"}}, "lies outside the checkout"),
+        ({"untracked": {"/nonexistent/x": "x"}}, "/nonexistent/x lies outside the checkout"),
+        ({"untracked": {"src/large.bin": None}}, "untracked files that are not in its record"),
+    ],
+)
+def test_code_that_cannot_be_had_any_more_is_refused(
+    recorded: Recorded, repository: Path, then: dict[str, Any], reason: str
+) -> None:
+    head = git(repository, "rev-parse", "HEAD").decode().strip()
+    before = set(repository.parent.rglob("*"))
+    with pytest.raises(UserError, match=reason) as told:
+        _at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
+    assert "\n" not in str(told.value)
+    assert str(told.value).startswith("--at-commit: smoke-seed-0")
+    assert work_trees(repository) == 1
+    after = {path for path in repository.parent.rglob("*") if ".git" not in path.parts}
+    assert after <= before
+
+
+def test_commit_that_is_not_there_is_one_line(
+    call: Call, recorded: Recorded, repository: Path
+) -> None:
+    status, out, err = call("reproduce", recorded.run_id, "--at-commit")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "--at-commit: smoke-seed-0" in err
+
+
+def test_recorded_code_that_breaks_is_refused(recorded: Recorded, repository: Path) -> None:
+    package = repository / "src" / "digitlab"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(UserError, match="--at-commit"):
+        _at_commit(recorded.row, {"commit": commit(repository)}, [], recorded.lab)
+
+
+def test_commit_without_the_code_is_refused(recorded: Recorded, repository: Path) -> None:
+    head = git(repository, "rev-parse", "HEAD").decode().strip()
+    with pytest.raises(UserError, match="--at-commit") as told:
+        _at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
+    assert "its code ended with status" not in str(told.value)
+
+
+def test_code_outside_a_repository_is_refused(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="not a git repository"):
+        _at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+
+
+def test_recorded_code_without_git_is_refused(
+    recorded: Recorded, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match="git"):
+        _at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+
+
+@pytest.mark.parametrize("path", ["", "src", "src/x.py/y"])
+def test_untracked_path_that_cannot_be_written_is_refused(
+    recorded: Recorded, repository: Path, path: str
+) -> None:
+    head = git(repository, "rev-parse", "HEAD").decode().strip()
+    with pytest.raises(UserError, match="--at-commit"):
+        _at_commit(recorded.row, {"commit": head, "untracked": {path: "x"}}, [], recorded.lab)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "setting"),
+    [
+        ("x.py", b"x = 2\n" + b"x = 1\n" * 8, None),
+        ("x.py", b"", None),
+        ("x.py", None, None),
+        ("bits", bytes(range(255, -1, -1)), None),
+        ("x.py", b"x = 2 \n\n" + b"x = 1\n" * 8, "diff.mnemonicPrefix=true"),
+        ("crlf.txt", b"one\r\ntwo\r\nthree\r\n", None),
+        ("latin.txt", b"caf\xe9 cr\xe8me\n", None),
+        ("x.py", b"x = 2\n", "diff.noprefix=true"),
+        ("x.py", b"x = 2\n", "color.ui=always"),
+        ("x.py", b"x = 2\n", "diff.external=true"),
+    ],
+)
+def test_recorded_change_can_be_applied_byte_for_byte(
+    repository: Path, tmp_path: Path, file: str, content: bytes | None, setting: str | None
+) -> None:
+    path = repository / "src" / file
+    if setting:
+        git(repository, "config", *setting.split("="))
+    path.unlink() if content is None else path.write_bytes(content)
+    diff = describe_environment()["diff"]
+    tree = tmp_path / "tree"
+    git(repository, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
+    git(tree, "apply", "--whitespace=nowarn", "-", given=os.fsencode(diff))
+    kept = tree / "src" / file
+    assert (kept.read_bytes() if kept.exists() else None) == content
+
+
+def test_untracked_file_is_recorded_byte_for_byte(repository: Path) -> None:
+    (repository / "src" / "new.py").write_bytes(b"x = 1\r\n")
+    kept = describe_environment()["untracked"]["src/new.py"]
+    assert kept is None or kept.encode() == b"x = 1\r\n"
+
+
+def test_untracked_file_that_is_no_text_or_too_large_is_named_alone(repository: Path) -> None:
+    (repository / "src" / "new.py").write_text("x = 1\n")
+    (repository / "src" / "bytes.py").write_bytes(b"\xff\xfe")
+    (repository / "src" / "large.py").write_text("#" * (2**20 + 1))
+    (repository / "notes.txt").write_text("takes no part")
+    assert describe_environment()["untracked"] == {
+        "src/new.py": "x = 1\n",
+        "src/bytes.py": None,
+        "src/large.py": None,
+    }
+
+
+def test_remains_of_a_library_do_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "torch" in describe_environment()["libraries"]
+
+
+# Trains from another seed, which an untracked file says.
+CHANGE = """
+
+from dataclasses import replace as _replace  # noqa: E402
+
+from digitlab.offset import OFFSET  # noqa: E402
+
+_fit = fit
+
+
+def fit(config, *rest):  # noqa: F811
+    trainer = _replace(config.trainer, seed=config.trainer.seed + OFFSET)
+    return _fit(_replace(config, trainer=trainer), *rest)
+"""
+
+
+@pytest.mark.long
+def test_uncommitted_code_trains_the_same_again_when_the_checkout_has_moved_on(
+    lab: Path, call_in: CallIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, package = tmp_path / "clone", tmp_path / "clone" / "src" / "digitlab"
+    for name in ("src", "conf", "experiments"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png")
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+    shutil.copy(ROOT / ".gitignore", clone)
+    git(clone, "init", "--quiet")
+    commit(clone)
+    whole = (package / "run.py").read_text()
+    (package / "run.py").write_text(whole + CHANGE)
+    (package / "offset.py").write_text("OFFSET = 41\n")
+    command = [sys.executable, "-c", reproduction._COMMAND, "train", *SMALL]
+    place = os.environ | {"PYTHONPATH": str(clone / "src")}
+    subprocess.run(command, cwd=clone, env=place, check=True)
+
+    (package / "run.py").write_text(whole)
+    (package / "offset.py").unlink()
+    (package / "extra.py").write_text("EXTRA = 1\n")
+    commit(clone)
+    (package / "run.py").write_text("raise SystemExit('the present code is broken')")
+    monkeypatch.setattr(reproduction, "ROOT", clone)
+    call = call_in(lab)
+    status, out, _ = call("reproduce", "smoke-seed-0", "--at-commit", "--json")
+    document = json.loads(out)
+    assert (status, document["verdict"], document["differences"]) == (0, "identical", [])
+    assert work_trees(clone) == 1
+    tracking = MlflowTracking(None, "digitlab", lab)
+    assert tracking.get(document["run_id"]).tags["digitlab.verdict"] == "identical"
+    # The code of this process trains from the seed as it stands.
+    status, out, _ = call("reproduce", document["original_run_id"])
+    assert re.search(r"  source was \w{12}, is \w{12}: may change anything\n", out)
+    assert "SHA-256 of the weights was" in out
+    assert out.splitlines()[-1].startswith(("within tolerance", "not comparable"))
+
+
+# ---- a whole study -------------------------------------------------------------------------------
+
+
+def parted(lab: Path, study: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    status = replay(study, lab, as_json=True)
+    return status, json.loads(capsys.readouterr().out)
+
+
+def alter(lab: Path, number: int, value: str) -> None:
+    with closing(sqlite3.connect(lab / "optuna.db", timeout=60)) as database, database:
+        trial = "SELECT trial_id FROM trials WHERE number = ? AND study_id = 1"
+        change = f"UPDATE trial_values SET value = {value} WHERE trial_id = ({trial})"
+        assert database.execute(change, [number]).rowcount == 1
+
+
+def states(lab: Path, study: str) -> list[tuple[str]]:
+    with closing(sqlite3.connect(lab / "optuna.db", timeout=60)) as database:
+        found = "SELECT state FROM trials JOIN studies USING (study_id) WHERE study_name = ?"
+        return list(database.execute(found, [study]))
+
+
+def test_study_is_replayed_trial_by_trial(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("study.workers=1").wait() == 0
+    status, document = parted(lab, "smoke", capsys)
+    assert (status, document["verdict"], changes(document)) == (0, "identical", [])
+    tracking = MlflowTracking(None, "digitlab", lab)
+    kept = tracking.get(document["run_id"])
+    [study] = tracking.find({"digitlab.kind": "study"})
+    assert (kept.name, kept.tags["digitlab.kind"]) == ("smoke-replay", "reproduction")
+    assert kept.tags["digitlab.verdict"] == "identical"
+    assert kept.tags["digitlab.reproduction_of"] == document["original_run_id"] == study.run_id
+    assert study.tags["digitlab.reproduced"] == "identical"
+    assert json.loads(tracking.artifact(kept.run_id, "replay.json")) == []
+    # The trials of the replay are in Optuna's storage alone.
+    assert len(tracking.find({"digitlab.kind": "trial"})) == 3
+
+    alter(lab, 0, "value + 1e-9")
+    original, again = (open_study(lab, f"study.name={name}") for name in ("smoke", kept.name))
+    [difference] = where_they_part(original, again)
+    assert re.match(r"trial 0: value was 0\.\d+, is 0\.\d+$", difference)
+
+
+@pytest.mark.long
+def test_study_of_one_worker_that_was_altered_is_not_reproduced(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("study.workers=1").wait() == 0
+    alter(lab, 0, "value + 1e-9")
+    for name in ("smoke-replay", "smoke-replay1"):
+        status, document = parted(lab, "smoke", capsys)
+        assert (status, document["verdict"]) == (1, "not reproduced")
+        [difference] = changes(document)
+        assert re.match(r"trial 0: value was 0\.\d+, is 0\.\d+$", difference)
+        tracking = MlflowTracking(None, "digitlab", lab)
+        kept = tracking.get(document["run_id"])
+        assert kept.name == name
+        assert json.loads(tracking.artifact(kept.run_id, "replay.json")) == [difference]
+
+
+@pytest.mark.long
+def test_study_of_two_workers_that_parts_is_not_comparable(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("study.workers=2").wait() == 0
+    alter(lab, 0, "0.5")  # as another history may make it
+    status, document = parted(lab, "smoke", capsys)
+    assert (status, document["verdict"]) == (3, "not comparable")
+    workers, *trials = changes(document)
+    assert workers.startswith("study.workers was 2, is 1: gives trials another history")
+    assert any(trial.startswith("trial 0: value was 0.5, is ") for trial in trials)
+
+
+def test_study_that_cannot_be_replayed_is_one_line(call: Call, recorded: Recorded) -> None:
+    status, out, err = call("reproduce", "--study", "smoek")
+    assert (status, out) == (2, "")
+    assert "smoek: no such study" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.long
+def test_study_that_does_not_count_failed_trials_is_replayed(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["data.mean=choice(0.13,1e39)", "model.batch_norm=false"]
+    study = ["study.count_failed=false", "study.sampler=random", "study.pruner=none"]
+    assert run_sweep("study.workers=1", "study.trials=2", *wild, *study).wait() == 0
+    assert parted(lab, "smoke", capsys)[1]["verdict"] == "identical"
+
+
+@pytest.mark.long
+def test_replay_that_is_stopped_says_so_without_a_traceback(
+    lab: Path, run_sweep: Callable[..., Any]
+) -> None:
+    longer = ("trainer.epochs=50", "study.trials=1", "study.pruner=none")
+    assert run_sweep("study.workers=1", *longer).wait() == 0
+    command = [sys.executable, "-c", reproduction._COMMAND, "reproduce", "--study", "smoke"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        until(lambda: ("RUNNING",) in states(lab, "smoke-replay"))
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.long
+def test_study_of_twelve_trials_with_pruning_is_replayed_identically(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = ["study.trials=12", "study.startup_trials=3", "study.rungs=[0.3,0.6]"]
+    more = ["study.confirm=3", "study.confirm_seeds=2", "study.final_seeds=2", "trainer.epochs=2"]
+    assert run_sweep("study.workers=1", *study, *more).wait() == 0
+    status, document = parted(lab, "smoke", capsys)
+    assert (status, document["verdict"], changes(document)) == (0, "identical", [])
+    for name in ("smoke", "smoke-replay"):
+        told = states(lab, name)
+        assert len(told) == 12
+        assert told.count(("PRUNED",)) >= 3
+
+
+# ---- many configurations -------------------------------------------------------------------------
+
+SMOKE = ["experiments=smoke", "model.widths=[4]"]
+MODELS = {
+    "convnet": [*SMOKE, "model.hidden=8"],
+    "deep": [*SMOKE, "model.widths=[4,8]", "model.hidden=0", "model.kernel_sizes=[5,3]"],
+    "dropout": [*SMOKE, "model.dropout=0.4"],
+    "plain": [*SMOKE, "model.batch_norm=false"],
+    "seed": ["experiments=seed"],
+    "strided": ["experiments=smoke", "model=strided", "model.widths=[4,8,8]"],
+}
+AUGMENT = [f"data.augment.{key}" for key in ("shift=2", "rotate=10", "scale=0.1", "shear=5")]
+AUGMENT += ["data.augment.erase=6"]
+TWENTY = [
+    ("convnet", ["optim=adamw"]),
+    ("convnet", ["optim=adam"]),
+    ("convnet", ["optim=sgd"]),
+    ("convnet", ["optim=sgd", "optim.momentum=0", "optim.gradient_clip=1"]),
+    ("convnet", ["optim.schedule=cosine", "optim.ema=0.99"]),
+    ("convnet", ["optim.schedule=constant", "optim.label_smoothing=0.1"]),
+    ("convnet", [*AUGMENT, "optim.ema=0.9"]),
+    ("convnet", ["data.fold=test", *AUGMENT]),
+    ("deep", ["optim=adamw", *AUGMENT]),
+    ("deep", ["optim=adam", "optim.schedule=cosine"]),
+    ("deep", ["optim=sgd", "optim.ema=0.95"]),
+    ("dropout", ["optim=adamw", "optim.ema=0.99", *AUGMENT]),
+    ("dropout", ["optim=sgd", "optim.schedule=constant"]),
+    ("plain", ["optim=adam", "data.augment.shift=1"]),
+    ("plain", ["optim=adamw", "data.batch_size=77"]),
+    ("seed", ["optim=adam"]),
+    ("seed", ["optim=sgd", "optim.learning_rate=0.01", *AUGMENT]),
+    ("strided", ["optim=adamw", "optim.ema=0.99"]),
+    ("strided", ["optim=adam", "data.augment.erase=8"]),
+    ("strided", ["optim=sgd", "data.fold=test"]),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(20))
+def test_every_kind_of_configuration_is_reproduced(
+    call: Call, recorded: Recorded, number: int
+) -> None:
+    model, overrides = TWENTY[number]
+    small = ["data=sample", "data.batch_size=200", "trainer.epochs=2"]
+    seed = f"trainer.seed={1000 + number}"
+    status, out, err = call("train", *MODELS[model], *small, *overrides, seed)
+    assert (status, err) == (0, "")
+    run_id = out.split("run ")[1].split()[0]
+    status, out, _ = call("reproduce", run_id, "--json")
+    document = json.loads(out)
+    assert (status, document["verdict"], changes(document)) == (0, "identical", [])

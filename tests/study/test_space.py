@@ -1,0 +1,388 @@
+"""Hydra's sweep grammar becomes distributions that hold exactly the values that were written."""
+
+import dataclasses
+from decimal import Decimal
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
+from digitlab.config.compose import compose, config_to_plain, flat, with_values
+from digitlab.config.types import Config, Optimizer
+from digitlab.study.space import Knob, read_space, suggest
+
+RECIPES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+RATES = st.floats(1e-9, 10, allow_nan=False)  # what optim.learning_rate allows
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return compose("train", ["~experiments"])[0].config
+
+
+def with_space(config: Config, space: dict[str, str]) -> Config:
+    return dataclasses.replace(config, study=dataclasses.replace(config.study, space=space))
+
+
+def read(config: Config, name: str, text: str) -> Knob:
+    (knob,) = read_space(with_space(config, {name: text}))
+    assert knob.name == name
+    return knob
+
+
+def refusal(config: Config, name: str, text: str) -> str:
+    """The message of the UserError that a knob leads to: one line."""
+    with pytest.raises(UserError) as caught:
+        read_space(with_space(config, {name: text}))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def numbers(distribution: BaseDistribution) -> list[float]:
+    """All values of a distribution with steps."""
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    assert distribution.step
+    low, high, step = (
+        Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step)
+    )
+    assert (high - low) % step == 0
+    values = [low + step * k for k in range(int((high - low) / step) + 1)]
+    return [type(distribution.low)(value) for value in values]
+
+
+def assert_fits(config: Config, knob: Knob, value: Any) -> None:
+    """`value`, one of the distribution's, goes to the configuration and comes back."""
+    of = knob.distribution
+    assert of.to_external_repr(of.to_internal_repr(value)) == value
+    decoded = knob.decode(value)
+    assert knob.encode(decoded) == value
+    stored = flat(config_to_plain(with_values(config, {knob.name: decoded})))[knob.name]
+    assert stored == decoded
+    assert knob.encode(stored) == value
+
+
+# --- what is shipped ---
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_space_of_every_recipe_is_understood(recipe: str) -> None:
+    config = compose("sweep", [f"experiments={recipe}"])[0].config
+    knobs = read_space(config)
+    assert [knob.name for knob in knobs] == list(config.study.space)
+    for knob in knobs:
+        for extreme in knob.extremes():
+            assert_fits(config, knob, knob.encode(extreme))
+
+
+# --- intervals ---
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), st.booleans())
+def test_an_interval_of_whole_numbers_includes_both_ends(
+    config: Config, ends: tuple[int, int], log: bool
+) -> None:
+    low, high = sorted(ends)
+    assume(low < high and (low > 0 or not log))
+    text = f"int(interval({low},{high}))"
+    knob = read(config, "model.hidden", f"tag(log,{text})" if log else text)
+    assert knob.distribution == IntDistribution(low, high, log=log)
+    assert knob.extremes() == [low, high]
+    assert_fits(config, knob, low)
+    assert_fits(config, knob, high)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.tuples(RATES, RATES), st.booleans())
+@example((1.0, 2.0), False)
+@example((1e-9, 10.0), True)
+def test_an_interval_includes_both_ends_to_the_last_digit(
+    config: Config, ends: tuple[float, float], log: bool
+) -> None:
+    low, high = sorted(ends)
+    assume(low < high)
+    text = f"interval({low},{high})"
+    knob = read(config, "optim.learning_rate", f"tag(log,{text})" if log else text)
+    assert knob.distribution == FloatDistribution(low, high, log=log)
+    assert_fits(config, knob, low)
+    assert_fits(config, knob, high)
+
+
+def test_an_interval_of_a_fraction_may_be_written_in_whole_numbers(config: Config) -> None:
+    knob = read(config, "optim.learning_rate", "interval(1,5)")
+    assert knob.distribution == FloatDistribution(1.0, 5.0)
+
+
+# --- ranges ---
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 1000), st.integers(1, 1000), st.integers(1, 50))
+@example(1, 9, 1)  # start, what stop lies above it, step
+@example(1, 8, 2)
+@example(1, 9, 2)
+def test_a_range_holds_what_python_s_range_holds(
+    config: Config, start: int, more: int, step: int
+) -> None:
+    expected = range(start, start + more, step)
+    assume(len(expected) > 1)
+    knob = read(config, "model.hidden", f"range({start},{start + more},{step})")
+    assert numbers(knob.distribution) == list(expected)
+    assert_fits(config, knob, expected[0])
+    assert_fits(config, knob, expected[-1])
+
+
+def test_a_range_may_leave_out_start_and_step(config: Config) -> None:
+    assert numbers(read(config, "model.hidden", "range(4)").distribution) == [0, 1, 2, 3]
+    assert numbers(read(config, "model.hidden", "range(2,5)").distribution) == [2, 3, 4]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 100),
+    st.integers(2, 20),
+    st.integers(0, 99),
+    st.integers(2, 4),
+)
+@example(10, 10, 3, 0, 2)  # range(0.10,0.40,0.10)
+@example(1, 3, 3, 0, 2)  # range(0.01,0.10,0.03)
+@example(10, 10, 3, 5, 2)  # range(0.10,0.35,0.10)
+def test_a_range_of_fractions_leaves_out_its_stop(
+    config: Config, start: int, step: int, count: int, less: int, places: int
+) -> None:
+    low, by = Decimal(start).scaleb(-places), Decimal(step).scaleb(-places)
+    stop = low + by * count - Decimal(less % step).scaleb(-places)
+    expected = [float(low + by * k) for k in range(count)]
+    assume(expected[-1] <= 10)
+    knob = read(config, "optim.learning_rate", f"range({low:f},{stop:f},{by:f})")
+    assert numbers(knob.distribution) == expected
+    assert_fits(config, knob, expected[0])
+    assert_fits(config, knob, expected[-1])
+
+
+# --- choices ---
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=6, unique=True), st.booleans())
+def test_a_choice_of_numbers_keeps_them_in_order(
+    config: Config, choices: list[int], short: bool
+) -> None:
+    listed = ",".join(map(str, choices))
+    knob = read(config, "model.hidden", listed if short else f"choice({listed})")
+    assert knob.distribution == CategoricalDistribution(choices)
+    for value in choices:
+        assert_fits(config, knob, value)
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(RATES, min_size=2, max_size=4, unique=True))
+def test_a_choice_of_fractions_keeps_them_to_the_last_digit(
+    config: Config, choices: list[float]
+) -> None:
+    knob = read(config, "optim.learning_rate", f"choice({','.join(map(str, choices))})")
+    assert knob.distribution == CategoricalDistribution(choices)
+    for value in choices:
+        assert_fits(config, knob, value)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.lists(
+        st.lists(st.integers(1, 512), min_size=1, max_size=4),
+        min_size=2,
+        max_size=4,
+        unique_by=tuple,
+    )
+)
+def test_a_choice_of_lists_comes_back_as_lists(config: Config, choices: list[list[int]]) -> None:
+    listed = ",".join(str(choice).replace(" ", "") for choice in choices)
+    knob = read(config, "model.widths", f"choice({listed})")
+    assert knob.extremes() == choices
+    assert isinstance(knob.distribution, CategoricalDistribution)
+    assert [knob.decode(value) for value in knob.distribution.choices] == choices
+    for value in knob.distribution.choices:
+        assert_fits(config, knob, value)
+
+
+@pytest.mark.parametrize("text", ["adam,sgd", "choice(adam,sgd)", "'adam',\"sgd\""])
+def test_a_choice_of_words_may_be_quoted(config: Config, text: str) -> None:
+    knob = read(config, "optim.name", text)
+    assert knob.distribution == CategoricalDistribution(["adam", "sgd"])
+    changed = with_values(config, {"optim.name": knob.decode("sgd")})
+    assert changed.optim.name is Optimizer.sgd
+
+
+def test_a_choice_of_yes_and_no(config: Config) -> None:
+    knob = read(config, "model.batch_norm", "true,false")
+    assert knob.distribution == CategoricalDistribution([True, False])
+    assert with_values(config, {"model.batch_norm": knob.decode(False)}).model.batch_norm is False
+
+
+# --- a trial's values ---
+
+SPACE = {
+    "model.widths": "[4,4],[8,8]",
+    "model.hidden": "tag(log,int(interval(16,64)))",
+    "trainer.epochs": "range(1,9,2)",
+    "optim.learning_rate": "tag(log,interval(0.001,0.1))",
+    "optim.ema": "range(0.1,0.5,0.1)",
+    "optim.name": "adam,sgd",
+}
+
+
+def test_values_are_given_in_the_configuration_s_terms(config: Config) -> None:
+    knobs = read_space(with_space(config, SPACE))
+    fixed = {
+        "model.widths": "[8, 8]",
+        "model.hidden": 17,
+        "trainer.epochs": 7,
+        "optim.learning_rate": 0.02,
+        "optim.ema": 0.4,
+        "optim.name": "sgd",
+    }
+    values = suggest(optuna.trial.FixedTrial(fixed), knobs)  # type: ignore[arg-type]
+    assert values == fixed | {"model.widths": [8, 8]}
+
+
+def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config: Config) -> None:
+    knobs = read_space(with_space(config, SPACE))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = [suggest(study.ask(), knobs) for _ in range(30)]
+    for values in seen:
+        with_values(config, values)
+        assert 16 <= values["model.hidden"] <= 64
+        assert 0.001 <= values["optim.learning_rate"] <= 0.1
+    assert {tuple(values["model.widths"]) for values in seen} == {(4, 4), (8, 8)}
+    assert {values["trainer.epochs"] for values in seen} == {1, 3, 5, 7}
+    assert {round(values["optim.ema"], 9) for values in seen} == {0.1, 0.2, 0.3, 0.4}
+    assert {values["optim.name"] for values in seen} == {"adam", "sgd"}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # no such knob
+        ("model.hiden", "range(1,5)"),
+        ("hidden", "range(1,5)"),
+        ("model.widths.0", "8,16"),
+        ("model", "convnet,seed"),
+        ("data.augment", "{shift:1},{shift:2}"),
+        # not to be searched
+        ("study.trials", "range(1,5)"),
+        ("study.name", "a,b"),
+        ("tracking.experiment", "a,b"),
+        ("data.name", "mnist,sample"),
+        ("data.fold", "holdout,test"),
+        ("data.holdout", "range(10,50,10)"),
+        ("data.split_seed", "range(1,5)"),
+        # not in the grammar
+        ("model.hidden", ""),
+        ("model.hidden", "64"),
+        ("model.hidden", "many"),
+        ("model.hidden", "["),
+        ("model.hidden", "interval(1,"),
+        ("model.hidden", "interval(1)"),
+        ("model.hidden", "interval(a,b)"),
+        ("model.hidden", "glob(*)"),
+        ("model.hidden", "uniform(1,5)"),
+        ("model.hidden", "range(1,5) trainer.epochs=3"),
+        # not of the knob's type
+        ("model.hidden", "interval(16,64)"),
+        ("model.hidden", "interval(16.5,64.5)"),
+        ("model.hidden", "range(1.0,5.0)"),
+        ("model.hidden", "16,many"),
+        ("model.hidden", "16,2.5"),
+        ("model.hidden", "16,null"),
+        ("model.widths", "interval(1,3)"),
+        ("model.widths", "[8],16"),
+        ("model.widths", "[8],[wide]"),
+        ("model.widths", "[[8]],[8]"),
+        ("optim.name", "adam,lion"),
+        ("model.hidden", "{a:1},{a:2}"),
+        ("model.hidden", "${trainer.epochs},2"),
+        # no range of two values or more
+        ("model.hidden", "int(interval(64,16))"),
+        ("model.hidden", "int(interval(64,64))"),
+        ("optim.learning_rate", "interval(0.1,0.01)"),
+        ("model.hidden", "range(1,2)"),
+        ("model.hidden", "range(5,1)"),
+        ("model.hidden", "range(5,1,-1)"),
+        ("model.hidden", "range(1,5,0)"),
+        ("optim.learning_rate", "range(0.1,0.5,0.0)"),
+        # log
+        ("model.hidden", "tag(log,int(interval(0,64)))"),
+        ("optim.ema", "tag(log,interval(0,0.9))"),
+        ("data.mean", "tag(log,interval(-1,1))"),
+        ("model.hidden", "tag(log,range(1,5))"),
+        ("model.hidden", "tag(log,choice(1,5))"),
+        # other tags
+        ("model.hidden", "tag(loguniform,int(interval(1,5)))"),
+        ("model.hidden", "tag(log,fast,int(interval(1,5)))"),
+        ("model.hidden", "tag(fast,range(1,5))"),
+        ("model.hidden", "tag(fast,choice(1,5))"),
+        # out of the configuration's limits
+        ("model.hidden", "int(interval(-1,64))"),
+        ("model.hidden", "8,-8"),
+        ("optim.learning_rate", "interval(0.1,20)"),
+        ("optim.learning_rate", "interval(0,0.1)"),
+        ("optim.learning_rate", "interval(0.1,inf)"),
+        ("optim.learning_rate", "interval(nan,0.1)"),
+        ("optim.momentum", "interval(0.5,1)"),
+        ("data.augment.erase", "range(20,40,10)"),
+        ("trainer.epochs", "range(0,3)"),
+        ("model.kernel_sizes", "[3],[4]"),
+        ("model.pools", "[2],[2,2,2]"),
+        ("model.pools", "[2],[8]"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_with_knob_and_text(
+    config: Config, name: str, text: str
+) -> None:
+    assert f"{name}={text}" in refusal(config, name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("model.hiden", "model.hidden"), ("model.widths.0", "model.widths"), ("std", "data.std")],
+)
+def test_an_unknown_knob_is_refused_with_knobs_that_can_be_searched(
+    config: Config, name: str, near: str
+) -> None:
+    message = refusal(config, name, "1,2")
+    suggested = message.split("no such key, ")[1]
+    assert near in suggested
+    for fixed in ("study.", "tracking.", "data.fold", "data.name"):
+        assert fixed not in suggested
+
+
+def test_fractions_for_a_whole_number_are_refused_with_what_to_write(config: Config) -> None:
+    message = refusal(config, "model.hidden", "interval(16,64)")
+    assert "whole numbers" in message
+    assert "int(...)" in message
+
+
+def test_a_limit_of_the_configuration_is_named(config: Config) -> None:
+    message = refusal(config, "optim.learning_rate", "interval(0.1,20)")
+    assert "0 < learning_rate <= 10" in message
+
+
+def test_one_bad_knob_among_good_ones_is_the_one_that_is_named(config: Config) -> None:
+    with pytest.raises(UserError) as caught:
+        read_space(with_space(config, SPACE | {"data.batch_size": "0,32"}))
+    assert "data.batch_size=0,32" in str(caught.value)
