@@ -136,7 +136,7 @@ def bare_loop(config: Config, lab: Path) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        evaluate(network, data.holdout[0], config.data)
+        evaluate(network, data.validation[0], config.data)
 
 
 def start(lab: Path, repeats: int) -> list[Figure]:
@@ -275,7 +275,8 @@ def against_the_article(lab: Path, repeats: int) -> list[Figure]:
     for seed in range(max(repeats, _SEEDS)):
         seconds = {}
         for name, runs in told.items():
-            asked = [f"experiments={name}", "data.fold=test", threads, f"trainer.seed={seed}"]
+            asked = [f"experiments={name}", "data.evaluate_on=test", threads]
+            asked.append(f"trainer.seed={seed}")
             ours = [sys.executable, "-c", _FIT, str(lab), *asked]
             begun = time.perf_counter()
             runs.append(json.loads(_run(article if name == "article" else ours, lab)))

@@ -217,7 +217,7 @@ def test_misspelt_key_is_one_line_in_a_process_of_its_own(trained: Trained) -> N
         (["train", "trainer.epochs=[1"], "trainer.epochs=[1"),
         (["train", "optim.learning_rate=choice(0.1,0.2)"], "choice(0.1,0.2)"),
         (["train", "--nonsense"], "--nonsense"),
-        (["train", *SMALL, "data.holdout=2000"], "data.holdout=2000"),
+        (["train", *SMALL, "data.validation_images=2000"], "data.validation_images=2000"),
         (["train", *SMALL, "tracking.uri=http://127.0.0.1:1"], "127.0.0.1:1"),
         (["reproduce", "smoke-sede-0"], "smoke-seed-0"),
         (["reproduce", "champion"], "champion"),

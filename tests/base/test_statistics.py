@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
 from digitlab.config.compose import compose
-from digitlab.config.types import Config, Fold
+from digitlab.config.types import Config, EvaluateOn
 from digitlab.study.champion import candidates, choose, confirm_jobs, final_jobs
 from digitlab.study.champion import test_interval as interval_of_finals
 from digitlab.study.trials import TrialRow
@@ -305,12 +305,12 @@ def test_candidates_are_confirmed_on_seeds_that_no_other_fit_has(config: Config)
 def test_only_the_final_fits_see_the_test_images(config: Config) -> None:
     rows = [row(0, hidden=33), row(1)]
     for jobs, fold in (
-        (confirm_jobs(config, rows), Fold.holdout),
-        (final_jobs(config, rows[0]), Fold.test),
+        (confirm_jobs(config, rows), EvaluateOn.validation),
+        (final_jobs(config, rows[0]), EvaluateOn.test),
     ):
         for key, job in jobs.items():
             assert job.config is not None
-            assert job.config.data.fold is fold
+            assert job.config.data.evaluate_on is fold
             assert key == f"{job.number}/{job.config.trainer.seed}"
             assert job.config.model.hidden == {0: 33, 1: 17}[job.number]
 

@@ -74,7 +74,7 @@ def test_every_option_composes_to_what_its_file_says(path: Path) -> None:
 def test_every_recipe_composes_to_what_its_file_says(path: Path) -> None:
     config = compose("sweep", [f"experiments={path.stem}"])[0].config
     assert isinstance(config, Config)
-    assert type(config.data.fold) is limits.Fold
+    assert type(config.data.evaluate_on) is limits.EvaluateOn
     assert type(config.study.pruner) is limits.Pruner
     whole = flat(config_to_plain(config))
     assert {key: whole[key] for key in values_in(path)} == values_in(path)
@@ -98,7 +98,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.augment.shear": ([0.0, 60.0], [-0.5, 60.5, NAN]),
     "data.augment.erase": ([0, 28], [-1, 29]),
     "data.augment.stroke": ([0.0, 1.0], [-0.1, 1.1, NAN]),
-    "data.holdout": ([10], [9, 0, -10]),
+    "data.validation_images": ([10], [9, 0, -10]),
     "data.split_seed": ([0, 2**31 - 1], [-1]),
     "data.images": ([0, 60000], [-1]),
     "data.batch_size": ([1], [0, -32]),
@@ -167,7 +167,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("data.fold", limits.Fold),
+        ("data.evaluate_on", limits.EvaluateOn),
         ("optim.name", limits.Optimizer),
         ("optim.schedule", limits.Schedule),
         ("study.sampler", limits.Sampler),
@@ -298,8 +298,8 @@ CONFIGS = st.builds(
     data=st.builds(
         limits.DataConfig,
         name=WORDS,
-        fold=st.sampled_from(limits.Fold),
-        holdout=st.integers(10, 60_000),
+        evaluate_on=st.sampled_from(limits.EvaluateOn),
+        validation_images=st.integers(10, 60_000),
         split_seed=st.integers(0, 2**31 - 1),
         images=st.integers(0, 60000),
         batch_size=COUNTS,

@@ -640,4 +640,6 @@ def test_a_split_takes_members_from_all_over_the_file(lab: Path) -> None:
 def test_a_holdout_that_leaves_nothing_is_refused_with_what_is_allowed(holdout: int) -> None:
     with pytest.raises(UserError) as caught:
         stratified_split(torch.arange(20) % 10, holdout, 0)
-    assert str(caught.value) == f"data.holdout={holdout}: allowed is less than the 20 images"
+    assert (
+        str(caught.value) == f"data.validation_images={holdout}: allowed is less than the 20 images"
+    )

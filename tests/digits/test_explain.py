@@ -263,7 +263,7 @@ def test_film_changes_nothing_of_what_is_learned(
 
 
 def test_final_fits_have_no_film(lab: Path) -> None:
-    assert fit(configure("data.fold=test", "trainer.epochs=1"), lab, Watch()).film == []
+    assert fit(configure("data.evaluate_on=test", "trainer.epochs=1"), lab, Watch()).film == []
 
 
 def test_runs_with_a_holdout_keep_their_film_as_a_picture_and_final_fits_none(lab: Path) -> None:

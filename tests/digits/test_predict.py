@@ -282,7 +282,7 @@ def test_champion_is_judged_by_the_holdout_of_its_trial(
 ) -> None:
     assert run_sweep("study.workers=1").wait() == 0
     predictor = Predictor(MlflowTracking(None, "digitlab", lab), "champion", lab)
-    assert predictor.config.data.fold == "test"
+    assert predictor.config.data.evaluate_on == "test"
     assert predictor.judge.temperature != 1  # which stands for a run without a trial
     picture(DIGITS[0]).save(tmp_path / "new.png")
     status, out, _ = call_in(lab)("predict", str(tmp_path / "new.png"))
@@ -318,7 +318,7 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     assert kept["table"] == document["table"]
     assert damage(tracking, tracking.get(document["run_id"])) == []
     status, out, _ = call("evaluate", "--shift", "--run", "smoke-seed-0")
-    assert "400 holdout images" in out
+    assert "400 validation images" in out
 
 
 def test_weights_of_earlier_versions_are_read_in_the_order_they_had(predictor: Predictor) -> None:

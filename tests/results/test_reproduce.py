@@ -1327,7 +1327,7 @@ TWENTY = [
     ("convnet", ["optim.schedule=cosine", "optim.ema=0.99"]),
     ("convnet", ["optim.schedule=constant", "optim.label_smoothing=0.1"]),
     ("convnet", [*AUGMENT, "optim.ema=0.9"]),
-    ("convnet", ["data.fold=test", *AUGMENT]),
+    ("convnet", ["data.evaluate_on=test", *AUGMENT]),
     ("deep", ["optim=adamw", *AUGMENT]),
     ("deep", ["optim=adam", "optim.schedule=cosine"]),
     ("deep", ["optim=sgd", "optim.ema=0.95"]),
@@ -1339,7 +1339,7 @@ TWENTY = [
     ("seed", ["optim=sgd", "optim.learning_rate=0.01", *AUGMENT]),
     ("strided", ["optim=adamw", "optim.ema=0.99"]),
     ("strided", ["optim=adam", "data.augment.erase=8"]),
-    ("strided", ["optim=sgd", "data.fold=test"]),
+    ("strided", ["optim=sgd", "data.evaluate_on=test"]),
 ]
 
 

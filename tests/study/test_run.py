@@ -262,7 +262,7 @@ def test_one_misread_digit_is_enough_for_a_picture(tmp_path: Path) -> None:
 
 
 def test_final_fit_records_its_test_accuracy_once(lab: Path) -> None:
-    outcome, notebook = do(lab, Watch(), "data.fold=test", "trainer.epochs=2")
+    outcome, notebook = do(lab, Watch(), "data.evaluate_on=test", "trainer.epochs=2")
     assert notebook.history("test_accuracy") == [(2, outcome.metrics["test_accuracy"])]
     assert notebook.history("val_accuracy") == []
     assert len(json.loads(notebook.tags["digitlab.data_sha256"])) == 4

@@ -288,8 +288,8 @@ def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config
         ("study.name", "a,b"),
         ("tracking.experiment", "a,b"),
         ("data.name", "mnist,sample"),
-        ("data.fold", "holdout,test"),
-        ("data.holdout", "range(10,50,10)"),
+        ("data.evaluate_on", "validation,test"),
+        ("data.validation_images", "range(10,50,10)"),
         ("data.split_seed", "range(1,5)"),
         # not in the grammar
         ("model.hidden", ""),
@@ -367,7 +367,7 @@ def test_an_unknown_knob_is_refused_with_knobs_that_can_be_searched(
     message = refusal(config, name, "1,2")
     suggested = message.split("no such key, ")[1]
     assert near in suggested
-    for fixed in ("study.", "tracking.", "data.fold", "data.name"):
+    for fixed in ("study.", "tracking.", "data.evaluate_on", "data.name"):
         assert fixed not in suggested
 
 

@@ -98,9 +98,9 @@ class Steps(Watch):
     def batch(self, done):
         events.append(done)
 
-for fold in ("holdout", "test"):
+for fold in ("validation", "test"):
     events.clear()
-    config = compose("train", [*sys.argv[2:], f"data.fold={fold}"])[0].config
+    config = compose("train", [*sys.argv[2:], f"data.evaluate_on={fold}"])[0].config
     fitted = fit(config, Path(sys.argv[1]), Steps())
     digest = hashlib.sha256(safetensors.torch.save(fitted.weights)).hexdigest()
     print(json.dumps({"digest": digest, "events": events}))
@@ -114,7 +114,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     shutil.copytree(DATA, lab / "data" / "sample")
     command = [sys.executable, "-c", _ELSEWHERE, str(lab), *SMALL, *ALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return dict(zip(("holdout", "test"), map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(("validation", "test"), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 def test_same_configuration_gives_the_same_bits(
@@ -131,7 +131,7 @@ def test_same_configuration_gives_the_same_bits(
         for fitted in (first, second)
     ]
     assert timeless[0] == timeless[1]
-    assert elsewhere["holdout"]["digest"] == digest(first.weights)
+    assert elsewhere["validation"]["digest"] == digest(first.weights)
 
 
 def test_rungs_do_not_change_the_weights(lab: Path) -> None:
@@ -147,7 +147,7 @@ def test_another_seed_gives_other_weights_on_the_same_split(lab: Path) -> None:
 
 
 def test_holdout_run_opens_no_test_file(elsewhere: dict[str, dict[str, Any]]) -> None:
-    events = elsewhere["holdout"]["events"]
+    events = elsewhere["validation"]["events"]
     assert [event for event in events if str(event).startswith("t10k")] == []
     assert [event for event in events if str(event).startswith("train-images")] != []
     assert 1.0 in events
@@ -173,7 +173,7 @@ def bare_fit(config: Config, lab: Path) -> dict[str, Tensor]:
         torch.from_numpy(np.fromfile(lab / "data" / "sample" / name, np.uint8)[header:])
         for name, header in (("train-images-idx3-ubyte", 16), ("train-labels-idx1-ubyte", 8))
     )
-    learn, _ = stratified_split(labels, config.data.holdout, config.data.split_seed)
+    learn, _ = stratified_split(labels, config.data.validation_images, config.data.split_seed)
     images, labels = images.view(2000, 1, 28, 28)[learn], labels[learn].long()
     order, chance = (random_stream(config.trainer.seed, stream) for stream in (0, 1))
     optim, size = config.optim, config.data.batch_size
@@ -427,10 +427,10 @@ def test_images_are_prepared_by_whole_batches(lab: Path, monkeypatch: pytest.Mon
 
 def test_split_is_of_the_training_images_alone(lab: Path) -> None:
     holdout = DigitsData(configure(), lab)
-    final = DigitsData(configure("data.fold=test"), lab)
-    assert [len(part) for part in (*holdout.learned, *holdout.holdout)] == [1600, 1600, 400, 400]
+    final = DigitsData(configure("data.evaluate_on=test"), lab)
+    assert [len(part) for part in (*holdout.learned, *holdout.validation)] == [1600, 1600, 400, 400]
     assert len(final.learned[0]) == 2000
-    images = torch.cat([holdout.learned[0], holdout.holdout[0]]).flatten(1)
+    images = torch.cat([holdout.learned[0], holdout.validation[0]]).flatten(1)
     both = sorted(hash(image.numpy().tobytes()) for image in images)
     assert both == sorted(hash(i.numpy().tobytes()) for i in final.learned[0].flatten(1))
 
@@ -502,7 +502,7 @@ def test_measures_are_those_of_the_weights_that_are_given_back(lab: Path) -> Non
 
 def test_final_fit_is_measured_on_the_test_images_alone(lab: Path) -> None:
     listener = Listener()
-    fitted = fit(configure("data.fold=test", "trainer.epochs=1"), lab, listener)
+    fitted = fit(configure("data.evaluate_on=test", "trainer.epochs=1"), lab, listener)
     labels = np.fromfile(DATA / "t10k-labels-idx1-ubyte", np.uint8)[8:]
     assert fitted.labels.tolist() == labels.tolist()
     right = int((fitted.logits.argmax(1).numpy() == labels).sum())
@@ -581,15 +581,15 @@ def test_watch_that_raises_ends_the_run_at_once(
 
 
 def test_a_run_may_learn_from_a_stratified_part_of_the_images(lab: Path) -> None:
-    whole = DigitsData(configure("data.fold=test"), lab)
-    part = DigitsData(configure("data.fold=test", "data.images=500"), lab)
-    again = DigitsData(configure("data.fold=test", "data.images=500", "trainer.seed=9"), lab)
+    whole = DigitsData(configure("data.evaluate_on=test"), lab)
+    part = DigitsData(configure("data.evaluate_on=test", "data.images=500"), lab)
+    again = DigitsData(configure("data.evaluate_on=test", "data.images=500", "trainer.seed=9"), lab)
     assert len(part.learned[1]) == 500
     shares = part.learned[1].bincount() / 500 - whole.learned[1].bincount() / 2000
     assert shares.abs().max() < 0.005
     assert torch.equal(part.learned[0], again.learned[0])  # the training seed keeps the part
     with pytest.raises(UserError, match=r"data.images=2000: allowed is up to 1999 here"):
-        DigitsData(configure("data.fold=test", "data.images=2000"), lab)
+        DigitsData(configure("data.evaluate_on=test", "data.images=2000"), lab)
 
 
 def test_a_configuration_from_before_a_key_was_added_is_migrated() -> None:

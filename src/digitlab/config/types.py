@@ -9,10 +9,10 @@ from typing import Any
 from digitlab.base.errors import UserError, require
 
 
-class Fold(StrEnum):
+class EvaluateOn(StrEnum):
     """Which images a run learns from, and which it is measured on."""
 
-    holdout = "holdout"  # learn from the training images less the holdout, measure on the holdout
+    validation = "validation"  # learn from the rest of the training images
     test = "test"  # learn from all training images, measure once on the test images
 
 
@@ -85,9 +85,9 @@ class DataConfig:
     """Which digits, how they are split, and how a batch is made of them."""
 
     name: str  # a key of datasets.KNOWN
-    fold: Fold
-    holdout: int  # images of the training set kept for validation
-    split_seed: int  # of the holdout alone, so that a new training seed keeps the split
+    evaluate_on: EvaluateOn
+    validation_images: int  # images of the training set kept for validation
+    split_seed: int  # of the validation set alone, so that a new training seed keeps the split
     images: int  # to learn from, stratified; 0 is all
     batch_size: int
     mean: float  # of the pixels in [0, 1]; subtracted
@@ -96,7 +96,11 @@ class DataConfig:
     allow_unknown: bool  # train on files whose SHA-256 is not the known one
 
     def __post_init__(self) -> None:
-        require(self.holdout >= 10, f"data.holdout={self.holdout}", "an integer >= 10")
+        require(
+            self.validation_images >= 10,
+            f"data.validation_images={self.validation_images}",
+            "an integer >= 10",
+        )
         require(self.images >= 0, f"data.images={self.images}", "an integer >= 0, 0 for all")
         require(self.batch_size >= 1, f"data.batch_size={self.batch_size}", "an integer >= 1")
         seed = f"data.split_seed={self.split_seed}"

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from digitlab.base.errors import require
-from digitlab.config.types import Config, DataConfig, Fold
+from digitlab.config.types import Config, DataConfig, EvaluateOn
 from digitlab.data.augment import augment
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 
@@ -73,9 +73,9 @@ class Batches:
 
 
 class DigitsData(pl.LightningDataModule):
-    """What one run learns from and is measured on, as `config.data.fold` says.
+    """What one run learns from and is measured on, as `config.data.evaluate_on` says.
 
-    With fold=holdout nothing of the test set is opened; with fold=test it is opened by
+    With evaluate_on=validation nothing of the test set is opened; with test it is opened by
     `measured()`, which a run calls once, when it has finished training.
     """
 
@@ -86,9 +86,9 @@ class DigitsData(pl.LightningDataModule):
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         self.sha256 = dict(digits.sha256)
         images, labels = digits.images[:, None], digits.labels
-        if data.fold is Fold.holdout:
-            learn, held = stratified_split(labels, data.holdout, data.split_seed)
-            self.holdout = (images[held], labels[held])
+        if data.evaluate_on is EvaluateOn.validation:
+            learn, held = stratified_split(labels, data.validation_images, data.split_seed)
+            self.validation = (images[held], labels[held])
             images, labels = images[learn], labels[learn]
         if data.images:
             given, most = f"data.images={data.images}", len(labels) - 1
@@ -103,8 +103,8 @@ class DigitsData(pl.LightningDataModule):
     def measured(self) -> tuple[Tensor, Tensor]:
         """Images uint8 (M, 1, 28, 28) and labels (M,) to measure on."""
         data = self.config.data
-        if data.fold is Fold.holdout:
-            return self.holdout
+        if data.evaluate_on is EvaluateOn.validation:
+            return self.validation
         digits = load_digits(self.lab, data.name, TEST, data.allow_unknown)
         self.sha256 |= digits.sha256
         return digits.images[:, None], digits.labels

@@ -263,25 +263,25 @@ def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
     raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
 
 
-def stratified_split(labels: Tensor, holdout: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (N - holdout,) to learn from and (holdout,) to validate on, both ascending.
+def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices (N - count,) to learn from and (count,) to validate on, both ascending.
 
-    Each class gives its share of the holdout, rounded by largest remainder.
+    Each class gives its share of the validation set, rounded by largest remainder.
 
     Raises:
-        UserError: the holdout leaves nothing to learn from.
+        UserError: the validation set leaves nothing to learn from.
     """
     total = len(labels)
-    if holdout >= total:
-        raise UserError(f"data.holdout={holdout}: allowed is less than the {total} images")
+    if count >= total:
+        raise UserError(f"data.validation_images={count}: allowed is less than the {total} images")
     counts = np.bincount(labels.numpy())
-    shares = counts * holdout / total
+    shares = counts * count / total
     take = np.floor(shares).astype(int)
-    for label in np.argsort(take - shares, kind="stable")[: holdout - take.sum()]:
+    for label in np.argsort(take - shares, kind="stable")[: count - take.sum()]:
         take[label] += 1
     generator = np.random.default_rng(seed)
     held = np.zeros(total, dtype=bool)
-    for label, count in enumerate(take):
+    for label, share in enumerate(take):
         members = np.flatnonzero(labels.numpy() == label)
-        held[generator.permutation(members)[:count]] = True
+        held[generator.permutation(members)[:share]] = True
     return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))

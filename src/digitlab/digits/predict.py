@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from digitlab.base.errors import UserError
-from digitlab.config.types import Config, Fold
+from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import to_unit
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
 from digitlab.digits.decode import decode, read_image
@@ -28,7 +28,7 @@ from digitlab.records.reader import lab_tracking, load_run
 from digitlab.study.audit import trial_runs
 from digitlab.training.module import evaluate
 
-_KEPT = 0.99  # of the holdout's digits keep each of the limits
+_KEPT = 0.99  # of the validation set's digits keep each of the limits
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
 _UNLIKE = "unlike any digit that was learned"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -54,7 +54,7 @@ class Answer:
 class Judge:
     """Turns logits into probabilities that can be believed, and tells what is no digit.
 
-    All of it is chosen on images of the holdout: `temperature` divides the logits such that the
+    All of it is chosen on validation images: `temperature` divides the logits such that the
     probabilities are as often right as they say (Guo et al. 2017); `limits` (4,) are those that 99
     of 100 of these digits keep, of each of four signs.
     """
@@ -151,7 +151,7 @@ def _fitted(
 ) -> dict[str, Tensor]:
     data = config.data
     digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
-    learn, held = stratified_split(digits.labels, data.holdout, data.split_seed)
+    learn, held = stratified_split(digits.labels, data.validation_images, data.split_seed)
     images, labels = digits.images[:, None], digits.labels
     told = _held_logits(tracking, row, config, network, images[held], labels[held])
     if told is None:  # nothing is known of it on digits that it has not learned
@@ -177,19 +177,21 @@ def _held_logits(
     images: Tensor,
     labels: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
-    """Logits and labels of digits that were not learned from: the holdout's, never the test set's.
+    """Logits and labels of digits that were not learned from, never of the test set.
 
-    A final fit has learned from the holdout too: for it stands the trial that it was chosen by,
+    A final fit has learned from the validation set too: for it stands the trial behind it,
     which has the same configuration. None where there is no such trial.
     """
-    if config.data.fold is Fold.holdout:
+    if config.data.evaluate_on is EvaluateOn.validation:
         return evaluate(network, images, config.data), labels
     study, trial = row.tags.get("digitlab.study"), row.tags.get("digitlab.trial")
     if study and trial:
         runs = trial_runs(tracking, study, int(trial))
         for chosen in (run for run in runs if "digitlab.weights_sha256" in run.tags):
             kept = tracking.artifact(chosen.run_id, "predictions.safetensors")
-            logits = safetensors.torch.load(kept)["logits"]  # of the same holdout, in its order
+            logits = safetensors.torch.load(kept)[
+                "logits"
+            ]  # of the same validation set, in its order
             return logits, labels
     return None
 

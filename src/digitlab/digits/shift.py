@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as change
 
 from digitlab.base.console import Board, table
 from digitlab.base.statistics import share_interval
-from digitlab.config.types import DataConfig, Fold
+from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.digits.decode import decode
 from digitlab.digits.prepare import Grey, prepare
@@ -83,7 +83,7 @@ def as_picture(digit: Grey, chance: np.random.Generator) -> Grey:
 def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     """Measure a run's network on every change of images, print a table and keep it with the run.
 
-    On the test images where the run was tested, else on its holdout; returns 0.
+    On the test images where the run was tested, else on its validation set; returns 0.
 
     Args:
         prepared: how many of each go through the preparation of new images too.
@@ -93,12 +93,12 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     """
     tracking = lab_tracking(lab)
     row, config, network = load_run(tracking, run)
-    tested = config.data.fold is Fold.test
+    tested = config.data.evaluate_on is EvaluateOn.test
     files = TEST if tested else TRAIN
     digits = load_digits(lab, config.data.name, files, config.data.allow_unknown)
     images, labels = digits.images[:, None], digits.labels
     if not tested:
-        _, held = stratified_split(labels, config.data.holdout, config.data.split_seed)
+        _, held = stratified_split(labels, config.data.validation_images, config.data.split_seed)
         images, labels = images[held], labels[held]
     found = []
     for name, changed in CHANGES.items():
@@ -130,7 +130,7 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
         ]
         for name, share, right_of in found
     ]
-    which = "test" if tested else "holdout"
+    which = "test" if tested else "validation"
     title = f"{row.name}: {len(labels)} {which} images, {len(again)} of them prepared as new ones"
     Board().print(table(title, ["images", "as given", "prepared first"], rows))
     return 0

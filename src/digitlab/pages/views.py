@@ -45,7 +45,7 @@ def describe_study(config: Config, overrides: tuple[str, ...], champion: str = "
     lines = [
         f"## Study {study.name}",
         f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), judged by "
-        "`val_accuracy` on a holdout of the training images.",
+        "`val_accuracy` on a validation set of the training images.",
         *("", "| knob | searched |", "|---|---|", *space, ""),
     ]
     if champion:

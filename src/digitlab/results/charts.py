@@ -45,7 +45,7 @@ def study_charts(search: Search, epochs: int) -> list[Chart]:
     weights = ", ".join(f"{knob} {median:.0%}" for knob, (_, median, _) in important.items())
     drawers: list[tuple[str, str, Callable[[], Any]]] = [
         ("History", "Each finished trial, and the best so far.",
-         lambda: plot_optimization_history(study, target_name="holdout accuracy")),
+         lambda: plot_optimization_history(study, target_name="validation accuracy")),
         ("Learning curves", "Holdout accuracy by epoch; pruned trials are dashed.",
          lambda: _curves(rows, epochs)),
         ("Parallel coordinates", f"A line a trial, from its knobs to {measure}.",
@@ -93,7 +93,9 @@ def _judged(search: Search, rows: Sequence[TrialRow]) -> tuple[optuna.Study, str
             judged.add_trial(
                 create_trial(params=trial.params, distributions=trial.distributions, value=value)
             )
-    rung = f"accuracy at {search.config.rungs[0]:g} of the steps" if pruning else "holdout accuracy"
+    rung = (
+        f"accuracy at {search.config.rungs[0]:g} of the steps" if pruning else "validation accuracy"
+    )
     return judged, rung
 
 
@@ -159,7 +161,7 @@ def _curves(rows: Sequence[TrialRow], epochs: int) -> go.Figure:
     return figure.update_layout(
         title="Learning curves",
         xaxis_title="epoch",
-        yaxis_title="holdout accuracy",
+        yaxis_title="validation accuracy",
         showlegend=False,
     )
 
@@ -184,7 +186,7 @@ def _pareto(rows: Sequence[TrialRow], cost: str) -> go.Figure:
             mode=mode,
         )
     return figure.update_layout(
-        title=f"Accuracy against {cost}", xaxis_title=cost, yaxis_title="holdout accuracy"
+        title=f"Accuracy against {cost}", xaxis_title=cost, yaxis_title="validation accuracy"
     )
 
 

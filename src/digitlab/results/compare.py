@@ -101,7 +101,7 @@ def _test(tracking: Tracking, first: RunRow, second: RunRow) -> dict[str, Any]:
     """McNemar's test on the images that both were measured on."""
     told: dict[str, Any] = {"runs": [first.run_id, second.run_id]}
     data = [recorded_config(tracking, row).data for row in (first, second)]
-    same = [(d.name, d.fold, d.holdout, d.split_seed) for d in data]
+    same = [(d.name, d.evaluate_on, d.validation_images, d.split_seed) for d in data]
     digests = [row.tags["digitlab.data_sha256"] for row in (first, second)]
     if same[0] != same[1] or digests[0] != digests[1]:
         return told | {"none": "they were measured on different images"}

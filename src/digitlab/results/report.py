@@ -152,7 +152,7 @@ def _table(rows: Sequence[TrialRow], champion: Mapping[str, Any], config: Config
         return _text(f"No trial finished. {' '.join(sorted(reasons)[:3])}")
     best = sorted(finished, key=lambda row: (-(row.value or 0), row.number))[:_TOP]
     seeds = champion.get("val_accuracy", {})
-    columns = ["trial", "holdout", "new seeds", *config.study.space, "parameters", "seconds"]
+    columns = ["trial", "validation", "new seeds", *config.study.space, "parameters", "seconds"]
     lines = []
     for row in best:
         metrics = row.notes.get("metrics", {})
@@ -244,7 +244,7 @@ def _film(search: Search, champion: Mapping[str, Any], tracking: Tracking) -> st
     except (IndexError, UserError):
         return _text("Missing: no champion's trial is recorded.")
     says = "Before training and after each epoch: filters of the first layer, and ten digits of "
-    says += "the holdout with the probabilities of 0 to 9."
+    says += "the validation set with the probabilities of 0 to 9."
     source = base64.b64encode(picture).decode()
     return f"<img class='film' alt='{says}' src='data:image/png;base64,{source}'>" + _text(says)
 

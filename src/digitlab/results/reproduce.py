@@ -27,7 +27,7 @@ from digitlab.config.compose import (
     override_values,
     with_values,
 )
-from digitlab.config.types import Config, Fold
+from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits
 from digitlab.records.mlflow import RunRow, Tracking
 from digitlab.records.reader import (
@@ -213,7 +213,7 @@ def _again(tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path
 
 def _data_sha256(config: Config, lab: Path) -> dict[str, str]:
     data = config.data
-    files = [TRAIN, TEST] if data.fold is Fold.test else [TRAIN]
+    files = [TRAIN, TEST] if data.evaluate_on is EvaluateOn.test else [TRAIN]
     loaded = [load_digits(lab, data.name, f, data.allow_unknown).sha256 for f in files]
     return {name: digest for digests in loaded for name, digest in digests.items()}
 

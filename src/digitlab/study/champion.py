@@ -65,7 +65,10 @@ def _jobs(
     for row in rows:
         for offset in offsets:
             seed = (config.trainer.seed + offset) % 2**31
-            values = {"trainer.seed": seed, "data.fold": "test" if kind == "final" else "holdout"}
+            values = {
+                "trainer.seed": seed,
+                "data.evaluate_on": "test" if kind == "final" else "validation",
+            }
             key = f"{row.number}/{seed}"
             tags = {"digitlab.seed": str(seed)}
             jobs[key] = Job(kind, row.number, with_values(config, row.values | values), tags)
@@ -77,12 +80,12 @@ class Choice:
     """The champion, the candidates it was chosen from and why."""
 
     champion: TrialRow
-    intervals: dict[int, Interval]  # holdout accuracy over the new seeds, by trial number
+    intervals: dict[int, Interval]  # validation accuracy over the new seeds, by trial number
     tied: list[int]  # numbers of the candidates that cannot be told from the best, itself included
 
 
 def choose(rows: Sequence[TrialRow], confirmed: Results) -> Choice:
-    """The best mean holdout accuracy over new seeds; of those that are tied, the cheapest.
+    """The best mean validation accuracy over new seeds; of those that are tied, the cheapest.
 
     The accuracy that made a trial a candidate is left out: it was picked for being high. Cost is
     floating-point operations of training, which do not depend on the machine.

@@ -14,7 +14,7 @@ from digitlab.base.console import Board, Busy, View
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, first_line, require
 from digitlab.config.compose import Composed, with_values
-from digitlab.config.types import Config, Fold, Launcher, Tracker
+from digitlab.config.types import Config, EvaluateOn, Launcher, Tracker
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.pages.views import describe_study, view_addresses, view_tags
 from digitlab.records.mlflow import open_tracking
@@ -53,10 +53,10 @@ def sweep(composed: Composed, lab: Path, again: str | None = None) -> int:
         UserError: the study cannot be run as it is asked for.
     """
     config = composed.config
-    if config.data.fold is not Fold.holdout:
+    if config.data.evaluate_on is not EvaluateOn.validation:
         raise UserError(
-            "data.fold=test: a study chooses on the holdout, and tests its champion itself: "
-            "leave data.fold=holdout"
+            "data.evaluate_on=test: a study chooses on validation images, and tests its champion: "
+            "leave data.evaluate_on=validation"
         )
     if not config.study.space:
         raise UserError(

@@ -85,7 +85,7 @@ def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:
     way round if the value is the one that is fixed here; data and objective must be the same.
 
     Returns:
-        For each: `values` of this study's knobs, the holdout accuracy `value`, and `notes`.
+        For each: `values` of this study's knobs, the validation accuracy `value`, and `notes`.
 
     Raises:
         UserError: there is no such study.

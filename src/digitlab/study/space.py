@@ -30,7 +30,13 @@ from digitlab.config.types import Config
 # What decides how a trial is measured, or belongs to the study as a whole.
 _FIXED = (
     *("study.", "tracking.", "launcher.", "trainer.seed", "trainer.threads"),
-    *("data.name", "data.fold", "data.holdout", "data.split_seed", "data.allow_unknown"),
+    *(
+        "data.name",
+        "data.evaluate_on",
+        "data.validation_images",
+        "data.split_seed",
+        "data.allow_unknown",
+    ),
 )
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"
 

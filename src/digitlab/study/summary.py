@@ -16,14 +16,14 @@ _SHOWN = 10  # trials in the table
 
 
 def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
-    """The best trials with their knobs, holdout accuracy, size and time."""
+    """The best trials with their knobs, validation accuracy, size and time."""
     counts = {s: sum(row.state == s for row in rows) for s in ("finished", "pruned", "failed")}
     title = f"study {study.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     finished = [row for row in rows if row.state == "finished"]
     best = sorted(finished, key=lambda row: (-(row.value or 0), row.number))[:_SHOWN]
     names = [knob.split(".")[-1] for knob in study.space]
     names = names if len(set(names)) == len(names) else list(study.space)
-    columns = ["trial", "holdout", *names, "parameters", "seconds"]
+    columns = ["trial", "validation", *names, "parameters", "seconds"]
     lines = [
         [
             row.number,
@@ -87,14 +87,14 @@ def champion_text(
     """
     study = config.study
     test = Interval(**summary["test_accuracy"])
-    holdout = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}
+    validation = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}
     number = summary["trial"]
     values = ", ".join(f"{knob}={short(value)}" for knob, value in summary["values"].items())
     lines = [f"champion: trial {number} ({values})"]
     lines += [
-        f"  candidate {n}: holdout {interval} on new seeds" + (", tied" if n in tied else "")
+        f"  candidate {n}: validation {interval} on new seeds" + (", tied" if n in tied else "")
         for tied in [summary["tied"] if len(summary["tied"]) > 1 else []]
-        for n, interval in holdout.items()
+        for n, interval in validation.items()
     ]
     if len(summary["tied"]) > 1:
         lines.append(f"  tied: {summary['tied']}; trial {number} is the cheapest of them")

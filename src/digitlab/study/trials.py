@@ -83,7 +83,7 @@ class TrialRow:
 
     number: int
     state: str  # waiting, running, finished, pruned or failed
-    value: float | None  # holdout accuracy: the last of a finished trial, else of its last rung
+    value: float | None  # validation accuracy: the last of a finished trial, else of its last rung
     values: dict[str, Any]
     notes: dict[str, Any]
     rungs: int = 0  # that it has passed
@@ -414,7 +414,7 @@ class Search:
 
 
 def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
-    """What a trial is judged by: the last holdout accuracy, or that of its rung if pruned."""
+    """What a trial is judged by: the last validation accuracy, or that of its rung if pruned."""
     return metrics.get({"finished": "val_accuracy", "pruned": "rung_accuracy"}.get(state, ""))
 
 

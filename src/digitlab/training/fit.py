@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from digitlab.config.types import Config, Fold
+from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import DigitsData
 from digitlab.training.module import (
     DigitModule,
@@ -39,7 +39,7 @@ class Watch:
         """After each block of steps; `done` is the fraction of the run's training steps."""
 
     def rung(self, rung: float, accuracy: float) -> None:
-        """At a fraction of the schedule that was asked for, with the holdout accuracy there."""
+        """At a fraction of the schedule that was asked for, with the validation accuracy there."""
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """After each epoch, counted from 1."""
@@ -47,7 +47,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a network makes of ten digits of the holdout, one of each class, at one moment."""
+    """What a network makes of ten validation images, one of each class, at one moment."""
 
     epoch: int
     probabilities: Tensor  # (10, 10), a row a digit
@@ -58,8 +58,8 @@ class Frame:
 class Fit:
     """What came out of a run.
 
-    `logits` (M, 10) and `labels` (M,) are of the images that the run was measured on, the holdout
-    or the test set as `config.data.fold` says; `metrics` are the last epoch's.
+    `logits` (M, 10) and `labels` (M,) are of the images that the run was measured on, validation or
+    test set as `config.data.evaluate_on` says; `metrics` are the last epoch's.
     """
 
     weights: dict[str, Tensor]
@@ -68,7 +68,7 @@ class Fit:
     images: Tensor  # uint8 (M, 1, 28, 28)
     metrics: dict[str, float]
     data_sha256: dict[str, str]
-    film: "list[Frame]"  # before the first epoch and after each, of a run with a holdout
+    film: "list[Frame]"  # before the first epoch and after each, of a run with a validation set
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
@@ -121,7 +121,7 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
             raise KeyboardInterrupt from end
     measured, labels = data.measured()
     metrics = loop.metrics
-    if config.data.fold is Fold.test:
+    if config.data.evaluate_on is EvaluateOn.test:
         loop.logits = evaluate(module.learned, measured, config.data)
         metrics = metrics | measure(loop.logits, labels, "test")
     weights = {
@@ -162,7 +162,7 @@ def one_of_each(labels: Tensor) -> Tensor:
 
 
 class _Loop(pl.Callback):
-    """Tells the watch of batches, rungs and epochs, and measures on the holdout at the latter."""
+    """Tells the watch of batches, rungs and epochs, and measures at the latter."""
 
     def __init__(self, data: DigitsData, watch: Watch, rungs: list[float], steps: int) -> None:
         self.data, self.watch = data, watch
@@ -174,8 +174,8 @@ class _Loop(pl.Callback):
         self.started = time.perf_counter()
 
     def on_train_start(self, _: pl.Trainer, module: Any) -> None:
-        if self.data.config.data.fold is Fold.holdout:
-            images = self.data.holdout[0][one_of_each(self.data.holdout[1])]
+        if self.data.config.data.evaluate_on is EvaluateOn.validation:
+            images = self.data.validation[0][one_of_each(self.data.validation[1])]
             self._frame(0, module.learned, evaluate(module.learned, images, self.data.config.data))
 
     def _frame(self, epoch: int, network: torch.nn.Module, logits: Tensor) -> None:
@@ -188,8 +188,8 @@ class _Loop(pl.Callback):
         self.watch.batch(done)
         while self.rungs and done >= self.rungs[0]:
             rung = self.rungs.pop(0)
-            logits = evaluate(module.learned, self.data.holdout[0], self.data.config.data)
-            accuracy = measure(logits, self.data.holdout[1], "val")["val_accuracy"]
+            logits = evaluate(module.learned, self.data.validation[0], self.data.config.data)
+            accuracy = measure(logits, self.data.validation[1], "val")["val_accuracy"]
             self.watch.rung(rung, accuracy)
 
     def on_train_epoch_start(self, *_: Any) -> None:
@@ -199,14 +199,12 @@ class _Loop(pl.Callback):
         images = len(self.data.learned[1])
         rate = images / (time.perf_counter() - self.started)
         self.metrics = module.train_metrics() | {"images_per_second": rate}
-        if self.data.config.data.fold is Fold.holdout:
-            held, labels = self.data.holdout
+        if self.data.config.data.evaluate_on is EvaluateOn.validation:
+            held, labels = self.data.validation
             self.logits = evaluate(module.learned, held, self.data.config.data)
             self.metrics |= measure(self.logits, labels, "val")
             digits = self.logits[one_of_each(labels)]
             self._frame(trainer.current_epoch + 1, module.learned, digits)
             if not math.isfinite(self.metrics["val_loss"]):
-                raise Diverged(
-                    f"the loss on the holdout is not finite after epoch {trainer.current_epoch + 1}"
-                )
+                raise Diverged(f"val_loss is not finite after epoch {trainer.current_epoch + 1}")
         self.watch.epoch(trainer.current_epoch + 1, self.metrics)

@@ -160,7 +160,7 @@ class _Told(Watch):
     def __init__(self, work: Work, values: dict[str, Any] | None = None) -> None:
         self.connection, self.values = work.connection, values
         self.metrics: dict[str, float] = {}
-        self.curve: list[float] = []  # holdout accuracy after each epoch
+        self.curve: list[float] = []  # validation accuracy after each epoch
         self.told = 0.0
 
     def batch(self, done: float) -> None:
