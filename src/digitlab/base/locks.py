@@ -1,0 +1,24 @@
+"""Locks between processes on one machine. They go when their process goes, however it ends."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from digitlab.base.errors import UserError
+
+
+@contextmanager
+def file_lock(path: Path, problem: str) -> Iterator[None]:
+    """Hold the lock of a file, which is made where it is missing.
+
+    Raises:
+        UserError: another process holds it; its text is `problem`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(problem) from error
+        yield

@@ -1,0 +1,39 @@
+"""Ctrl-C and its relatives: once, what runs ends at its next batch; twice, at once."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignal:
+    """Whether a person, a scheduler or a closed terminal asked this process to stop."""
+
+    def __init__(self, on_second: Callable[[], None] = lambda: None) -> None:
+        """Args: on_second: called before a second signal ends the process."""
+        self.on_second = on_second
+        self.count = 0
+        self.has_terminal = True  # until SIGHUP says that it has gone
+
+    def __call__(self) -> bool:
+        return self.count > 0
+
+    def __enter__(self) -> "StopSignal":
+        # A signal that is ignored at the start stays ignored: that is what nohup asks for.
+        heard = [name for name in _SIGNALS if signal.getsignal(name) is not signal.SIG_IGN]
+        self.before = {name: signal.signal(name, self._hear) for name in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        self.count += 1
+        if number == signal.SIGHUP:
+            self.has_terminal = False
+        if self.count > 1:
+            self.on_second()
+            os._exit(130)
