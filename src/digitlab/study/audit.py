@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import with_values
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Tracker
 from digitlab.records.mlflow import RunRecord, RunRow, Tracking, open_tracking
 from digitlab.records.reader import damage

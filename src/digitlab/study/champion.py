@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
-from digitlab.config.compose import with_values
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, DataConfig
 from digitlab.networks import build_network
 from digitlab.records.mlflow import Tracking, save_servable

@@ -13,7 +13,8 @@ from typing import Any
 from digitlab.base.console import Board, Busy, View
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, first_line, require
-from digitlab.config.compose import Composed, with_values
+from digitlab.config.compose import Composed
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, EvaluateOn, Launcher, Tracker
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.pages.views import describe_study, view_addresses, view_tags

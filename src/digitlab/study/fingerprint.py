@@ -7,7 +7,7 @@ from typing import Any
 
 from digitlab.base.environment import source_digest
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import config_from_yaml, config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_from_yaml, config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.study.storage import open_storage, study_names
 from digitlab.study.trials import Search

@@ -13,7 +13,7 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, first_line, nearest
-from digitlab.config.compose import config_from_yaml, config_to_yaml
+from digitlab.config.recorded import config_from_yaml, config_to_yaml
 from digitlab.config.types import Config
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.records.mlflow import Tracking, open_tracking

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.config.compose import with_values
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner
 from digitlab.records.mlflow import RunRecord, Tracking, open_tracking
 from digitlab.records.record import Identity, begin_record, trial_tags
