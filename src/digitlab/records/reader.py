@@ -12,7 +12,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import ADDED, compose, config_from_yaml
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.networks import build_network
 from digitlab.records.mlflow import RunRow, Tracking, open_tracking
@@ -97,7 +98,7 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
         found += [
             f"parameter {key} {name} is {row.params.get(key)}, {known.get(key)} in its config.yaml"
             for key in sorted(known.keys() | row.params.keys())
-            if row.params.get(key, known.get(key) if key in ADDED else None) != known.get(key)
+            if row.params.get(key) != known.get(key)
         ]
     return found
 

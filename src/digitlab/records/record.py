@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from digitlab.config.compose import config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.records.mlflow import RunRecord, Start, Tracking
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
-from digitlab.config.compose import with_values
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.study.fits import Fit, Results
 from digitlab.study.trials import TrialRow, best_first

@@ -7,7 +7,7 @@ from typing import Any
 
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError
-from digitlab.config.compose import config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.study.trials import TrialRow, TrialStore
 

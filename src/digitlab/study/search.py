@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import with_values
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner
 from digitlab.study.fingerprint import fitting_trials
 from digitlab.study.loop import Ending, JobLoop, Task

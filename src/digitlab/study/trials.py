@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import config_from_yaml
+from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config, Pruner
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points

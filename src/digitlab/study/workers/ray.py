@@ -46,7 +46,7 @@ class RayWorkers:
                 f"({first_line(error)}): start one with `ray start --head`, and set "
                 "RAY_AUTH_MODE=token and its token as on the cluster"
             ) from error
-        options = {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_concurrency": 2}
+        options = {"num_cpus": launcher.cpus, "max_concurrency": 2}
         lasting = self.ray.remote(**options, max_restarts=-1, max_task_retries=-1)(_RemoteWorker)
         self.count = launcher.workers or max(1, int(free))
         self.actors = [lasting.remote() for _ in range(self.count)]
