@@ -32,7 +32,8 @@ from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, require
 from digitlab.base.paths import ROOT, lab_folder
 from digitlab.cli import Parser
-from digitlab.config.compose import compose, with_values
+from digitlab.config.compose import compose
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
 from digitlab.data.datasets import TEST, load_digits

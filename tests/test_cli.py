@@ -16,7 +16,8 @@ import pytest
 from conftest import Call, CallIn
 
 from digitlab.base.errors import UserError
-from digitlab.config.compose import compose, config_from_yaml
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml
 from digitlab.records.mlflow import MlflowTracking
 
 DATA = Path(__file__).parent / "support" / "digits"

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
-from digitlab.config.compose import (
-    compose,
+from digitlab.config.compose import compose
+from digitlab.config.recorded import (
     config_from_plain,
     config_from_yaml,
     config_to_plain,

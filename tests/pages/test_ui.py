@@ -28,7 +28,8 @@ from test_report import Study, configure, look, open_browser, recorded, studies
 
 from digitlab.base.paths import ROOT
 from digitlab.cli import main
-from digitlab.config.compose import compose, config_to_yaml
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_to_yaml
 from digitlab.pages.views import describe_study, view_addresses, view_tags
 from digitlab.records.mlflow import open_tracking
 from digitlab.records.record import Identity, begin_record, stage, trial_tags

@@ -36,7 +36,8 @@ from playwright.sync_api import Page as BrowserPage
 
 from digitlab.base.statistics import Interval, mean_interval
 from digitlab.cli import main
-from digitlab.config.compose import compose, config_to_yaml
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_to_yaml
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.mlflow import Tracking, open_tracking, sqlite_uri

@@ -18,7 +18,8 @@ import torch
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError
-from digitlab.config.compose import compose, config_from_yaml, config_to_plain, flat
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml, config_to_plain, flat
 from digitlab.config.types import Config
 from digitlab.networks import build_network
 from digitlab.records.mlflow import Start, Tracking

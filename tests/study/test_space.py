@@ -17,7 +17,8 @@ from optuna.distributions import (
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
-from digitlab.config.compose import compose, config_to_plain, flat, with_values
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config, Optimizer
 from digitlab.study.space import Knob, read_space, suggest
 

@@ -24,7 +24,8 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from digitlab.base.errors import UserError
-from digitlab.config.compose import compose, config_from_plain, config_to_plain
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_plain, config_to_plain
 from digitlab.config.types import Config, OptimConfig, Schedule
 from digitlab.data import datamodule
 from digitlab.data.augment import augment

@@ -57,7 +57,6 @@ class Launcher(StrEnum):
 
     processes = "processes"  # the study itself, on its machine
     ray = "ray"  # a Ray cluster
-    external = "external"  # someone else: `digitlab worker STUDY`
 
 
 @dataclass
@@ -244,12 +243,10 @@ class LauncherConfig:
     address: str  # of the cluster: auto is the one that this machine belongs to
     workers: int  # 0 is as many as the cluster has CPUs for
     cpus: float  # of each worker
-    gpus: float  # of each worker; a fraction shares one
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, f"launcher.workers={self.workers}", "an integer >= 0")
         require(0 < self.cpus <= 1024, f"launcher.cpus={self.cpus}", "0 < cpus <= 1024")
-        require(0 <= self.gpus <= 64, f"launcher.gpus={self.gpus}", "0 to 64")
 
 
 @dataclass

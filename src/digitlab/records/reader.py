@@ -11,7 +11,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import compose, config_from_yaml
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.networks import build_network
 from digitlab.records.record import SUMS, open_tracker, row_params, seal

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.retry import retry
-from digitlab.config.compose import config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.config.types import Tracker as TrackerName
 from digitlab.records.outbox import Outbox
@@ -93,6 +93,7 @@ class RunRecorder:
     def __init__(self, outbox: Outbox, config: Config, identity: Identity) -> None:
         """Start the record: name, tags, every parameter, config.yaml and environment.json."""
         self.identity = identity
+        self.is_ended = False
         self.last_step = config.trainer.epochs
         self.metrics: dict[str, float] = {}  # the last value of each
         self._logged: dict[tuple[str, int], float] = {}  # by name and step
@@ -156,9 +157,16 @@ class RunRecorder:
         self.spool.log(new, self.last_step, tags)
         self.spool.end("finished")
         self.spool.seal()
+        self.is_ended = True
 
     def end(self, state: str, reason: str = "", metrics: Mapping[str, float] = {}) -> None:
-        """End the run as pruned, failed or interrupted; on the disk when this returns."""
+        """End the run as pruned, failed or interrupted; on the disk when this returns.
+
+        A run that has ended already keeps its state.
+        """
+        if self.is_ended:
+            return
+        self.is_ended = True
         tags = {"digitlab.reason": reason[:5000]} if reason else {}
         self.spool.log(self._log_new(metrics), self.last_step, tags)
         self.spool.end(state)

@@ -10,7 +10,8 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError
-from digitlab.config.compose import Composed, with_values
+from digitlab.config.compose import Composed
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.records.mlflow import Tracking, open_tracking
 from digitlab.records.reader import recorded_environment

@@ -24,7 +24,7 @@ from optuna.distributions import (
 )
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.config.compose import config_to_plain, flat, with_values
+from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config
 
 # What decides how a trial is measured, or belongs to the study as a whole.

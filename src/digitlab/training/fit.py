@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,9 @@ from digitlab.training.module import (
     evaluate,
     measure,
 )
+from digitlab.training.observer import TrainingObserver
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, at each fit
-
-
-class Watch:
-    """What a run tells while it trains. A method may raise to end the run; here all are silent."""
-
-    def begin(self, facts: Mapping[str, float]) -> None:
-        """Before the first step: what is known of the run, as metrics."""
-
-    def batch(self, done: float) -> None:
-        """After each block of steps; `done` is the fraction of the run's training steps."""
-
-    def rung(self, rung: float, accuracy: float) -> None:
-        """At a fraction of the schedule that was asked for, with the validation accuracy there."""
-
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """After each epoch, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class Fit:
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
-def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = None) -> Fit:
+def fit(config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[float] = ()) -> Fit:
     """Train `config` from its seed and measure it.
 
     The same config on the same machine with the same thread count gives the same bits.
@@ -80,7 +65,7 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     Raises:
         Diverged: the loss is no longer finite.
         UserError: the data are not to be had, or are none of the known ones.
-        Whatever `watch` raises, at once.
+        Whatever `observer` raises, at once.
     """
     torch.set_num_threads(config.trainer.threads)
     torch.manual_seed(config.trainer.seed)
@@ -95,8 +80,8 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     images = len(data.learned[1])
     flops = 3 * count_flops(module.network) * images * config.trainer.epochs  # back is twice forth
     parameters = count_parameters(module.network)
-    watch.begin({"model_parameters": parameters, "training_flops": flops})
-    loop = _Loop(data, watch, rungs or [], steps)
+    observer.started({"model_parameters": parameters, "training_flops": flops})
+    loop = _Loop(data, observer, rungs, steps)
     trainer = pl.Trainer(
         max_epochs=config.trainer.epochs,
         accelerator="cpu",
@@ -117,7 +102,7 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
         except SystemExit as end:  # what Lightning makes of Ctrl-C and, between batches, of SIGTERM
             if isinstance(end.__context__, KeyboardInterrupt):
                 raise end.__context__ from None
-            watch.batch(module.steps / steps)  # which has heard of it too, and ends the run
+            observer.batch(module.steps / steps)  # which has heard of it too, and ends the run
             raise KeyboardInterrupt from end
     measured, labels = data.measured()
     metrics = loop.metrics
@@ -162,10 +147,12 @@ def one_of_each(labels: Tensor) -> Tensor:
 
 
 class _Loop(pl.Callback):
-    """Tells the watch of batches, rungs and epochs, and measures at the latter."""
+    """Tells the observer of batches, rungs and epochs, and measures at the latter."""
 
-    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float], steps: int) -> None:
-        self.data, self.watch = data, watch
+    def __init__(
+        self, data: DigitsData, observer: TrainingObserver, rungs: Sequence[float], steps: int
+    ) -> None:
+        self.data, self.observer = data, observer
         self.rungs = sorted(rungs)
         self.steps = steps
         self.metrics: dict[str, float] = {}
@@ -185,12 +172,12 @@ class _Loop(pl.Callback):
 
     def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
         done = module.steps / self.steps
-        self.watch.batch(done)
+        self.observer.batch(done)
         while self.rungs and done >= self.rungs[0]:
             rung = self.rungs.pop(0)
             logits = evaluate(module.learned, self.data.validation[0], self.data.config.data)
             accuracy = measure(logits, self.data.validation[1], "val")["val_accuracy"]
-            self.watch.rung(rung, accuracy)
+            self.observer.rung(rung, accuracy)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.started = time.perf_counter()
@@ -207,4 +194,4 @@ class _Loop(pl.Callback):
             self._frame(trainer.current_epoch + 1, module.learned, digits)
             if not math.isfinite(self.metrics["val_loss"]):
                 raise Diverged(f"val_loss is not finite after epoch {trainer.current_epoch + 1}")
-        self.watch.epoch(trainer.current_epoch + 1, self.metrics)
+        self.observer.epoch(trainer.current_epoch + 1, self.metrics)

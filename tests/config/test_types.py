@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
 from digitlab.config import types as limits
-from digitlab.config.compose import (
-    compose,
+from digitlab.config.compose import compose
+from digitlab.config.recorded import (
     config_from_plain,
     config_from_yaml,
     config_to_plain,
@@ -131,7 +131,6 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.final_seeds": ([1], [0]),
     "launcher.workers": ([0, 10_000], [-1]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
-    "launcher.gpus": ([0.0, 0.25, 64.0], [-1.0, 65.0, NAN]),
     "model.widths": ([[1], [1, 256]], [[], [0], [16, -1]]),
     "model.kernel_sizes": ([[1], [27], [1, 3]], [[], [0], [-3], [2], [3, 4]]),
     "model.strides": ([[1], [7, 1]], [[], [0], [1, -1]]),
@@ -349,7 +348,6 @@ CONFIGS = st.builds(
         address=WORDS,
         workers=st.integers(0, 10_000),
         cpus=fractions(0, 1024, exclude_min=True),
-        gpus=fractions(0, 64),
     ),
 )
 
