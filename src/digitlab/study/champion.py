@@ -44,9 +44,7 @@ def final_fits(config: Config, row: TrialRow) -> list[Fit]:
     return _fits(config, [row], "final", seeds)
 
 
-def _fits(
-    config: Config, rows: Sequence[TrialRow], kind: str, offsets: Sequence[int]
-) -> list[Fit]:
+def _fits(config: Config, rows: Sequence[TrialRow], kind: str, offsets: Sequence[int]) -> list[Fit]:
     fits = []
     for row in rows:
         for offset in offsets:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.console import Board, Busy, View
+from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -159,7 +160,7 @@ class StudyDriver:
 
     def _workers(self) -> Workers:
         config, session = self.session.config, self.session
-        setup = WorkerSetup.of(config, session.lab, session.data_sha256)
+        setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
         if config.launcher.name is Launcher.ray:
             from digitlab.study.workers.ray import RayWorkers  # which imports Ray
 
