@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, require
 from digitlab.config.types import DataConfig
-from digitlab.data.datamodule import standardise, to_unit
+from digitlab.data.images import standardise, to_unit
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare
