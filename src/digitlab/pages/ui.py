@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.pages.views import view_addresses
 from digitlab.records.mlflow import sqlite_uri
-from digitlab.records.reader import lab_tracking
+from digitlab.records.reader import lab_tracker
+from digitlab.records.views import view_addresses
 from digitlab.study.storage import open_storage, study_names
 
 _SHOWN = 5  # studies whose addresses are printed
@@ -16,6 +16,8 @@ _SHOWN = 5  # studies whose addresses are printed
 
 def serve(lab: Path, port: int) -> int:
     """Become MLflow's server on 127.0.0.1, its Host and Origin checks on, its job runner off.
+
+    It serves the artifacts too: the records name them relative to the lab, which may be moved.
 
     Raises:
         UserError: the port is taken, or the records are on a server already.
@@ -25,10 +27,9 @@ def serve(lab: Path, port: int) -> int:
     if elsewhere:
         given = f"MLFLOW_TRACKING_URI={first_line(elsewhere)}"
         raise UserError(
-            f"{given}: the records are there: open that page, or unset it for the lab's"
+            f"{given} is set, so the records are there: open that page, or unset it for the lab's."
         )
-    tracking = lab_tracking(lab, ["tracking=mlflow"])
-    page = tracking.runs_page().replace(":5000/", f":{port}/")
+    page = lab_tracker(lab, ["tracking=mlflow"]).runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")
     for study in study_names(open_storage(lab))[-_SHOWN:]:
         for kind, address in view_addresses(page, study).items():
@@ -36,6 +37,7 @@ def serve(lab: Path, port: int) -> int:
     sys.stdout.flush()
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of the GenAI side; 8 processes
     place = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", sqlite_uri(lab)]
+    place += ["--serve-artifacts", "--artifacts-destination", str(lab / "artifacts")]
     _become(sys.executable, "-m", "mlflow", "server", "--workers", "1", *place)
     return 0
 
