@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NoReturn
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.paths import ROOT, lab_folder
 
-
 if TYPE_CHECKING:
     from digitlab.config.compose import Composed
 
@@ -122,7 +121,9 @@ def _sweep(arguments: list[str]) -> int:
 
 
 def _audit(arguments: list[str]) -> int:
-    parser = Parser("digitlab audit", description="Check that each trial of a study and its run agree.")
+    parser = Parser(
+        "digitlab audit", description="Check that each trial of a study and its run agree."
+    )
     parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
     parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")

@@ -157,9 +157,19 @@ class RunRecorder:
         self.spool.end("finished")
         self.spool.seal()
 
-    def end(self, state: str, reason: str = "", metrics: Mapping[str, float] = {}) -> None:
-        """End the run as pruned, failed or interrupted; on the disk when this returns."""
-        tags = {"digitlab.reason": reason[:5000]} if reason else {}
+    def add_files(self, folder: Path) -> None:
+        """Record all files below a folder as artifacts."""
+        self.spool.add_files(folder)
+
+    def end(
+        self,
+        state: str,
+        reason: str = "",
+        metrics: Mapping[str, float] = {},
+        tags: Mapping[str, str] = {},
+    ) -> None:
+        """End a run that has no results of its own; on the disk when this returns."""
+        tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
         self.spool.log(self._log_new(metrics), self.last_step, tags)
         self.spool.end(state)
         self.spool.seal()

@@ -31,7 +31,7 @@ class RunRow:
     metrics: dict[str, float]
 
     @property
-    def ended(self) -> bool:
+    def is_ended(self) -> bool:
         return self.status in ("FINISHED", "FAILED", "KILLED")
 
 

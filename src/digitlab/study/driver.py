@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, EvaluateOn, Launcher
 from digitlab.study.champion import (
+    Results,
     candidates,
     confirm_fits,
     final_fits,
+    finished_results,
     select_champion,
     summarise,
     unpruned_fits,
 )
-from digitlab.study.fits import FitPhase, Results, finished_results
+from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop, Task
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
@@ -213,8 +215,8 @@ class StudyDriver:
     def _leave(self, state: str) -> None:
         if not self.session.stop.has_terminal:
             self.board.mute()
-        if self.session.parent_run_id:
-            self.session.records.outbox.resume_run(self.session.parent_run_id).end(state)
+        if self.session.parent is not None:
+            self.session.parent.end(state)
         if self.session.stop():
             ended = sum(row.is_ended for row in self.store.rows())
             self.board.say(
