@@ -25,7 +25,7 @@ from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import Grey, prepare
 from digitlab.records.mlflow import open_tracking
-from digitlab.training.module import evaluate
+from digitlab.training.evaluate import evaluate
 
 CHANCE = np.random.default_rng(0)
 FONTS = sorted((Path(matplotlib.get_data_path()) / "fonts/ttf").glob("DejaVu*.ttf"))

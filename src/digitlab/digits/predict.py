@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config, EvaluateOn
-from digitlab.data.datamodule import to_unit
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
+from digitlab.data.images import to_unit
 from digitlab.digits.decode import decode, read_image
 from digitlab.digits.explain import draw_reasons
 from digitlab.digits.prepare import Grey, Prepared, prepare
 from digitlab.records.mlflow import RunRow, Tracking
 from digitlab.records.reader import lab_tracking, load_run
 from digitlab.study.audit import trial_runs
-from digitlab.training.module import evaluate
+from digitlab.training.evaluate import evaluate
 
 _KEPT = 0.99  # of the validation set's digits keep each of the limits
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all

@@ -22,7 +22,7 @@ from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.digits.decode import decode
 from digitlab.digits.prepare import Grey, prepare
 from digitlab.records.reader import lab_tracking, load_run
-from digitlab.training.module import evaluate
+from digitlab.training.evaluate import evaluate
 
 
 def _moved(x: float = 0, degrees: float = 0, scale: float = 1) -> Callable[[Tensor], Tensor]:

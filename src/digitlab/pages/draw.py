@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.data.datamodule import standardise, to_unit
+from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, liveliest
 from digitlab.digits.predict import Predictor

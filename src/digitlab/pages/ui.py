@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.records.mlflow import sqlite_uri
+from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import lab_tracker
 from digitlab.records.views import view_addresses
 from digitlab.study.storage import open_storage, study_names

@@ -86,6 +86,15 @@ class Outbox:
             self._remove_empty()
         return lines
 
+    def leftovers(self) -> int:
+        """Return the number of records that `adopt` would take over."""
+        count = 0
+        for folder in sorted(self.folder.glob("[!.]*/")):
+            if folder not in self._sessions and self._lock(folder):
+                count += len(list(folder.glob("*.run")))
+                os.close(self._sessions.pop(folder))
+        return count
+
     def flush(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> int:
         """Wait until the tracker has everything; return the number of runs still pending."""
         return self._delivery.flush(timeout_s, stopped)

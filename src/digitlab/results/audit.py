@@ -95,9 +95,7 @@ def _differences(row: TrialRow, run: RunRow) -> list[Problem]:
             found.append(("parameter differs", detail))
     value = trial_value(row.state, run.metrics)
     if row.state in ("finished", "pruned") and value != row.value:
-        found.append(
-            ("value differs", f"{row.value} in trial {row.number}, {value} in its run")
-        )
+        found.append(("value differs", f"{row.value} in trial {row.number}, {value} in its run"))
     return [Problem(kind, row.number, run.run_id, detail) for kind, detail in found]
 
 

@@ -27,13 +27,12 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> None:
 
     An earlier champion of the study stays, marked as superseded; the alias moves.
     """
-    if session.config.tracking.name is Tracker.none or session.parent_run_id is None:
+    if session.config.tracking.name is Tracker.none or session.parent is None:
         return
     register_champion(session, summary)
     text = champion_text(session.config, summary, session.overrides)
     note = describe_study(session.config, session.overrides, text)
-    spool = session.records.outbox.resume_run(session.parent_run_id)
-    spool.log(test_metrics(summary), tags={"mlflow.note.content": note})
+    session.parent.log(test_metrics(summary), tags={"mlflow.note.content": note})
     from digitlab.results.report import log_report  # plotly, after all else has run
 
     log_report(session.store, session.config, session.records, session.lab)

@@ -8,13 +8,34 @@ from typing import Any
 from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
-from digitlab.study.fits import Fit, Results
 from digitlab.study.trials import TrialRow, best_first
 
 # Seeds of the confirmation and of the final fits, counted from the trials' own seed, so that no
 # fit that selects shares a seed with one that is reported.
 _CONFIRM_SEEDS = 1
 _FINAL_SEEDS = 1001
+
+
+Results = dict[str, dict[str, Any]]  # by key of a fit: its metrics, or {"failed": reason}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One configuration to be trained, because of the trial that it came from."""
+
+    kind: str  # confirm or final
+    number: int  # of the trial
+    seed: int
+    config: Config
+
+    @property
+    def key(self) -> str:
+        return f"{self.number}/{self.seed}"
+
+
+def finished_results(results: Results) -> Results:
+    """Return the results of the fits that did not fail."""
+    return {key: metrics for key, metrics in results.items() if "failed" not in metrics}
 
 
 def candidates(rows: list[TrialRow], most: int) -> list[TrialRow]:
@@ -44,9 +65,7 @@ def final_fits(config: Config, row: TrialRow) -> list[Fit]:
     return _fits(config, [row], "final", seeds)
 
 
-def _fits(
-    config: Config, rows: Sequence[TrialRow], kind: str, offsets: Sequence[int]
-) -> list[Fit]:
+def _fits(config: Config, rows: Sequence[TrialRow], kind: str, offsets: Sequence[int]) -> list[Fit]:
     fits = []
     for row in rows:
         for offset in offsets:

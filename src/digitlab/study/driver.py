@@ -2,25 +2,28 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from digitlab.base.console import Board, Busy, View
+from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, EvaluateOn, Launcher
 from digitlab.study.champion import (
+    Results,
     candidates,
     confirm_fits,
     final_fits,
+    finished_results,
     select_champion,
     summarise,
     unpruned_fits,
 )
-from digitlab.study.fits import FitPhase, Results, finished_results
+from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop, Task
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
@@ -159,7 +162,7 @@ class StudyDriver:
 
     def _workers(self) -> Workers:
         config, session = self.session.config, self.session
-        setup = WorkerSetup.of(config, session.lab, session.data_sha256)
+        setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
         if config.launcher.name is Launcher.ray:
             from digitlab.study.workers.ray import RayWorkers  # which imports Ray
 
@@ -212,8 +215,8 @@ class StudyDriver:
     def _leave(self, state: str) -> None:
         if not self.session.stop.has_terminal:
             self.board.mute()
-        if self.session.parent_run_id:
-            self.session.records.outbox.resume_run(self.session.parent_run_id).end(state)
+        if self.session.parent is not None:
+            self.session.parent.end(state)
         if self.session.stop():
             ended = sum(row.is_ended for row in self.store.rows())
             self.board.say(

@@ -1,34 +1,12 @@
 """Fits beside the trials: candidates on new seeds, pruned trials to their end, the champion."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from digitlab.config.types import Config
+from digitlab.study.champion import Fit, Results
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
 from digitlab.study.workers.base import Job
-
-Results = dict[str, dict[str, Any]]  # by key of a fit: its metrics, or {"failed": reason}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One configuration to be trained, because of the trial that it came from."""
-
-    kind: str  # confirm or final
-    number: int  # of the trial
-    seed: int
-    config: Config
-
-    @property
-    def key(self) -> str:
-        return f"{self.number}/{self.seed}"
-
-
-def finished_results(results: Results) -> Results:
-    """Return the results of the fits that did not fail."""
-    return {key: metrics for key, metrics in results.items() if "failed" not in metrics}
 
 
 class FitPhase:

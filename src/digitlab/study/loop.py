@@ -160,5 +160,5 @@ class JobLoop:
         return Ending("interrupted", "the study was stopped", is_final=False)
 
 
-def _seconds(task: Task) -> Mapping[str, float]:
+def _seconds(task: Task) -> dict[str, float]:
     return {"seconds": time.monotonic() - task.submitted}

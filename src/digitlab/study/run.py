@@ -47,7 +47,7 @@ def run_once(config: Config, identity: Identity, records: Records, lab: Path) ->
     task = Task(identity.name, Job(config), recorder, on_epoch=show)
     tasks = [task]
     try:
-        with StopSignal() as stop, InlineWorkers(WorkerSetup.of(config, lab)) as workers:
+        with StopSignal() as stop, InlineWorkers(WorkerSetup(lab, config.data)) as workers:
             JobLoop(workers, stop).run(lambda: tasks.pop() if tasks else None, ended)
     except BaseException:
         recorder.end("interrupted")
@@ -66,9 +66,7 @@ def train(composed: Composed, lab: Path, tags: Mapping[str, str] | None = None) 
     """
     config = composed.config
     name = f"{config.study.name}-seed-{config.trainer.seed}"
-    identity = Identity(
-        name, "train", tags or {}, None, composed.overrides, describe_environment()
-    )
+    identity = Identity(name, "train", tags or {}, None, composed.overrides, describe_environment())
     with open_records(config, lab) as records:
         for line in records.outbox.adopt():
             print(line)

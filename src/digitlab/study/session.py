@@ -14,6 +14,7 @@ from digitlab.config.compose import Composed
 from digitlab.config.types import Config, Tracker
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.records.record import Identity, Records, RunRecorder, open_records, trial_tags
+from digitlab.records.spool import RunSpool
 from digitlab.study.fingerprint import check_fingerprint
 from digitlab.study.storage import LeaderLock, leader_lock, open_storage, study_names
 from digitlab.study.summary import describe_study
@@ -36,7 +37,9 @@ class StudySession:
     stop: StopSignal
     data_sha256: dict[str, str]
     environment: dict[str, Any]
-    parent_run_id: str | None = None  # of the study's own run; None where nothing is recorded
+    # The study's own run; None where nothing is recorded.
+    parent: RunSpool | None = None
+    parent_run_id: str | None = None
 
     def recorder(
         self,
@@ -107,7 +110,7 @@ def open_session(
         for line in records.outbox.adopt():
             board.say(line)
         session.deliver()
-        session.parent_run_id = _parent_run(session)
+        _open_parent_run(session)
         yield session
 
 
@@ -123,36 +126,38 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
         )
 
 
-def _parent_run(session: StudySession) -> str | None:
-    """Return the id of the study's own run: created by the first call, reopened by the others.
+def _open_parent_run(session: StudySession) -> None:
+    """Open the study's own run: created by the first call, reopened by the others.
 
     Raises:
         UserError: it was deleted.
     """
     if session.config.tracking.name is Tracker.none:
-        return None
-    tracker, store = session.records.tracker, session.store
+        return
+    records, store, name = session.records, session.store, session.config.study.name
     known = store.notes().get("run_id")
     mine = {"digitlab.study_id": store.study_id, "digitlab.kind": "study"}
     if known is None:  # or a call that was killed has created it and not noted it
-        known = next((run.run_id for run in tracker.find(mine)), None)
+        known = next((run.run_id for run in records.tracker.find(mine)), None)
     if known is None:
-        name = session.config.study.name
         note = describe_study(session.config, session.overrides)
-        tags = {"digitlab.study_id": store.study_id, "digitlab.study": name}
-        tags["mlflow.note.content"] = note
-        recorder = RunRecorder(
-            session.records.outbox, session.config, session.identity("study", name, tags)
-        )
-        session.deliver()
-        known = recorder.run_id(_DELIVERY_S)
-    elif tracker.is_deleted(known):
+        tags = mine | {"digitlab.study": name, "mlflow.note.content": note}
+        identity = session.identity("study", name, tags)
+        session.parent = RunRecorder(records.outbox, session.config, identity).spool
+        known = session.parent.run_id(_DELIVERY_S)
+        if known is None:
+            raise UserError(
+                f"study {name}: the tracker did not create its run within {_DELIVERY_S:g} s. "
+                "Every run of a study belongs to it: go on when the tracker answers"
+            )
+    elif records.tracker.is_deleted(known):
         raise UserError(
-            f"study {session.config.study.name}: its own run {known} was deleted in the tracker, "
-            f"and its trials belong to it. Restore it with `mlflow runs restore --run-id {known}`, "
-            "or start a new study with study.name=NEW"
+            f"study {name}: its own run {known} was deleted in the tracker, and its trials belong "
+            f"to it. Restore it with `mlflow runs restore --run-id {known}`, or start a new study "
+            "with study.name=NEW"
         )
     else:
-        session.records.outbox.resume_run(known).end("running")
+        session.parent = records.outbox.resume_run(known)
+        session.parent.end("running")
+    session.parent_run_id = known
     store.note("run_id", known)
-    return known

@@ -9,7 +9,7 @@ from rich.table import Table
 from digitlab.base.console import table
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config, StudyConfig
-from digitlab.study.fits import Results
+from digitlab.study.champion import Results
 from digitlab.study.trials import TrialRow, best_first
 
 _SHOWN = 10  # trials in the table

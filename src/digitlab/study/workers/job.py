@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from digitlab.base import faults
-from digitlab.base.environment import source_digest
+from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.study.workers.base import (
@@ -59,8 +59,8 @@ def serve(
 
 def _mismatch(setup: WorkerSetup) -> str:
     """Return why this worker's results would not be the study's; fetches data that is missing."""
-    if setup.source_digest and setup.source_digest != source_digest():
-        return f"its source code is {source_digest()}, the study's is {setup.source_digest}"
+    if setup.source_digest and setup.source_digest != training_digest():
+        return f"its source code is {training_digest()}, the study's is {setup.source_digest}"
     if not setup.data_sha256:
         return ""
     try:
