@@ -35,7 +35,7 @@ import requests
 import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
-from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, InvalidUrlException, MlflowException
+from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestException
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
 
@@ -59,15 +59,15 @@ _T = TypeVar("_T")
 def _http_status(error: Exception) -> int | None:
     """Return the HTTP status that an error amounts to; None if it is a mistake in a program."""
     status: int | None = None
-    # MLflow reports a status that it has no code for, such as 413, as an internal error.
-    found = re.search(r"failed with error code (\d{3}) != 200", str(error))
     if isinstance(error, MlflowException):
         status = ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500)
-        if found or isinstance(error, InvalidUrlException):
-            status = int(found[1]) if found else 400
-        # A store wraps whatever is raised inside it.
-        elif isinstance(error.__cause__, (TypeError, LookupError, AttributeError)):
-            status = None
+        # MLflow reports a status that it has no code for, such as 413, as an internal error, and
+        # so it does what it finds wrong itself.
+        found = re.search(r"failed with error code (\d{3}) != 200", str(error))
+        if found:
+            status = int(found[1])
+        elif status == 500 and not isinstance(error, RestException):
+            status = 503 if str(error).startswith("API request to ") else None
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     elif isinstance(error, _AWAY) or getattr(error, "errno", None) in _PASSING:
@@ -89,7 +89,9 @@ def _open_experiment(client: MlflowClient, uri: str, name: str) -> tuple[MlflowC
     if client.get_experiment_by_name(name) is None:
         with suppress(MlflowException):  # another process was faster
             client.create_experiment(name, None if uri.startswith("http") else LOCATION)
-    return client, client.get_experiment_by_name(name)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    return client, experiment
 
 
 def _shown(uri: str) -> str:
@@ -218,23 +220,7 @@ class MlflowTracker(Tracker):
     @_translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        return self._search(text)
-
-    def _search(self, text: str) -> list[RunRow]:
-        rows: list[RunRow] = []
-        token: str | None = ""
-        while token is not None:
-            page = self.client.search_runs(
-                [self.experiment],
-                text,
-                ViewType.ACTIVE_ONLY,
-                1000,
-                ["start_time ASC"],
-                token or None,
-            )
-            rows += map(_row, page)
-            token = page.token or None
-        return rows
+        return _search(self.client, self.experiment, text)
 
     @_translated
     def get(self, run: str) -> RunRow:
@@ -243,16 +229,7 @@ class MlflowTracker(Tracker):
         except MlflowException as error:
             if _http_status(error) not in (400, 404):
                 raise
-        rows = self._search("")
-        matches = [row for row in rows if row.name == run]
-        matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
-        finished = [row for row in matches if row.status == "FINISHED"]
-        if len(matches) == 1 or len(finished) == 1:
-            return (finished or matches)[0]
-        if matches:
-            ids = ", ".join(row.run_id[:8] for row in matches[-5:])
-            raise UserError(f"{run}: {len(matches)} runs have this name; give an id: {ids}")
-        raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
+        return _match(run, _search(self.client, self.experiment, ""))
 
     @_translated
     def is_deleted(self, run_id: str) -> bool:
@@ -277,20 +254,14 @@ class MlflowTracker(Tracker):
     @_translated
     def artifact(self, run_id: str, path: str) -> bytes:
         place = self.client.get_run(run_id).info.artifact_uri
-        missing = UserError(f"Run {run_id} has no artifact {path}.")
-        if not self.is_server and place.startswith(LOCATION):
-            try:
-                return place_of(self.lab, place, path).read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise missing from None
         try:
-            with tempfile.TemporaryDirectory() as folder_name:
-                local = self.client.download_artifacts(run_id, path, folder_name)
-                return Path(local).read_bytes()
+            if not self.is_server and place.startswith(LOCATION):
+                return place_of(self.lab, place, path).read_bytes()
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
         except (MlflowException, OSError) as error:
-            if (_http_status(error) or 500) >= 500:
-                raise
-            raise missing from error
+            self.client.get_run(run_id)  # raises when it is the tracker that is away
+            raise UserError(f"Run {run_id} has no artifact {path}.") from error
 
     @_translated
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -317,6 +288,32 @@ class MlflowTracker(Tracker):
         # Without a server, where `digitlab ui` serves what is in the lab.
         server = self.uri if self.is_server else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _search(client: MlflowClient, experiment: str, text: str) -> list[RunRow]:
+    rows: list[RunRow] = []
+    token: str | None = ""
+    while token is not None:
+        order = ["start_time ASC"]
+        page = client.search_runs(
+            [experiment], text, ViewType.ACTIVE_ONLY, 1000, order, token or None
+        )
+        rows += map(_row, page)
+        token = page.token or None
+    return rows
+
+
+def _match(run: str, rows: list[RunRow]) -> RunRow:
+    """Return the one row that has the name, or whose id begins so."""
+    matches = [row for row in rows if row.name == run]
+    matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
+    finished = [row for row in matches if row.status == "FINISHED"]
+    if len(matches) == 1 or len(finished) == 1:
+        return (finished or matches)[0]
+    if matches:
+        ids = ", ".join(row.run_id[:8] for row in matches[-5:])
+        raise UserError(f"{run}: {len(matches)} runs have this name; give an id: {ids}")
+    raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
 
 
 def _make_tables(path: Path) -> None:
