@@ -35,11 +35,15 @@ def serve(lab: Path, port: int) -> int:
         for kind, address in view_addresses(page, study).items():
             print(f"{study}, {kind}: {address}")
     sys.stdout.flush()
+    become_mlflow(lab, port)
+    return 0
+
+
+def become_mlflow(lab: Path, port: int) -> None:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of the GenAI side; 8 processes
     place = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", sqlite_uri(lab)]
     place += ["--serve-artifacts", "--artifacts-destination", str(lab / "artifacts")]
     _become(sys.executable, "-m", "mlflow", "server", "--workers", "1", *place)
-    return 0
 
 
 def dashboard(lab: Path, port: int) -> int:
