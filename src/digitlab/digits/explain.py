@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, require
 from digitlab.config.types import DataConfig
-from digitlab.data.images import standardise, to_unit
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracking, load_run

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config, EvaluateOn
-from digitlab.data.images import to_unit
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
+from digitlab.data.images import to_unit
 from digitlab.digits.decode import decode, read_image
 from digitlab.digits.explain import draw_reasons
 from digitlab.digits.prepare import Grey, Prepared, prepare
