@@ -146,12 +146,6 @@ class WeightAverage(pl.Callback):
         self.hook.remove()
         module.network.load_state_dict(module.learned.state_dict())
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]
-
 
 def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that `optim.name` names; biases and norms do not decay."""
