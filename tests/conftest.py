@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,6 +100,14 @@ class Parent:
         self.process.join()
 
 
+def until(condition: Callable[[], bool], parent: Parent) -> None:
+    """Wait until something holds, for as long as the study runs."""
+    while not condition():
+        parent.process.join(0.05)
+        if parent.process.exitcode is not None:
+            assert condition(), parent.log.read_text()[-2000:]
+
+
 def _sweep(lab: Path, overrides: list[str]) -> None:
     from digitlab.config.compose import compose
     from digitlab.results.publish import publish
@@ -106,6 +115,9 @@ def _sweep(lab: Path, overrides: list[str]) -> None:
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    # It inherits from the fork server that these are ignored, which a study honours.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["DIGITLAB_HOME"] = str(lab)
     os.chdir(lab)
     with open("log.txt", "a", buffering=1) as log:

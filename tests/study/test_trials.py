@@ -124,7 +124,8 @@ def test_a_grid_is_full_when_all_its_points_are_drawn(open_again: Open) -> None:
     for _ in range(4):  # a driver for each: the grid's place survives it
         store = open_again(*grid, "study.sampler=grid")
         assert not store.is_full(99)
-        values.append(store.rows()[finish(store)].values)
+        number = finish(store)
+        values.append(store.rows()[number].values)
     assert open_again(*grid, "study.sampler=grid").is_full(99)
     assert len({json.dumps(value) for value in values}) == 4
 

@@ -44,7 +44,8 @@ class ScriptedWorkers(Workers):
         self.ready = [(worker, Ready({})) for worker in range(self.count)]
 
     def idle(self) -> list[int]:
-        return [worker for worker in range(self.count) if worker not in self.scripts]
+        waiting = {worker for worker, _ in self.ready}
+        return [n for n in range(self.count) if n not in self.scripts and n not in waiting]
 
     def submit(self, worker: int, job: Job) -> None:
         assert worker not in self.scripts

@@ -29,8 +29,11 @@ def results_of(lab: Path, name: str = "smoke") -> list[tuple[object, ...]]:
 
 
 def runs_of(lab: Path, name: str = "smoke", **tags: str) -> list[RunRow]:
-    """Return the runs of a study, with more tags such as kind="trial"."""
-    store, config = load_study(lab, name)
+    """Return the runs of a study, with more tags such as kind="trial"; none where it is not yet."""
+    try:
+        store, config = load_study(lab, name)
+    except ValueError:
+        return []
     own = {f"digitlab.{key}": value for key, value in tags.items()}
     with open_records(config, lab) as records:
         return records.tracker.find({"digitlab.study_id": store.study_id} | own)

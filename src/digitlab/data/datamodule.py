@@ -1,15 +1,15 @@
 """The digits of one run as a Lightning data module."""
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from digitlab.base.errors import require
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
-from digitlab.data.images import EVALUATION_BATCH, Batches, standardise, to_unit
+from digitlab.data.images import Batches, EvaluationBatches
 
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28) and int64 (N,)
 
@@ -67,16 +67,11 @@ class DigitsData(pl.LightningDataModule):
         assert self.training is not None
         return Batches(*self.training, self.config.data, self.config.trainer.seed)
 
-    def val_dataloader(self) -> list[Labelled]:
-        """Return batches of the validation set; an empty list with evaluate_on=test."""
-        return self._batches(self.validation) if self.validation else []
+    def val_dataloader(self) -> EvaluationBatches | list[Any]:
+        """Return batches of the validation set; with evaluate_on=test there are none."""
+        return EvaluationBatches(*self.validation, self.config.data) if self.validation else []
 
-    def test_dataloader(self) -> list[Labelled]:
+    def test_dataloader(self) -> EvaluationBatches:
         """Return batches of the test set."""
         assert self.test is not None
-        return self._batches(self.test)
-
-    def _batches(self, digits: Labelled) -> list[Labelled]:
-        images, labels = (torch.split(part, EVALUATION_BATCH) for part in digits)
-        inputs = (standardise(to_unit(batch), self.config.data) for batch in images)
-        return list(zip(inputs, labels, strict=True))
+        return EvaluationBatches(*self.test, self.config.data)

@@ -63,3 +63,18 @@ class Batches:
             ):
                 moved = augment(part, changes, self.augmentation)
                 yield standardise(moved, self.config), answers
+
+
+class EvaluationBatches:
+    """Images in their own order, as float batches with their labels."""
+
+    def __init__(self, images: Tensor, labels: Tensor, config: DataConfig) -> None:
+        self.images, self.labels, self.config = images, labels, config
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / EVALUATION_BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = (torch.split(whole, EVALUATION_BATCH) for whole in (self.images, self.labels))
+        for images, labels in zip(*parts, strict=True):
+            yield standardise(to_unit(images), self.config), labels

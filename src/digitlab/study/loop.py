@@ -126,7 +126,7 @@ class JobLoop:
                 task.on_epoch(epoch, metrics)
             case Finished():
                 return self._finish(task, event)
-            case _:
+            case Stopped() | Failed() | Lost():
                 return self._end(task, event)
         return None
 

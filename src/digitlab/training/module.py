@@ -44,6 +44,7 @@ class DigitModule(pl.LightningModule):
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema**_EMA_STEPS)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+            self.averaged.requires_grad_(False)  # else Lightning counts it as trainable
 
     @property
     def learned(self) -> nn.Module:
@@ -91,10 +92,6 @@ class DigitModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.log_dict(measure(self(batch[0]), batch[1], "test"), batch_size=len(batch[1]))
-
-    def predict_step(self, batch: Batch, _: int) -> Tensor:
-        logits: Tensor = self(batch[0])
-        return logits
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.config.optim, self.network)
@@ -148,12 +145,6 @@ class WeightAverage(pl.Callback):
         assert isinstance(module, DigitModule)
         self.hook.remove()
         module.network.load_state_dict(module.learned.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps = state_dict["steps"]
 
 
 def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:

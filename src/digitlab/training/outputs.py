@@ -1,6 +1,9 @@
 """The files that a finished fit leaves."""
 
+import json
+
 import safetensors.torch
+from torch import Tensor
 
 from digitlab.training.fit import Fit
 from digitlab.training.pictures import draw_pictures
@@ -21,7 +24,16 @@ def output_files(fit: Fit) -> dict[str, bytes]:
         "logits": fit.logits,
     }
     return {
-        "weights.safetensors": safetensors.torch.save(fit.weights, _METADATA),
+        "weights.safetensors": _save_weights(fit.weights),
         "predictions.safetensors": safetensors.torch.save(predictions),
         **{f"pictures/{name}": picture for name, picture in draw_pictures(fit).items()},
     }
+
+
+def _save_weights(weights: dict[str, Tensor]) -> bytes:
+    content = safetensors.torch.save(weights, _METADATA)
+    # The library writes the entries of its metadata in a random order: sorted, the same weights
+    # always have the same SHA-256. Format: length of the header (8 bytes), the header, the tensors.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"))
+    return content[:8] + header.encode().ljust(end - 8) + content[end:]
