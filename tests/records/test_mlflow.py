@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ import requests
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
-from trackers import FILES, HOST, Server, answers
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from trackers import CODE, FILES, HOST, Server, answers
 
 from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
@@ -43,7 +46,8 @@ print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(4)))
 
 def test_four_processes_open_an_empty_lab_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _FOUR_AT_ONCE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | CODE
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.stdout + done.stderr).strip() == "0 0 0 0"
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         names = database.execute("SELECT name FROM experiments").fetchall()
@@ -130,28 +134,19 @@ def test_locked_database_is_away_not_a_refusal(
 ) -> None:
     tracker = MlflowTracker(None, "digitlab", tmp_path)
     run_id = tracker.create_run(NewRun("run", {}, {}))
-    store = tracker.client._tracking_client.store
-    # MLflow waits 20 s for a lock; the test does not.
-    execute = sqlite3.Connection.execute
-    assert execute
+    original = Session.execute
+
+    def impatient(self: Session, statement: Any, *rest: Any, **more: Any) -> Any:
+        """MLflow waits 20 s for a lock; the test does not."""
+        if "busy_timeout" in str(statement):
+            statement = text("PRAGMA busy_timeout = 10")
+        return original(self, statement, *rest, **more)
+
+    monkeypatch.setattr(Session, "execute", impatient)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
-
-        def impatient(self: object, statement: object, *rest: object, **more: object) -> object:
-            statement = (
-                type(statement)("PRAGMA busy_timeout = 10")
-                if "busy_" in str(statement)
-                else statement
-            )  # noqa: E501
-            return original(self, statement, *rest, **more)
-
-        from sqlalchemy.orm import Session
-
-        original = Session.execute
-        monkeypatch.setattr(Session, "execute", impatient)
         with pytest.raises(TrackerAway):
             tracker.log(run_id, Batch(tags={"a": "b"}))
-    assert store
 
 
 def test_process_killed_while_it_makes_the_tables_leaves_a_lab_that_can_be_used(
@@ -182,7 +177,7 @@ def served(lab: Path, log: Path) -> Iterator[str]:
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(lab), str(port)],
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | CODE,
         )  # fmt: skip
     try:
         while not answers(f"http://{HOST}:{port}"):

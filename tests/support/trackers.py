@@ -29,6 +29,9 @@ from digitlab.records.spool import RunSpool
 from digitlab.records.store import NewRun, Tracker
 
 HOST = "127.0.0.1"
+SUPPORT = Path(__file__).parent
+# Of a process that a test starts: it takes this checkout's code, wherever another is installed.
+CODE = {"PYTHONPATH": f"{SUPPORT.parents[1] / 'src'}:{SUPPORT}"}
 LONG = "".join(str(i % 10) for i in range(20_000))
 
 
@@ -222,7 +225,11 @@ class Killer:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | CODE,
         )
 
     def __call__(self, lab: Path, what: str, point: str = "", count: int = 1) -> bool:
