@@ -93,6 +93,7 @@ def test_run_is_resumed_and_another_note_leaves_its_state(open_outbox: Open) -> 
     again.log({"value": 2.0}, tags={"colour": "red"})
     again.end("finished")
     outbox.resume_run(run_id).log(tags={"verdict": "identical"})
+    outbox.flush(60)
     outbox.close()
     row = outbox.tracker.get("study")
     assert (row.status, row.tags["digitlab.state"]) == ("FINISHED", "finished")

@@ -13,6 +13,7 @@ from digitlab.records.store import Batch, NewRun, Tracker, TrackerAway, TrackerR
 
 _GATHER_S = 0.4  # operations that come within it are sent in as few calls as possible
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0  # between two attempts to reach a tracker that is away
+_MOST_RUNS = 50  # that are sent before the first of them is removed from the outbox
 _POLL_S = 0.1  # how long a stop request may go unheard
 
 
@@ -42,7 +43,7 @@ class Delivery:
 
     def pending(self) -> int:
         with self.signals.changed:
-            return sum(spool.has_unsent for spool in self._spools)
+            return sum(spool.is_pending for spool in self._spools)
 
     def check(self) -> None:
         for spool in self._failed:
@@ -94,24 +95,29 @@ class Delivery:
 
     def _send_all(self) -> None:
         with self.signals.changed:
-            spools = [spool for spool in self._spools if spool.has_unsent or spool.is_closed]
-        for spool in spools:
-            if self._is_closing:
-                return
-            try:
-                size = self._send(spool)
-            except TrackerAway:
-                raise
-            except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
-                self._fail(spool, error)
-                continue
-            self._acknowledge(spool, size)
+            spools = [spool for spool in self._spools if spool.is_pending][:_MOST_RUNS]
+        sent: list[tuple[FileSpool, int]] = []
+        try:
+            for spool in spools:
+                if self._is_closing:
+                    break
+                try:
+                    sent.append((spool, self._send(spool)))
+                except TrackerAway:
+                    raise
+                except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
+                    self._fail(spool, error)
+        finally:
+            if sent:
+                self.tracker.sync()
+                for spool, size in sent:
+                    self._acknowledge(spool, size)
 
     def _acknowledge(self, spool: FileSpool, size: int) -> None:
         with self.signals.changed:
             spool.sent = size
             faults.point("outbox.acknowledged")
-            if spool.is_closed and not spool.has_unsent:
+            if spool.is_closed and spool.sent == spool.size:
                 spool.close()
                 spool.path.unlink(missing_ok=True)
                 self._spools.remove(spool)
@@ -156,20 +162,7 @@ class Delivery:
             with self.signals.changed:
                 spool.known_id = run_id
                 self.signals.changed.notify_all()
-        run_id = spool.known_id
-        if plan.is_discarded:
-            self.tracker.delete(run_id)
-            return
-        # Files before the state: a run that is finished in the tracker has all of them.
-        if plan.files:
-            self.tracker.upload(run_id, plan.files)
-            faults.point("outbox.sent")
-        if plan.batch:
-            self.tracker.log(run_id, plan.batch)
-            faults.point("outbox.sent")
-        if plan.end:
-            self.tracker.end_run(run_id, *plan.end)
-            faults.point("outbox.sent")
+        plan.send(self.tracker, spool.known_id)
 
 
 class _Plan:
@@ -198,3 +191,18 @@ class _Plan:
             self.batch.tags["digitlab.state"] = what["state"]
         elif what["do"] == "discard":
             self.is_discarded = True
+
+    def send(self, tracker: Tracker, run_id: str) -> None:
+        if self.is_discarded:
+            tracker.delete(run_id)
+            return
+        # Files before the state: a run that is finished in the tracker has all of them.
+        if self.files:
+            tracker.upload(run_id, self.files)
+            faults.point("outbox.sent")
+        if self.batch:
+            tracker.log(run_id, self.batch)
+            faults.point("outbox.sent")
+        if self.end:
+            tracker.end_run(run_id, *self.end)
+            faults.point("outbox.sent")

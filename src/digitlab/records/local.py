@@ -4,6 +4,7 @@ Nothing in it is an absolute path, since a lab may be moved. The database names 
 to the folder that MLflow's server serves them from, which is lab/artifacts.
 """
 
+import ctypes
 import os
 import shutil
 import sqlite3
@@ -15,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from digitlab.base.errors import UserError
-from digitlab.base.files import sync_folder
 
 LOCATION = "mlflow-artifacts:/"  # of the artifacts; MLflow's word for what its server serves
 
@@ -77,17 +77,25 @@ def place_of(lab: Path, artifact_uri: str, path: str = "") -> Path:
 
 
 def write_artifacts(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files such that a power loss afterwards does not undo it."""
-    folders = {folder, folder.parent, folder.parent.parent}
-    paths = [(folder / name, content) for name, content in files.items()]
-    for path, content in paths:
+    """Write files as a whole each; `sync_artifacts` makes them durable."""
+    for name, content in files.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        folders.add(path.parent)
-        with open(f"{path}.new", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    for path, _ in paths:
-        Path(f"{path}.new").replace(path)
-    for changed in folders:
-        sync_folder(changed)
+        new = path.with_name(f"{path.name}.new")
+        new.write_bytes(content)
+        new.replace(path)
+
+
+def sync_artifacts(lab: Path) -> None:
+    """Write all that the lab's file system holds to the disk: one call for any number of files."""
+    try:
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
+    except AttributeError:  # it is Linux's
+        os.sync()
+        return
+    folder = os.open(lab, os.O_RDONLY)
+    try:
+        if syncfs(folder) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs")
+    finally:
+        os.close(folder)

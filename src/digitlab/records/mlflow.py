@@ -184,13 +184,7 @@ class MlflowTracker(Tracker):
 
     @_translated
     def log(self, run_id: str, batch: Batch) -> None:
-        params = [
-            Param(key if not part else f"{key}/{part}", value[at : at + _LONGEST])
-            for key, value in batch.params.items()
-            for part, at in enumerate(range(0, len(value) or 1, _LONGEST))
-        ]
-        metrics = [Metric(name, value, ms, step) for name, value, step, ms in batch.metrics]
-        tags = [RunTag(key, value) for key, value in batch.tags.items()]
+        params, metrics, tags = _entities(batch)
         while params or metrics or tags:
             self.client.log_batch(
                 run_id, metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
@@ -216,6 +210,11 @@ class MlflowTracker(Tracker):
             self.client.update_run(run_id, _STATUS[state])
         else:
             self.client.set_terminated(run_id, _STATUS[state], time_ms)
+
+    @_translated
+    def sync(self) -> None:
+        if self.is_local:
+            local.sync_artifacts(self.lab)
 
     @_translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
@@ -288,6 +287,16 @@ class MlflowTracker(Tracker):
         # Without a server, where `digitlab ui` serves what is in the lab.
         server = self.uri if self.is_server else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _entities(batch: Batch) -> tuple[list[Param], list[Metric], list[RunTag]]:
+    params = [
+        Param(key if not part else f"{key}/{part}", value[at : at + _LONGEST])
+        for key, value in batch.params.items()
+        for part, at in enumerate(range(0, len(value) or 1, _LONGEST))
+    ]
+    metrics = [Metric(name, value, ms, step) for name, value, step, ms in batch.metrics]
+    return params, metrics, [RunTag(key, value) for key, value in batch.tags.items()]
 
 
 def _search(client: MlflowClient, experiment: str, text: str) -> list[RunRow]:

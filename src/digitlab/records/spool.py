@@ -130,8 +130,9 @@ class FileSpool(RunSpool):
         return spool
 
     @property
-    def has_unsent(self) -> bool:
-        return self.sent < self.size
+    def is_pending(self) -> bool:
+        """Whether there is something to send, or the file is to be removed."""
+        return self.sent < self.size or self.is_closed
 
     def create(self, run: NewRun) -> None:
         self._append({"do": "create", "run": asdict(run)})
@@ -185,8 +186,10 @@ class FileSpool(RunSpool):
         was_running = self.is_running
         if was_running:
             self.end("interrupted")
-        self.is_closed = True
         self.close()
+        with self.changed:
+            self.is_closed = True
+            self.changed.notify_all()
         return was_running
 
     def unsent(self) -> tuple[list[Operation], int]:

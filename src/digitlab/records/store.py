@@ -94,6 +94,10 @@ class Tracker(ABC):
         """Set the status that belongs to one of STATES; `running` reopens a run that has ended."""
 
     @abstractmethod
+    def sync(self) -> None:
+        """Return when a power loss cannot undo what was written, where files here hold it."""
+
+    @abstractmethod
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         """Return the runs that carry all of the tags, oldest first, without deleted ones."""
 
@@ -154,6 +158,8 @@ class NoTracker(Tracker):
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None: ...
 
     def end_run(self, run_id: str, state: str, time_ms: int) -> None: ...
+
+    def sync(self) -> None: ...
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         return []
