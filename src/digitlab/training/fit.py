@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,9 @@ from digitlab.training.module import (
     evaluate,
     measure,
 )
+from digitlab.training.observer import TrainingObserver
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, at each fit
-
-
-class Watch:
-    """What a run tells while it trains. A method may raise to end the run; here all are silent."""
-
-    def begin(self, facts: Mapping[str, float]) -> None:
-        """Before the first step: what is known of the run, as metrics."""
-
-    def batch(self, done: float) -> None:
-        """After each block of steps; `done` is the fraction of the run's training steps."""
-
-    def rung(self, rung: float, accuracy: float) -> None:
-        """At a fraction of the schedule that was asked for, with the validation accuracy there."""
-
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """After each epoch, counted from 1."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class Fit:
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
-def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = None) -> Fit:
+def fit(config: Config, lab: Path, watch: TrainingObserver, rungs: Sequence[float] = ()) -> Fit:
     """Train `config` from its seed and measure it.
 
     The same config on the same machine with the same thread count gives the same bits.
@@ -95,8 +80,8 @@ def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = Non
     images = len(data.learned[1])
     flops = 3 * count_flops(module.network) * images * config.trainer.epochs  # back is twice forth
     parameters = count_parameters(module.network)
-    watch.begin({"model_parameters": parameters, "training_flops": flops})
-    loop = _Loop(data, watch, rungs or [], steps)
+    watch.started({"model_parameters": parameters, "training_flops": flops})
+    loop = _Loop(data, watch, list(rungs), steps)
     trainer = pl.Trainer(
         max_epochs=config.trainer.epochs,
         accelerator="cpu",
@@ -164,7 +149,7 @@ def one_of_each(labels: Tensor) -> Tensor:
 class _Loop(pl.Callback):
     """Tells the watch of batches, rungs and epochs, and measures at the latter."""
 
-    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float], steps: int) -> None:
+    def __init__(self, data: DigitsData, watch: TrainingObserver, rungs: list[float], steps: int) -> None:
         self.data, self.watch = data, watch
         self.rungs = sorted(rungs)
         self.steps = steps
