@@ -31,7 +31,7 @@ from digitlab.data import datamodule
 from digitlab.data.augment import augment
 from digitlab.data.datamodule import DigitsData, random_stream
 from digitlab.data.datasets import stratified_split
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import RunRecord, Tracking
 from digitlab.records.record import Identity
 from digitlab.study.run import perform
@@ -589,7 +589,7 @@ def test_a_run_may_learn_from_a_stratified_part_of_the_images(lab: Path) -> None
     shares = part.learned[1].bincount() / 500 - whole.learned[1].bincount() / 2000
     assert shares.abs().max() < 0.005
     assert torch.equal(part.learned[0], again.learned[0])  # the training seed keeps the part
-    with pytest.raises(UserError, match=r"data.images=2000: allowed is up to 1999 here"):
+    with pytest.raises(UserError, match=r"data.images=2000 is invalid: it must be .* <= 1999"):
         DigitsData(configure("data.evaluate_on=test", "data.images=2000"), lab)
 
 

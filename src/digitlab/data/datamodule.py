@@ -92,7 +92,7 @@ class DigitsData(pl.LightningDataModule):
             images, labels = images[learn], labels[learn]
         if data.images:
             given, most = f"data.images={data.images}", len(labels) - 1
-            require(data.images <= most, given, f"up to {most} here, 0 for all")
+            require(data.images <= most, given, f"an integer <= {most} here, or 0 for all")
             _, learn = stratified_split(labels, data.images, data.split_seed)
             images, labels = images[learn], labels[learn]
         self.learned = (images, labels)

@@ -15,7 +15,7 @@ import torch
 from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, DataConfig
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import Tracking, save_servable
 from digitlab.records.record import Identity, begin_record, stage, trial_tags
 from digitlab.study.trials import TrialRow

@@ -77,12 +77,12 @@ def _require_shared(config: Config) -> None:
         return
     given = f"launcher={config.launcher.name}"
     storage = config.study.storage or os.environ.get("DIGITLAB_STORAGE")
-    allowed = "a storage that all workers reach: study.storage=postgresql+psycopg://..."
-    require(bool(storage), f"{given} with study.storage=null", allowed)
+    rule = "a storage that all workers reach: study.storage=postgresql+psycopg://..."
+    require(bool(storage), f"study.storage=null with {given}", rule)
     records = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    allowed = "records that all workers reach: tracking.uri=http://..., or tracking=none"
+    rule = "records that all workers reach: tracking.uri=http://..., or tracking=none"
     none = config.tracking.name is Tracker.none
-    require(none or bool(records), f"{given} with tracking.uri=null", allowed)
+    require(none or bool(records), f"tracking.uri=null with {given}", rule)
 
 
 @contextmanager

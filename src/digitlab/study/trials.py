@@ -28,7 +28,7 @@ from sqlalchemy import Engine, Result, TextClause, text
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config, Pruner, Sampler, StudyConfig
-from digitlab.study.space import Knob, read_space, suggest
+from digitlab.study.space import Hyperparameter, read_space, suggest
 from digitlab.study.storage import (
     BEAT,
     GRACE,
@@ -418,7 +418,7 @@ def trial_value(state: str, metrics: Mapping[str, float]) -> float | None:
     return metrics.get({"finished": "val_accuracy", "pruned": "rung_accuracy"}.get(state, ""))
 
 
-def _build_sampler(config: StudyConfig, knobs: list[Knob], number: int) -> BaseSampler:
+def _build_sampler(config: StudyConfig, knobs: list[Hyperparameter], number: int) -> BaseSampler:
     """The configured sampler, for one trial, seeded by the study's seed and the trial's number.
 
     So a trial's values depend on the earlier trials and its number alone, and no random state has
@@ -441,7 +441,7 @@ def _continuous(distribution: BaseDistribution) -> bool:
     return isinstance(distribution, FloatDistribution) and distribution.step is None
 
 
-def _grid(knobs: list[Knob]) -> dict[str, list[Any]]:
+def _grid(knobs: list[Hyperparameter]) -> dict[str, list[Any]]:
     grid = {}
     for knob in knobs:
         if not isinstance(knob.distribution, CategoricalDistribution):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from digitlab.config.types import Config, DataConfig, OptimConfig, Optimizer, Precision, Schedule
 from digitlab.data.datamodule import standardise, to_unit
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 
 _EVALUATION_BATCH = 500  # images: large enough to be fast, small enough to stay in the cache
 _EMA_STEPS = 4  # the average takes the weights of every fourth step, which costs a quarter
