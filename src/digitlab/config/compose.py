@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from digitlab.base.errors import UserError, first_line, nearest, require
 from digitlab.base.paths import CONF, recipe_folders
-from digitlab.config.recorded import config_from_plain, flat, shown
+from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, shown
 from digitlab.config.schema import describe_settings, settings
 from digitlab.config.types import Config
 
@@ -93,7 +93,7 @@ def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
             searched = plain["study"]["space"] | space
             plain["study"]["space"] = {k: v for k, v in searched.items() if k not in fixed}
     if flags.cfg:
-        print(OmegaConf.to_yaml(OmegaConf.create(plains[0])), end="")
+        print(plain_to_yaml(plains[0]), end="")
         return []
     given = [tuple(texts)] if command == "sweep" else jobs
     return [Composed(config_from_plain(p), job) for p, job in zip(plains, given, strict=True)]

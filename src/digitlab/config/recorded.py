@@ -44,7 +44,12 @@ def config_from_plain(plain: Mapping[str, Any]) -> Config:
 
 def config_to_yaml(config: Config) -> str:
     """Return the text of a run's `config.yaml`; its first line names the format."""
-    return OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT} | config_to_plain(config)))
+    return plain_to_yaml(config_to_plain(config))
+
+
+def plain_to_yaml(plain: Mapping[str, Any]) -> str:
+    """Return the text of a configuration that need not be valid."""
+    return OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **plain}))
 
 
 def config_from_yaml(text: str) -> Config:
