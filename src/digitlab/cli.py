@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import runpy
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.base.paths import ROOT, lab_folder
+from digitlab.base.paths import RECIPES, lab_folder
 
 if TYPE_CHECKING:
     from digitlab.config.compose import Composed
@@ -120,6 +121,16 @@ def _sweep(arguments: list[str]) -> int:
     return _run_all(jobs, lambda job: sweep(job, lab, publish))
 
 
+def _config(arguments: list[str]) -> int:
+    parser = Parser("digitlab config", description="List all settings, with their limits.")
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema instead")
+    options = parser.parse_args(arguments)
+    from digitlab.config.schema import describe_settings, json_schema
+
+    print(json.dumps(json_schema(), indent=2) if options.schema else describe_settings())
+    return 0
+
+
 def _audit(arguments: list[str]) -> int:
     parser = Parser(
         "digitlab audit", description="Check that each trial of a study and its run agree."
@@ -135,7 +146,7 @@ def _audit(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     sys.argv[1:] = arguments
-    runpy.run_path(str(ROOT / "experiments/bench.py"), run_name="__main__")
+    runpy.run_path(str(RECIPES / "bench.py"), run_name="__main__")
     return 0
 
 
@@ -280,8 +291,9 @@ def _pages(
 
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "data": ("fetch and verify a data set", _data),
-    "train": ("train one configuration; a Hydra application", _train),
-    "sweep": ("run a study, or go on with it; a Hydra application", _sweep),
+    "train": ("train one model; takes any override", _train),
+    "sweep": ("run a study, or continue it; takes any override", _sweep),
+    "config": ("list all settings; --schema prints their JSON schema", _config),
     "audit": ("check that trials and runs agree; --repair repairs", _audit),
     "bench": ("measure what the machinery costs", _bench),
     "reproduce": ("train a run or a study again from its record, with a verdict", _reproduce),

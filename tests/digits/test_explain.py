@@ -19,7 +19,7 @@ from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.explain import activations, attribution
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import RunRecord, Tracking
 from digitlab.records.reader import recorded_config
 from digitlab.records.record import Identity
@@ -179,7 +179,10 @@ def test_explain_takes_a_run_a_digit_and_a_file(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["500"], "explain 500: allowed is a file, or an index of a test image, 0 to 499"),
+        (
+            ["500"],
+            "explain 500 is invalid: it must be a file, or an index of a test image, 0 to",
+        ),
         (["-1"], "-1: no such file"),
         (["three"], "three: no such file"),
         (["3", "--against", "10"], "10"),
@@ -204,7 +207,7 @@ def test_digit_that_was_said_is_no_digit_against_it(
     said = int(read(lab, 3)[1].argmax())
     assert explain("3", "--against", str(said), "--out", str(tmp_path / "no.png")) == 2
     told = capsys.readouterr()
-    assert f"--against {said}: allowed is a digit that the network did not say" in told.err
+    assert f"--against {said} is invalid: it must be a digit that the network did" in told.err
     assert told.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

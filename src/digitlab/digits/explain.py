@@ -36,13 +36,13 @@ def explain(shown: str, run: str, against: int | None, out: Path | None, lab: Pa
     if shown.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
-        allowed = f"a file, or an index of a test image, 0 to {count - 1}"
-        require(int(shown) < count, f"explain {shown}", allowed)
+        rule = f"a file, or an index of a test image, 0 to {count - 1}"
+        require(int(shown) < count, f"explain {shown}", rule)
         pixels = digits.images[int(shown)]
         what, name = f"test image {shown}, a {int(digits.labels[int(shown)])}", shown
     else:
         prepared = prepare(read_image(Path(shown)))
-        require(not prepared.problem, f"{shown}: {prepared.problem}", "an image of one digit")
+        require(not prepared.problem, f"{shown} ({prepared.problem})", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
         what, name = shown, Path(shown).stem
     logits = network(standardise(to_unit(pixels[None, None]), config.data))

@@ -14,7 +14,7 @@ from digitlab.base.errors import UserError, nearest
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.record import SUMS, open_tracker, row_params, seal
 from digitlab.records.store import RunRow, Tracker
 
