@@ -70,8 +70,7 @@ def _boxed(ink: Grey) -> Grey:
     height, width = ink.shape
     scale = BOX / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    small: Grey = _overlap(height, rows) @ ink @ _overlap(width, columns).T
-    return small
+    return (_overlap(height, rows) @ ink @ _overlap(width, columns).T).astype(np.float32)
 
 
 def _ink(grey: Grey) -> tuple[Grey, float]:

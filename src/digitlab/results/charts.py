@@ -127,8 +127,10 @@ def _history(trials: _Trials) -> _Drawn:
     if data.empty:
         return "", figure, data
     best = data.loc[data[_ACCURACY].idxmax()]
-    message = f"Trial {best['trial']:.0f} is the best with {best[_ACCURACY]:.2f} %; {better} times "
-    return f"{message}a trial was better than all before it.", figure, data
+    message = (
+        f"Trial {best['trial']:.0f} is the best with {best[_ACCURACY]:.2f} %; the best so far "
+    )
+    return f"{message}improved {better} times after the first trial.", figure, data
 
 
 def _curves(trials: _Trials) -> _Drawn:

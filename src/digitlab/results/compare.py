@@ -44,7 +44,7 @@ def compare(
     done = [test for test in tests if "p" in test]
     for test, p in zip(done, holm([test["p"] for test in done]), strict=True):
         test["p_holm"] = p
-    document = {
+    document: dict[str, Any] = {
         "runs": [{"name": row.name, "run_id": row.run_id} for row in rows],
         "differences": {
             "parameters": _unlike([row.params for row in rows]),
