@@ -196,14 +196,14 @@ def _reproduce(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     parser = Parser("digitlab compare", description="What differs between runs.")
     parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
-    parser.add_argument("--page", type=Path, help="write it as a page, too", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="write it as an HTML page, too", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.runs if "=" in word]
     runs = [word for word in options.runs if "=" not in word]
     from digitlab.results.compare import compare
 
-    return compare(runs, overrides, lab_folder(), options.json, options.page)
+    return compare(runs, overrides, lab_folder(), options.json, options.out)
 
 
 def _report(arguments: list[str]) -> int:
