@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from digitlab.base.files import write_synced
 from digitlab.config.types import Config, EvaluateOn
-from digitlab.data.datamodule import to_unit
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
-from digitlab.records.mlflow import RunRow, Tracking
+from digitlab.data.images import to_unit
+from digitlab.records.store import RunRow, Tracker
 from digitlab.training.evaluate import evaluate
 
 _VERSION = "3"  # of what is fitted here: a cache of another version is not used
@@ -59,10 +59,10 @@ class Calibration:
 
 
 def load_calibration(
-    tracking: Tracking, row: RunRow, config: Config, network: nn.Module, lab: Path
+    tracker: Tracker, row: RunRow, config: Config, network: nn.Module, lab: Path
 ) -> Calibration:
     """Return the calibration of a run's weights, fitted once and then kept in the lab."""
-    source = row if config.data.evaluate_on is EvaluateOn.validation else _trial(tracking, row)
+    source = row if config.data.evaluate_on is EvaluateOn.validation else _trial(tracker, row)
     # The run that the temperature is fitted on belongs to the key: of two runs with the same
     # weights, one may have a trial behind it and the other not.
     key = [_VERSION, row.tags["digitlab.weights_sha256"], asdict(config.data), bool(source)]
@@ -72,7 +72,7 @@ def load_calibration(
         return _from_tensors(safetensors.torch.load(file.read_bytes()))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         pass  # not there yet, or damaged: fit it
-    tensors = _fitted(tracking, source, config, network, lab)
+    tensors = _fitted(tracker, source, config, network, lab)
     with suppress(OSError):  # a lab that cannot be written: fit it again the next time
         file.parent.mkdir(exist_ok=True)
         write_synced(file, safetensors.torch.save(tensors))
@@ -84,19 +84,17 @@ def _from_tensors(tensors: dict[str, Tensor]) -> Calibration:
     return Calibration(float(tensors["temperature"]), tensors["limits"], tensors["basis"], known)
 
 
-def _trial(tracking: Tracking, row: RunRow) -> RunRow | None:
+def _trial(tracker: Tracker, row: RunRow) -> RunRow | None:
     """Return the trial behind a final fit, which has kept validation images to be measured on.
 
     A reproduction of a final fit has its weights, and so its trial.
     """
     weights = {"digitlab.weights_sha256": row.tags["digitlab.weights_sha256"]}
-    for fit in [row, *tracking.find(weights)]:
+    for fit in [row, *tracker.find(weights)]:
         tags = {key: fit.tags.get(f"digitlab.{key}") for key in ("study", "trial", "study_id")}
         if tags["study"] and tags["trial"]:
             wanted = {f"digitlab.{key}": value for key, value in tags.items() if value}
-            trials = tracking.find(
-                {"digitlab.kind": "trial", "digitlab.state": "finished"} | wanted
-            )
+            trials = tracker.find({"digitlab.kind": "trial", "digitlab.state": "finished"} | wanted)
             for trial in trials:
                 if "digitlab.weights_sha256" in trial.tags:
                     return trial
@@ -104,7 +102,7 @@ def _trial(tracking: Tracking, row: RunRow) -> RunRow | None:
 
 
 def _fitted(
-    tracking: Tracking, source: RunRow | None, config: Config, network: nn.Module, lab: Path
+    tracker: Tracker, source: RunRow | None, config: Config, network: nn.Module, lab: Path
 ) -> dict[str, Tensor]:
     """Fit a calibration; `source` is the run that has predicted the validation images unlearned.
 
@@ -117,7 +115,7 @@ def _fitted(
     logits, temperature = evaluate(network, images[held], data), 1.0
     if source is not None:
         if data.evaluate_on is not EvaluateOn.validation:
-            predictions = tracking.artifact(source.run_id, "predictions.safetensors")
+            predictions = tracker.artifact(source.run_id, "predictions.safetensors")
             logits = safetensors.torch.load(predictions)["logits"]  # of the same images, in order
         temperature = fit_temperature(logits, labels[held])
     flat = to_unit(images[learn]).flatten(1)

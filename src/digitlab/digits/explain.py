@@ -19,7 +19,7 @@ from digitlab.data.datasets import TEST, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare
-from digitlab.records.reader import lab_tracking, load_run
+from digitlab.records.reader import lab_tracker, load_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,8 @@ def explain(image: str, run: str, against: int | None, out: Path | None, lab: Pa
     Raises:
         UserError: no such run or image, or the picture cannot be written.
     """
-    tracking = lab_tracking(lab)
-    row, config, network = load_run(tracking, run)
+    tracker = lab_tracker(lab)
+    row, config, network = load_run(tracker, run)
     if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)

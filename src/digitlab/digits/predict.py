@@ -17,8 +17,8 @@ from digitlab.base.files import write_output
 from digitlab.digits.calibration import load_calibration
 from digitlab.digits.decode import decode, read_image
 from digitlab.digits.prepare import Grey, Prepared, prepare
-from digitlab.records.mlflow import Tracking
-from digitlab.records.reader import lab_tracking, load_run
+from digitlab.records.reader import lab_tracker, load_run
+from digitlab.records.store import Tracker
 from digitlab.training.evaluate import evaluate
 
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
@@ -53,14 +53,14 @@ class Answer:
 class Predictor:
     """A run's network, ready for new images."""
 
-    def __init__(self, tracking: Tracking, run: str, lab: Path) -> None:
+    def __init__(self, tracker: Tracker, run: str, lab: Path) -> None:
         """Load a run and its calibration.
 
         Raises:
             UserError: no such run, or its data are not available.
         """
-        self.row, self.config, self.network = load_run(tracking, run)
-        self.calibration = load_calibration(tracking, self.row, self.config, self.network, lab)
+        self.row, self.config, self.network = load_run(tracker, run)
+        self.calibration = load_calibration(tracker, self.row, self.config, self.network, lab)
 
     def answer(self, prepared: Sequence[tuple[str, Prepared]]) -> list[Answer]:
         """Return an answer for each image, by its path."""
@@ -97,7 +97,7 @@ def predict(
     Raises:
         UserError: no such run.
     """
-    predictor = Predictor(lab_tracking(lab), run, lab)
+    predictor = Predictor(lab_tracker(lab), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()
     for path in _files(paths):

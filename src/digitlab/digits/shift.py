@@ -2,7 +2,6 @@
 
 import io
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.digits.decode import decode
 from digitlab.digits.prepare import Grey, prepare
-from digitlab.records.reader import lab_tracking, load_run
+from digitlab.records.reader import lab_tracker, load_run
 from digitlab.training.evaluate import evaluate
 
 
@@ -94,8 +93,8 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
         UserError: no such run, or its data are not available.
     """
     require(prepared > 0, f"--prepared {prepared}", "an integer >= 1")
-    tracking = lab_tracking(lab)
-    row, config, network = load_run(tracking, run)
+    tracker = lab_tracker(lab)
+    row, config, network = load_run(tracker, run)
     tested = config.data.evaluate_on is EvaluateOn.test
     files = TEST if tested else TRAIN
     digits = load_digits(lab, config.data.name, files, config.data.allow_unknown)
@@ -120,9 +119,7 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     read = share(_read(network, config.data, pictures))
     table.append({"change": "pictures of 40 to 800 pixels", "accuracy": None, "prepared": read})
     document = {"images": len(labels), "prepared_images": prepared, "table": table}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "shift.json").write_text(json.dumps(document, indent=1))
-        tracking.resume(row.run_id).keep(Path(folder))
+    tracker.upload(row.run_id, {"shift.json": json.dumps(document, indent=1).encode()})
     if as_json:
         print(json.dumps(document | {"run_id": row.run_id}, indent=1))
         return 0

@@ -27,8 +27,8 @@ from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
 from digitlab.pages.guard import guarded
 from digitlab.pages.ui import require_free
-from digitlab.records.mlflow import Tracking
-from digitlab.records.reader import accuracy_name, lab_tracking
+from digitlab.records.reader import accuracy_name, lab_tracker
+from digitlab.records.store import Tracker
 
 _BODY = 8 * 2**20  # bytes of an image
 _DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender hears why
@@ -93,13 +93,13 @@ def draw(run: str, lab: Path, port: int) -> int:
         UserError: no such run, its data are not available, or the port is taken.
     """
     require_free(port, "draw")
-    tracking = lab_tracking(lab)
-    first = Predictor(tracking, run, lab)
+    tracker = lab_tracker(lab)
+    first = Predictor(tracker, run, lab)
     chosen = first.row.run_id
     torch.set_num_threads(1)  # two images are computed at once
     app = application(
-        lambda: finished_runs(tracking, chosen),
-        lambda run_id: first if run_id == chosen else Predictor(tracking, run_id, lab),
+        lambda: finished_runs(tracker, chosen),
+        lambda run_id: first if run_id == chosen else Predictor(tracker, run_id, lab),
     )
     print(f"draw: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     uvicorn.Server(serving(app, port)).run()
@@ -121,9 +121,9 @@ def serving(app: FastAPI, port: int) -> uvicorn.Config:
     )
 
 
-def finished_runs(tracking: Tracking, chosen: str) -> list[Run]:
+def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
     """Return all runs that have weights: the chosen one, champions, the others newest first."""
-    rows = tracking.find({"digitlab.kind": "champion"})
+    rows = tracker.find({"digitlab.kind": "champion"})
     champions = {row.tags.get("digitlab.weights_run") for row in rows}
     runs = [
         Run(
@@ -132,7 +132,7 @@ def finished_runs(tracking: Tracking, chosen: str) -> list[Run]:
             "champion" if row.run_id in champions else row.tags["digitlab.kind"],
             row.metrics.get(accuracy_name(row)),
         )
-        for row in reversed(tracking.find({"digitlab.state": "finished"}))
+        for row in reversed(tracker.find({"digitlab.state": "finished"}))
         if "digitlab.weights_sha256" in row.tags and row.tags["digitlab.kind"] != "champion"
     ]
     return sorted(runs, key=lambda run: (run.run_id != chosen, run.kind != "champion"))

@@ -15,7 +15,7 @@ from typing import Any
 from digitlab.base.environment import source_digest
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
-from digitlab.records.mlflow import RunRow
+from digitlab.records.store import RunRow
 from digitlab.results.verdict import Verdict
 
 _COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from digitlab.config.types import Pruner
 from digitlab.study.summary import short
-from digitlab.study.trials import Search, TrialRow
+from digitlab.study.trials import TrialRow, TrialStore
 
 _RESAMPLED = 20  # times, for the spread of the importances
 _BINS = 10  # of confidence
@@ -50,14 +50,14 @@ class _Trials:
     accuracy does not compare with one at a rung: the first rung's is the measure, which all have.
     """
 
-    def __init__(self, search: Search, rows: Sequence[TrialRow], epochs: int) -> None:
-        labels = in_words(search.config.space)
+    def __init__(self, store: TrialStore, rows: Sequence[TrialRow], epochs: int) -> None:
+        labels = in_words(store.config.space)
         self.rows, self.epochs, self.names = rows, epochs, list(labels.values())
-        pruning = search.config.pruner is not Pruner.none
-        rung = f"accuracy at {search.config.rungs[0]:g} of the steps (%)" if pruning else ""
+        pruning = store.config.pruner is not Pruner.none
+        rung = f"accuracy at {store.config.rungs[0]:g} of the steps (%)" if pruning else ""
         self.measure = rung or _ACCURACY
         self.study, lines = optuna.create_study(direction="maximize"), []
-        stored = search.storage.get_all_trials(search.id, deepcopy=False)
+        stored = store.study.get_trials(deepcopy=False)
         for trial, row in zip(stored, rows, strict=False):  # more may have started meanwhile
             metrics = row.notes.get("metrics", {})
             finished = row.value if row.state == "finished" else None
@@ -97,10 +97,10 @@ class _Trials:
         return f"The best {len(best)} of {len(self.comparable)} have {', '.join(ranges)}."
 
 
-def study_charts(search: Search, epochs: int) -> list[Chart]:
+def study_charts(store: TrialStore, epochs: int) -> list[Chart]:
     """Draw all charts of a study's trials; `epochs` is of those that do not search it."""
-    rows = search.rows()
-    trials, ended = _Trials(search, rows, epochs), sum(row.value is not None for row in rows)
+    rows = store.rows()
+    trials, ended = _Trials(store, rows, epochs), sum(row.value is not None for row in rows)
     charts = []
     for title, draw in _DRAWERS.items():
         try:

@@ -12,16 +12,16 @@ from digitlab.base.console import table
 from digitlab.base.errors import UserError
 from digitlab.base.files import write_output
 from digitlab.base.statistics import holm, mcnemar, mean_interval
-from digitlab.records.mlflow import RunRow, Tracking
 from digitlab.records.reader import (
     accuracy_name,
-    lab_tracking,
+    lab_tracker,
     over_seeds,
     recorded_config,
     recorded_environment,
     recorded_guesses,
     trained,
 )
+from digitlab.records.store import RunRow, Tracker
 from digitlab.results.verdict import differences
 
 _LISTED = 12  # images that are named on the terminal; --json has all
@@ -36,11 +36,11 @@ def compare(
     Raises:
         UserError: a run is not found or did not finish.
     """
-    tracking = lab_tracking(lab, overrides)
-    rows = [trained(tracking, name) for name in names]
+    tracker = lab_tracker(lab, overrides)
+    rows = [trained(tracker, name) for name in names]
     if len({row.run_id for row in rows}) < 2:
         raise UserError(f"{' '.join(names)} names one run: give two different runs or more")
-    tests = [_test(tracking, *pair) for pair in itertools.combinations(rows, 2)]
+    tests = [_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
     done = [test for test in tests if "p" in test]
     for test, p in zip(done, holm([test["p"] for test in done]), strict=True):
         test["p_holm"] = p
@@ -48,8 +48,8 @@ def compare(
         "runs": [{"name": row.name, "run_id": row.run_id} for row in rows],
         "differences": {
             "parameters": _unlike([row.params for row in rows]),
-            "environment": _environments(tracking, rows),
-            "metrics": _metrics(tracking, rows),
+            "environment": _environments(tracker, rows),
+            "metrics": _metrics(tracker, rows),
         },
         "tests": tests,
     }
@@ -94,9 +94,9 @@ def _unlike(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: found for key, found in values.items() if any(v != found[0] for v in found)}
 
 
-def _environments(tracking: Tracking, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
+def _environments(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
     """Return what differs between the first run's environment and the others'."""
-    first, *others = (recorded_environment(tracking, row) for row in rows)
+    first, *others = (recorded_environment(tracker, row) for row in rows)
     found: dict[str, list[Any]] = {}
     for place, other in enumerate(others, 1):
         for item in differences(first, other):
@@ -104,20 +104,20 @@ def _environments(tracking: Tracking, rows: Sequence[RunRow]) -> dict[str, list[
     return found
 
 
-def _metrics(tracking: Tracking, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
+def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
     """Return the last metrics that differ, and the mean accuracy over seeds where there are any."""
     found: dict[str, list[Any]] = dict(_unlike([row.metrics for row in rows]))
-    seeds = [over_seeds(tracking, row) for row in rows]
+    seeds = [over_seeds(tracker, row) for row in rows]
     if any(len(values) > 1 for values in seeds):
         found["accuracy over seeds"] = [str(mean_interval(values)) for values in seeds]
     return found
 
 
-def _test(tracking: Tracking, first: RunRow, second: RunRow) -> dict[str, Any]:
+def _test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
     """Return McNemar's test on the images that both runs were measured on."""
     pair = (first, second)
     result: dict[str, Any] = {"runs": [row.run_id for row in pair]}
-    data = [recorded_config(tracking, row).data for row in pair]
+    data = [recorded_config(tracker, row).data for row in pair]
     images = [
         (
             d.name,
@@ -131,7 +131,7 @@ def _test(tracking: Tracking, first: RunRow, second: RunRow) -> dict[str, Any]:
     if images[0] != images[1] or images[0][-1] is None:
         return result | {"none": "they were measured on different images"}
     try:
-        right = [g == y for g, y in (recorded_guesses(tracking, row) for row in pair)]
+        right = [g == y for g, y in (recorded_guesses(tracker, row) for row in pair)]
     except UserError as error:
         return result | {"none": str(error)}
     only = [(right[i] & ~right[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]

@@ -33,9 +33,10 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> None:
     text = champion_text(session.config, summary, session.overrides)
     note = describe_study(session.config, session.overrides, text)
     session.parent.log(test_metrics(summary), tags={"mlflow.note.content": note})
-    from digitlab.results.report import log_report  # plotly, after all else has run
+    from digitlab.results.report import report  # plotly, after all else has run
 
-    log_report(session.store, session.config, session.records, session.lab)
+    page = report(session.store, session.config, session.records.tracker, session.lab)
+    session.parent.add_files({"report.html": page.encode()})
 
 
 def register_champion(session: StudySession, summary: Mapping[str, Any]) -> None:

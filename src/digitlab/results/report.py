@@ -17,15 +17,15 @@ from digitlab.base.files import safe_name, write_output
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.records.mlflow import RunRow, Tracking, open_tracking
 from digitlab.records.reader import recorded_environment
+from digitlab.records.record import open_records
+from digitlab.records.store import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.page import Section, chart_section, render
-from digitlab.study.champion import unpruned_jobs
-from digitlab.study.fingerprint import begun_study
+from digitlab.study.champion import finished_results, unpruned_fits
 from digitlab.study.storage import open_storage, study_names
 from digitlab.study.summary import champion_text, pruning_text, short, sweep_command
-from digitlab.study.trials import Search, TrialRow
+from digitlab.study.trials import TrialRow, TrialStore, load_study
 
 _TOP = 20  # trials in the table
 _STATES = ("finished", "pruned", "failed", "running", "waiting")
@@ -51,47 +51,39 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     if not known:
         raise UserError("report: there is no study yet: run `make sweep`")
     name = study or known[-1]
-    search, config = begun_study(lab, name)
-    tracking = open_tracking(config, lab)
-    page = report(search, config, tracking, lab)
-    target = out or lab / "reports" / f"{safe_name(name)}.html"
-    write_output(target, page, "--out")
-    keep_report(page, search, tracking, lab)
+    store, config = load_study(lab, name)
+    with open_records(config, lab) as records:
+        page = report(store, config, records.tracker, lab)
+        target = out or lab / "reports" / f"{safe_name(name)}.html"
+        write_output(target, page, "--out")
+        if "run_id" in store.notes():
+            spool = records.outbox.resume_run(store.notes()["run_id"])
+            spool.add_files({"report.html": page.encode()})
     print(f"written: {target}")
     return 0
 
 
-def keep_report(page: str, search: Search, tracking: Tracking, lab: Path) -> None:
-    """Log the page as `report.html` on the study's own run."""
-    run = search.notes().get("run_id")
-    if run:
-        folder = lab / "staging" / f"report-{safe_name(search.config.name)}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.html").write_bytes(page.encode())
-        tracking.resume(run).keep(folder)
-
-
-def report(search: Search, config: Config, tracking: Tracking, lab: Path) -> str:
+def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> str:
     """Return the page; a study that still runs, or whose trials all failed, has one too."""
-    rows, notes = search.rows(), search.notes()
+    rows, notes = store.rows(), store.notes()
     champion: Mapping[str, Any] = notes.get("champion", {})
-    parent = tracking.get(notes["run_id"]) if notes.get("run_id") else None
+    parent = tracker.get(notes["run_id"]) if notes.get("run_id") else None
     overrides = json.loads(parent.tags.get("digitlab.overrides", "[]")) if parent else []
     unpruned = notes.get("unpruned", {})
-    asked = [key for key in unpruned_jobs(config, rows) if key in unpruned]
-    pruning = pruning_text(rows, {key: unpruned[key] for key in asked})
+    asked = [fit.key for fit in unpruned_fits(config, rows) if fit.key in unpruned]
+    pruning = pruning_text(rows, finished_results({key: unpruned[key] for key in asked}))
     commands = [sweep_command(overrides), f"make report ARGS={config.study.name}"]
     if champion.get("run_id"):
         commands.insert(1, f"make reproduce RUN={champion['run_id']}")
     sections = [
         _result(config, rows, champion, overrides),
         _best(rows, champion, config),
-        *map(chart_section, study_charts(search, config.trainer.epochs)),
+        *map(chart_section, study_charts(store, config.trainer.epochs)),
         Section("What pruning saved", f"{pruning[0].upper()}{pruning[1:]}."),
-        *_champion(config, champion, tracking, lab),
-        _film(search, champion, tracking),
+        *_champion(config, champion, tracker, lab),
+        _film(store, champion, tracker),
         Section("Commands", code="\n".join(commands)),
-        _environment(tracking, parent),
+        _environment(tracker, parent),
     ]
     plotly = get_plotlyjs() if any(section.figure for section in sections) else ""
     facts = _facts(rows, champion, config)
@@ -174,16 +166,16 @@ def _best(rows: Sequence[TrialRow], champion: Mapping[str, Any], config: Config)
 
 
 def _champion(
-    config: Config, champion: Mapping[str, Any], tracking: Tracking, lab: Path
+    config: Config, champion: Mapping[str, Any], tracker: Tracker, lab: Path
 ) -> Iterator[Section]:
     """Show what the first final fit makes of the test images, as recorded when it was tested."""
     run = champion.get("run_id")
-    weights_run = tracking.get(run).tags.get("digitlab.weights_run") if run else None
+    weights_run = tracker.get(run).tags.get("digitlab.weights_run") if run else None
     if not weights_run:
         yield Section(_WRONG, "Missing: no champion is recorded.")
         return
     try:
-        predictions = tracking.artifact(weights_run, "predictions.safetensors")
+        predictions = tracker.artifact(weights_run, "predictions.safetensors")
     except UserError as error:
         yield Section(_WRONG, f"Missing: {error}")
         return
@@ -216,13 +208,13 @@ def _misread(logits: Tensor, labels: Tensor, images: Tensor) -> Iterator[dict[st
         }
 
 
-def _film(search: Search, champion: Mapping[str, Any], tracking: Tracking) -> Section:
+def _film(store: TrialStore, champion: Mapping[str, Any], tracker: Tracker) -> Section:
     """Show the filmstrip of the champion's trial."""
     title, number = "How the champion learned", str(champion.get("trial", ""))
-    tags = {"digitlab.kind": "trial", "digitlab.study": search.config.name}
-    rows = tracking.find(tags | {"digitlab.trial": number}) if number else []
+    tags = {"digitlab.kind": "trial", "digitlab.study_id": store.study_id}
+    rows = tracker.find(tags | {"digitlab.trial": number}) if number else []
     try:
-        picture = tracking.artifact(rows[-1].run_id, "pictures/evolution.png")
+        picture = tracker.artifact(rows[-1].run_id, "pictures/evolution.png")
     except (IndexError, UserError):
         return Section(title, "Missing: no champion's trial is recorded.")
     text = "Before training and after each epoch: filters of the first layer, and ten digits of "
@@ -230,10 +222,10 @@ def _film(search: Search, champion: Mapping[str, Any], tracking: Tracking) -> Se
     return Section(title, text, film=base64.b64encode(picture).decode())
 
 
-def _environment(tracking: Tracking, parent: RunRow | None) -> Section:
+def _environment(tracker: Tracker, parent: RunRow | None) -> Section:
     if parent is None:
         return Section("Environment", "Missing: the study was not recorded.")
-    environment = recorded_environment(tracking, parent)
+    environment = recorded_environment(tracker, parent)
     libraries = environment.pop("libraries", {})
     environment |= {name: libraries.get(name) for name in _LIBRARIES}
     keys = ("commit", "python", "platform", "processor", "cores", *_LIBRARIES)

@@ -9,27 +9,20 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError
-from digitlab.config.compose import (
-    Composed,
-    compose,
-    config_from_yaml,
-    config_to_plain,
-    flat,
-    override_values,
-    with_values,
-)
+from digitlab.config.compose import Composed, compose, override_values
+from digitlab.config.recorded import config_from_yaml, config_to_plain, flat, with_values
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits
-from digitlab.records.mlflow import RunRow, Tracking
 from digitlab.records.reader import (
     damage,
     find_run,
-    lab_tracking,
+    lab_records,
     recorded_config,
     recorded_environment,
     trained,
 )
-from digitlab.records.record import Identity
+from digitlab.records.record import Identity, Records
+from digitlab.records.store import RunRow, Tracker
 from digitlab.results.at_commit import verdict_at_commit
 from digitlab.results.verdict import (
     INCOMPARABLE,
@@ -39,7 +32,7 @@ from digitlab.results.verdict import (
     differences,
     reach_verdict,
 )
-from digitlab.study.run import Spoken, perform, train
+from digitlab.study.run import run_once, train
 
 
 def reproduce(
@@ -54,18 +47,19 @@ def reproduce(
         UserError: there is no such run, or its record does not allow it.
     """
     stores, others = _stores(overrides)
-    tracking = lab_tracking(lab, stores)
     values = override_values(others)
     if values.keys() - {"trainer.threads"}:
         raise UserError(
             f"{', '.join(values)} would make it another run: a reproduction changes "
             f"trainer.threads at most. Use `digitlab train --config-from {name} ...` instead"
         )
-    row = trained(tracking, name)
-    if at_commit and not damage(tracking, row):
-        then = recorded_environment(tracking, row)
-        return _conclude(tracking, row, verdict_at_commit(row, then, overrides, lab), as_json)
-    return _reproduce(tracking, row, values, lab, as_json)
+    with lab_records(lab, stores) as records:
+        tracker = records.tracker
+        row = trained(tracker, name)
+        if at_commit and not damage(tracker, row):
+            then = recorded_environment(tracker, row)
+            return _conclude(tracker, row, verdict_at_commit(row, then, overrides, lab), as_json)
+        return _reproduce(records, row, values, lab, as_json)
 
 
 def _stores(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -75,29 +69,31 @@ def _stores(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _reproduce(
-    tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path, as_json: bool
+    records: Records, row: RunRow, values: Mapping[str, Any], lab: Path, as_json: bool
 ) -> int:
-    damaged = damage(tracking, row)
+    tracker = records.tracker
+    damaged = damage(tracker, row)
     if damaged:
-        return _conclude(tracking, row, Verdict(NOT, damaged, None, row.run_id), as_json)
+        return _conclude(tracker, row, Verdict(NOT, damaged, None, row.run_id), as_json)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
-        verdict = _train_again(tracking, row, values, lab)
-    return _conclude(tracking, row, verdict, as_json)
+        verdict = _train_again(records, row, values, lab)
+    return _conclude(tracker, row, verdict, as_json)
 
 
-def _conclude(tracking: Tracking, row: RunRow, verdict: Verdict, as_json: bool) -> int:
+def _conclude(tracker: Tracker, row: RunRow, verdict: Verdict, as_json: bool) -> int:
     text = f"{verdict.verdict} {verdict.run_id or ''}".strip()
-    tracking.resume(row.run_id).log(tags={"digitlab.reproduced": text})
+    tracker.tag(row.run_id, {"digitlab.reproduced": text})
     if verdict.run_id:
-        tracking.resume(verdict.run_id).log(tags={"digitlab.verdict": verdict.verdict})
+        tracker.tag(verdict.run_id, {"digitlab.verdict": verdict.verdict})
     return verdict.report(as_json, row.name)
 
 
-def _train_again(tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab: Path) -> Verdict:
-    recorded = recorded_config(tracking, row)
+def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: Path) -> Verdict:
+    tracker = records.tracker
+    recorded = recorded_config(tracker, row)
     config = with_values(recorded, values)
     environment = describe_environment()
-    then = recorded_environment(tracking, row)
+    then = recorded_environment(tracker, row)
     digests = json.loads(row.tags.get("digitlab.data_sha256", "null"))
     data = Difference("data", digests, _data_sha256(config, lab))
     threads = Difference("trainer.threads", recorded.trainer.threads, config.trainer.threads)
@@ -110,16 +106,15 @@ def _train_again(tracking: Tracking, row: RunRow, values: Mapping[str, Any], lab
         return Verdict(INCOMPARABLE, [str(data)], None, row.run_id)
     tags = {"digitlab.reproduction_of": row.run_id}
     identity = Identity(f"{row.name}-again", "reproduction", tags, None, (), environment)
-    with Spoken(config) as watch:
-        outcome = perform(config, identity, tracking, lab, watch)
+    outcome = run_once(config, identity, records, lab)
     if outcome.state == "interrupted":
         raise KeyboardInterrupt
     if outcome.state != "finished" or outcome.run_id is None:
         failed = f"the reproduction {outcome.state}: {outcome.reason}"
         return Verdict(NOT, [failed], outcome.run_id, row.run_id)
-    again = tracking.get(outcome.run_id)
-    found = given + differences(then, recorded_environment(tracking, again))
-    verdict, reasons = reach_verdict(tracking, row, again, found)
+    again = tracker.get(outcome.run_id)
+    found = given + differences(then, recorded_environment(tracker, again))
+    verdict, reasons = reach_verdict(tracker, row, again, found)
     return Verdict(verdict, [*map(str, found), *reasons], again.run_id, row.run_id)
 
 
@@ -144,12 +139,12 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
         raise UserError(f"--config {file} cannot be read: {error}") from error
     stores, others = _stores(overrides)
     config = with_values(config_from_yaml(text), override_values(others))
-    tracking = lab_tracking(lab, stores)
     leaves = flat(config_to_plain(config))
-    for row in tracking.find({"digitlab.state": "finished"}):
-        same = all(str(leaves.get(key)) == value for key, value in row.params.items())
-        if same and "digitlab.weights_sha256" in row.tags:
-            return _reproduce(tracking, row, {}, lab, as_json=False)
+    with lab_records(lab, stores) as records:
+        for row in records.tracker.find({"digitlab.state": "finished"}):
+            same = all(str(leaves.get(key)) == value for key, value in row.params.items())
+            if same and "digitlab.weights_sha256" in row.tags:
+                return _reproduce(records, row, {}, lab, as_json=False)
     print(f"{file}: no finished run has this configuration: there is nothing to compare with")
     config = with_values(config, _tracking_values(stores))
     return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": file.name})
@@ -158,13 +153,13 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
 def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
     """Train a recorded run's configuration with overrides; returns its exit status."""
     stores, others = _stores(overrides)
-    tracking = lab_tracking(lab, stores)
-    row = find_run(tracking, name)
-    damaged = damage(tracking, row) if "digitlab.seal" in row.tags else []
-    if damaged:
-        raise UserError(f"--config-from {name}: {damaged[0]}")
-    values = override_values(others) | _tracking_values(stores)
-    config = with_values(recorded_config(tracking, row), values)
+    with lab_records(lab, stores) as records:
+        row = find_run(records.tracker, name)
+        damaged = damage(records.tracker, row) if "digitlab.seal" in row.tags else []
+        if damaged:
+            raise UserError(f"--config-from {name}: {damaged[0]}")
+        recorded = recorded_config(records.tracker, row)
+    config = with_values(recorded, override_values(others) | _tracking_values(stores))
     return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": row.run_id})
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from digitlab.records.mlflow import RunRow, Tracking
 from digitlab.records.reader import accuracy_name, over_seeds, recorded_guesses
+from digitlab.records.store import RunRow, Tracker
 
 IDENTICAL, WITHIN = "identical", "within tolerance"
 NOT, INCOMPARABLE = "not reproduced", "not comparable"
@@ -93,7 +93,7 @@ class Verdict:
 
 
 def reach_verdict(
-    tracking: Tracking, row: RunRow, again: RunRow, found: Sequence[Difference]
+    tracker: Tracker, row: RunRow, again: RunRow, found: Sequence[Difference]
 ) -> tuple[str, list[str]]:
     """Return the verdict on two runs of one configuration, and the reasons for it.
 
@@ -101,43 +101,43 @@ def reach_verdict(
     Where something does, accuracies may lie as far apart as those of two seeds; beyond that the two
     runs cannot be compared, since the difference may well be the cause.
     """
-    changed = compare_runs(tracking, row.run_id, again.run_id)
+    changed = compare_runs(tracker, row.run_id, again.run_id)
     if not changed:
         return IDENTICAL, []
     if all(difference.is_harmless for difference in found):
         return NOT, changed
     name = accuracy_name(row)
     distance = abs(row.metrics[name] - again.metrics.get(name, 0.0))
-    tolerance, reason = _tolerance(tracking, row, again)
+    tolerance, reason = _tolerance(tracker, row, again)
     text = f"{name} is {distance:.4f} off; {tolerance:.4f} is tolerated: {reason}"
     return (WITHIN if distance <= tolerance else INCOMPARABLE), [*changed, text]
 
 
-def _tolerance(tracking: Tracking, row: RunRow, again: RunRow) -> tuple[float, str]:
+def _tolerance(tracker: Tracker, row: RunRow, again: RunRow) -> tuple[float, str]:
     """Return how far the accuracies of two runs may lie apart by chance, in 95 of 100 cases."""
-    seeds = over_seeds(tracking, row)
+    seeds = over_seeds(tracker, row)
     if len(seeds) >= 3:
         deviation = float(np.std(seeds, ddof=1))
         reason = f"two seeds differ so, from a deviation of {deviation:.5f} over {len(seeds)} seeds"
         return 1.96 * 2**0.5 * deviation, reason
-    first, second = (g == y for g, y in (recorded_guesses(tracking, run) for run in (row, again)))
+    first, second = (g == y for g, y in (recorded_guesses(tracker, run) for run in (row, again)))
     disagree = int((first != second).sum())
     reason = f"{disagree} images are right in one alone, which is chance for each (McNemar)"
     return 1.96 * disagree**0.5 / len(first), reason
 
 
-def compare_runs(tracking: Tracking, original: str, again: str) -> list[str]:
+def compare_runs(tracker: Tracker, original: str, again: str) -> list[str]:
     """Return what differs in the results: metrics of every epoch, weights, predictions, data."""
     found = []
     was, now = (
-        {(n, step): value for n, step, value in tracking.history(run) if n.startswith(_COMPARED)}
+        {(n, step): value for n, step, value in tracker.history(run) if n.startswith(_COMPARED)}
         for run in (original, again)
     )
     for name, step in sorted(was.keys() | now.keys()):
         before, after = was.get((name, step)), now.get((name, step))
         if before != after:
             found.append(f"{name} of epoch {step} was {before}, is {after}")
-    tags = [tracking.get(run).tags for run in (original, again)]
+    tags = [tracker.get(run).tags for run in (original, again)]
     for name in ("weights", "predictions", "data"):
         digests = [tag.get(f"digitlab.{name}_sha256") for tag in tags]
         if digests[0] != digests[1]:
