@@ -45,8 +45,9 @@ from digitlab.study.space import Hyperparameter, suggest
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import Search
 from digitlab.study.workers.processes import Job, Pool, Setup, preload
+from digitlab.training.evaluate import evaluate
 from digitlab.training.fit import Watch, fit
-from digitlab.training.module import DigitModule, build_optimizer, build_schedule, evaluate
+from digitlab.training.module import DigitModule, build_optimizer, build_schedule
 
 
 @dataclass(frozen=True)

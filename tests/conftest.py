@@ -1,8 +1,10 @@
 """A lab of its own for each test, with the 2,500 digits that are committed beside the tests."""
 
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from digitlab.base.errors import UserError
 from digitlab.cli import main
-from digitlab.study.workers import processes as workers
+from digitlab.study.workers import processes
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
@@ -26,7 +28,7 @@ DATA = Path(__file__).parent / "support" / "digits"
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
 os.environ["PYTHONPATH"] = str(
     Path(__file__).parent / "support"
-)  # where the fork server finds `killer`
+)  # where the fork server finds `hooks`
 
 
 @pytest.fixture
@@ -74,12 +76,16 @@ LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a 
 
 
 class Parent:
-    """`digitlab sweep` in a process of its own, forked from one that has imported everything."""
+    """`digitlab sweep` in a process of its own, forked from one that has imported everything.
+
+    It works in the folder of its lab, where `hooks` looks for orders.
+    """
 
     def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
         self.log = lab / "log.txt"
-        workers.preload("digitlab.study.driver", "digitlab.results.report", *LATE, "killer")
-        self.process = workers._CONTEXT.Process(target=_sweep, args=(lab, list(overrides)))
+        processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=_sweep, args=(lab, list(overrides)))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int | None:
@@ -94,17 +100,31 @@ class Parent:
         self.process.join()
 
 
+def until(condition: Callable[[], bool], parent: Parent) -> None:
+    """Wait until something holds, for as long as the study runs."""
+    while not condition():
+        parent.process.join(0.05)
+        if parent.process.exitcode is not None:
+            assert condition(), parent.log.read_text()[-2000:]
+
+
 def _sweep(lab: Path, overrides: list[str]) -> None:
     from digitlab.config.compose import compose
+    from digitlab.results.publish import publish
     from digitlab.study.driver import sweep
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
-    with open(lab / "log.txt", "a", buffering=1) as log:
+    # It inherits from the fork server that these are ignored, which a study honours.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.environ["DIGITLAB_HOME"] = str(lab)
+    os.chdir(lab)
+    with open("log.txt", "a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            status = sweep(compose("sweep", overrides)[0], lab)
+            status = sweep(compose("sweep", overrides)[0], lab, publish)
         except UserError as error:
             print(error)
             status = 2
@@ -118,7 +138,6 @@ TINY = [
     "model.widths=[4]",
     "study.confirm=1",
     "study.final_seeds=1",
-    "study.retries=1000",
 ]
 
 

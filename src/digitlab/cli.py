@@ -8,10 +8,13 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.paths import RECIPES, lab_folder
+
+if TYPE_CHECKING:
+    from digitlab.config.compose import Composed
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +87,21 @@ def _train(arguments: list[str]) -> int:
         return 0
     from digitlab.study.run import train
 
-    return max(train(job, lab_folder()) for job in jobs)
+    lab = lab_folder()
+    return _run_all(jobs, lambda job: train(job, lab))
+
+
+def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> int:
+    """Run the jobs of --multirun in turn; one that is stopped ends them all."""
+    statuses = []
+    for job in jobs:
+        statuses.append(run(job))
+        if statuses[-1] == 130:
+            left = len(jobs) - len(statuses)
+            if left:
+                print(f"{left} of {len(jobs)} jobs were not started")
+            break
+    return max(statuses)
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -98,9 +115,10 @@ def _sweep(arguments: list[str]) -> int:
     jobs = compose("sweep", arguments)
     if not jobs:
         return 0
+    from digitlab.results.publish import publish
     from digitlab.study.driver import sweep
 
-    return max(sweep(job, lab) for job in jobs)
+    return _run_all(jobs, lambda job: sweep(job, lab, publish))
 
 
 def _config(arguments: list[str]) -> int:
@@ -113,25 +131,15 @@ def _config(arguments: list[str]) -> int:
     return 0
 
 
-def _worker(arguments: list[str]) -> int:
-    parser = Parser("digitlab worker", description="Take trials of a study on a shared storage.")
-    parser.add_argument("study", help="as `digitlab sweep` has begun it")
-    parser.add_argument(
-        "--storage", metavar="ADDRESS", help="postgresql+psycopg://...; else DIGITLAB_STORAGE"
-    )
-    options = parser.parse_args(arguments)
-    from digitlab.study.join import worker
-
-    return worker(options.study, options.storage, lab_folder())
-
-
 def _audit(arguments: list[str]) -> int:
-    parser = Parser("digitlab audit", description="Hold every trial of a study against its run.")
+    parser = Parser(
+        "digitlab audit", description="Check that each trial of a study and its run agree."
+    )
     parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
-    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
-    from digitlab.study.audit import inspect
+    from digitlab.results.audit import inspect
 
     return inspect(options.study, lab_folder(), options.repair, options.json)
 
@@ -188,14 +196,14 @@ def _reproduce(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     parser = Parser("digitlab compare", description="What differs between runs.")
     parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
-    parser.add_argument("--page", type=Path, help="write it as a page, too", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="write it as an HTML page, too", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.runs if "=" in word]
     runs = [word for word in options.runs if "=" not in word]
     from digitlab.results.compare import compare
 
-    return compare(runs, overrides, lab_folder(), options.json, options.page)
+    return compare(runs, overrides, lab_folder(), options.json, options.out)
 
 
 def _report(arguments: list[str]) -> int:
@@ -286,8 +294,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("train one model; takes any override", _train),
     "sweep": ("run a study, or continue it; takes any override", _sweep),
     "config": ("list all settings; --schema prints their JSON schema", _config),
-    "worker": ("take trials of a study that machines share, until none are left", _worker),
-    "audit": ("hold a study's trials against their runs; --repair mends", _audit),
+    "audit": ("check that trials and runs agree; --repair repairs", _audit),
     "bench": ("measure what the machinery costs", _bench),
     "reproduce": ("train a run or a study again from its record, with a verdict", _reproduce),
     "compare": ("what differs between runs, and whether that is chance", _compare),

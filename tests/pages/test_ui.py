@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHARE
+from digitlab.pages.views import describe_study, view_addresses, view_tags
 from playwright.sync_api import Browser, Page
 from test_report import Study, configure, look, open_browser, recorded, studies
 
@@ -30,7 +31,6 @@ from digitlab.base.paths import ROOT
 from digitlab.cli import main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
-from digitlab.pages.views import describe_study, view_addresses, view_tags
 from digitlab.records.mlflow import open_tracking
 from digitlab.records.record import Identity, begin_record, stage, trial_tags
 from digitlab.study.storage import open_storage

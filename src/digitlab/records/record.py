@@ -1,19 +1,18 @@
-"""What every run's record holds from its beginning, whoever begins it."""
+"""The record of a run: what it holds from its start to its end, whoever trains it."""
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from digitlab.base.retry import retry
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
-from digitlab.records.mlflow import RunRecord, Start, Tracking
+from digitlab.config.types import Tracker as TrackerName
+from digitlab.records.outbox import Outbox
+from digitlab.records.store import NewRun, NoTracker, Tracker, TrackerAway
 
 
 @dataclass(frozen=True)
@@ -23,81 +22,205 @@ class Identity:
     name: str
     kind: str  # a value of the tag digitlab.kind
     tags: Mapping[str, str] = field(default_factory=dict)
-    parent: str | None = None  # run id of the study
+    parent_run_id: str | None = None  # run id of the study
     overrides: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
-def trial_tags(study: str, number: int) -> dict[str, str]:
-    """The tags that tie a run to a study's trial."""
-    return {"digitlab.study": study, "digitlab.trial": str(number)}
+@dataclass(frozen=True)
+class Records:
+    """Where a process records its runs; closes the outbox at the end."""
+
+    tracker: Tracker
+    outbox: Outbox
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.outbox.close()
+
+
+def open_records(config: Config, lab: Path, timeout_s: float = 0.0) -> Records:
+    """Open the tracker of `config.tracking`, and the lab's outbox to it.
+
+    Args:
+        timeout_s: how long a tracker that does not answer is tried again.
+
+    Raises:
+        UserError: it cannot be used; TrackerAway if it does not answer.
+    """
+    tracker = open_tracker(config, lab, timeout_s)
+    return Records(tracker, Outbox(lab, tracker))
+
+
+def open_tracker(config: Config, lab: Path, timeout_s: float = 0.0) -> Tracker:
+    """Open the tracker of `config.tracking` alone, to read; as `open_records`."""
+    if config.tracking.name is TrackerName.none:
+        return NoTracker()
+    from digitlab.records.mlflow import MlflowTracker  # which takes a second to import
+
+    return retry(
+        lambda: MlflowTracker(config.tracking.uri, config.tracking.experiment, lab),
+        lambda error: isinstance(error, TrackerAway),
+        timeout_s,
+    )
+
+
+def trial_tags(study_id: str, study: str, number: int, attempt: int) -> dict[str, str]:
+    """Return the tags that tie a run to an attempt at a study's trial."""
+    return {
+        "digitlab.study_id": study_id,
+        "digitlab.study": study,
+        "digitlab.trial": str(number),
+        "digitlab.attempt": str(attempt),
+    }
 
 
 def row_params(config: Config, kind: str) -> dict[str, str]:
-    """The parameters of a run of that kind: the settings of a study are the study's own alone."""
+    """Return the parameters of a run; settings of the study belong to the study's own run alone."""
     hidden = () if kind == "study" else ("study.", "tracking.", "launcher.")
     leaves = flat(config_to_plain(config))
     return {key: str(value) for key, value in leaves.items() if not key.startswith(hidden)}
 
 
-def begin_record(tracking: Tracking, config: Config, identity: Identity) -> RunRecord:
-    """Begin the record of a run of `config`: names, tags, every parameter."""
-    tags = {
-        "digitlab.kind": identity.kind,
-        "digitlab.state": "running",
-        "digitlab.overrides": json.dumps(list(identity.overrides)),
-        "mlflow.source.git.commit": str(identity.environment.get("commit", "")),
-        **identity.tags,
-    }
-    return tracking.start(
-        Start(
-            identity.name,
-            {key: value for key, value in tags.items() if value},
-            row_params(config, identity.kind),
-            identity.parent,
+class RunRecorder:
+    """Writes the record of one run.
+
+    Its metrics are kept here too, since the seal covers every value of every step.
+    """
+
+    def __init__(self, outbox: Outbox, config: Config, identity: Identity) -> None:
+        """Start the record: name, tags, every parameter, config.yaml and environment.json."""
+        self.identity = identity
+        self.last_step = config.trainer.epochs
+        self.metrics: dict[str, float] = {}  # the last value of each
+        self._logged: dict[tuple[str, int], float] = {}  # by name and step
+        tags = {
+            "digitlab.kind": identity.kind,
+            "digitlab.state": "running",
+            "digitlab.overrides": json.dumps(list(identity.overrides)),
+            "mlflow.source.git.commit": str(identity.environment.get("commit", "")),
+            **identity.tags,
+        }
+        self.tags = {key: value for key, value in tags.items() if value}
+        self.files = {"config.yaml": config_to_yaml(config).encode()}
+        self.files["environment.json"] = _json(identity.environment)
+        params = row_params(config, identity.kind)
+        self.spool = outbox.open_run(
+            NewRun(identity.name, self.tags, params, identity.parent_run_id)
         )
-    )
+        self.spool.add_files(self.files)
+
+    def started(self, facts: Mapping[str, float]) -> None:
+        self._log(facts, 0)
+
+    def rung(self, rung: float, index: int, accuracy: float) -> None:
+        """Record the accuracy at a rung, which is a fraction of the schedule."""
+        self._log({"rung": rung, "rung_accuracy": accuracy}, round(100 * rung))
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self._log(metrics, epoch)
+
+    def finish(
+        self,
+        metrics: Mapping[str, float],
+        files: Mapping[str, bytes],
+        environment: Mapping[str, Any] = {},
+        data_sha256: Mapping[str, str] = {},
+    ) -> None:
+        """Record the results and end the run; all of it is on the disk when this returns.
+
+        Args:
+            metrics: those that were logged before are not logged again.
+            environment: what the training adds to that of the start.
+            data_sha256: digests of the files that the run read.
+        """
+        extra = {**self.identity.environment, **environment}
+        added = {**files, "environment.json": _json(extra)}
+        if not environment:
+            del added["environment.json"]
+        sums = sum_files({**self.files, **added})
+        added[SUMS] = sums.encode()
+        new = self._log_new(metrics)
+        tags = {
+            f"digitlab.{name.partition('.')[0]}_sha256": hashlib.sha256(content).hexdigest()
+            for name, content in files.items()
+            if name in ("weights.safetensors", "predictions.safetensors")
+        }
+        if data_sha256:
+            tags["digitlab.data_sha256"] = json.dumps(dict(data_sha256))
+        history = ((name, step, value) for (name, step), value in self._logged.items())
+        tags["digitlab.seal"] = seal(sums, history, self.tags | tags)
+        self.spool.add_files(added)
+        self.spool.log(new, self.last_step, tags)
+        self.spool.end("finished")
+        self.spool.seal()
+
+    def add_files(self, folder: Path) -> None:
+        """Record all files below a folder as artifacts."""
+        self.spool.add_files(folder)
+
+    def end(
+        self,
+        state: str,
+        reason: str = "",
+        metrics: Mapping[str, float] = {},
+        tags: Mapping[str, str] = {},
+    ) -> None:
+        """End a run that has no results of its own; on the disk when this returns."""
+        tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
+        self.spool.log(self._log_new(metrics), self.last_step, tags)
+        self.spool.end(state)
+        self.spool.seal()
+
+    def run_id(self, timeout_s: float = 0.0) -> str | None:
+        return self.spool.run_id(timeout_s)
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._note(metrics, step)
+        self.spool.log(metrics, step)
+
+    def _log_new(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Note the metrics that are not logged yet with this value, for the last step."""
+        new = {
+            name: value
+            for name, value in metrics.items()
+            if self.metrics.get(name) != value and (name, self.last_step) not in self._logged
+        }
+        self._note(new, self.last_step)
+        return new
+
+    def _note(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics |= metrics
+        self._logged |= {(name, step): float(value) for name, value in metrics.items()}
 
 
-_LEFT = 86400  # s after which a folder of a run belongs to nobody any more
-
-
-def stage(lab: Path, config: Config, identity: Identity) -> Path:
-    """A new folder with the files that every run keeps; `RunRecord.keep` takes it over."""
-    staging = lab / "staging"
-    staging.mkdir(exist_ok=True)
-    for left in staging.iterdir():  # by a process that was killed
-        with suppress(FileNotFoundError):  # another process has just handed its own over
-            if time.time() - left.stat().st_mtime > _LEFT:
-                shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(dir=staging))  # not named by a name that a store may hold
-    (folder / "config.yaml").write_text(config_to_yaml(config))
-    environment = json.dumps(dict(identity.environment), indent=1)
-    (folder / "environment.json").write_text(environment)
-    return folder
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(content), indent=1).encode()
 
 
 SUMS = "SHA256SUMS"  # the artifact that lists the others, as `sha256sum -c` reads it
 # The tags that a record's seal covers, beside its files and metrics.
-_SEALED = ("kind", "study", "trial", "seed", "weights_sha256", "predictions_sha256", "data_sha256")
+_SEALED = (
+    *("kind", "study_id", "study", "trial", "attempt", "seed"),
+    *("weights_sha256", "predictions_sha256", "data_sha256"),
+)
 
 
-def sum_files(folder: Path) -> str:
-    """Write the SHA-256 of every file of a run's folder into it; returns the list."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
-        for path in paths
-    ]
-    (folder / SUMS).write_text("".join(lines))
-    return "".join(lines)
+def sum_files(files: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 of every file, sorted by path, a line each."""
+    return "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {path}\n"
+        for path, content in sorted(files.items())
+    )
 
 
 def seal(sums: str, metrics: Iterable[tuple[str, int, float]], tags: Mapping[str, str]) -> str:
-    """SHA-256 over what a finished run's record holds: files, every metric of every step, tags.
+    """Return the SHA-256 over what a finished run's record holds: files, every metric, tags.
 
-    A bit that changes in a store afterwards makes it another.
+    A bit that changes in a store afterwards changes it.
     """
     named = {name: tags.get(f"digitlab.{name}", "") for name in _SEALED}
-    told = sorted({(name, step, float(value).hex()) for name, step, value in metrics})
-    return hashlib.sha256(json.dumps([sums, told, named]).encode()).hexdigest()
+    values = sorted({(name, step, float(value).hex()) for name, step, value in metrics})
+    return hashlib.sha256(json.dumps([sums, values, named]).encode()).hexdigest()

@@ -1,110 +1,105 @@
-"""What a study was begun with: a call that differs does not go on with it, but may fork it."""
+"""What a study's results depend on: noted when it is created, compared whenever it goes on."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from digitlab.base.environment import source_digest
-from digitlab.base.errors import UserError, nearest
-from digitlab.config.recorded import config_from_yaml, config_to_plain, config_to_yaml, flat
+from digitlab.base.environment import training_digest
+from digitlab.base.errors import UserError
+from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
-from digitlab.study.storage import open_storage, study_names
-from digitlab.study.trials import Search
+from digitlab.study.trials import TrialRow, TrialStore
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
-_KEPT = ("sampler", "startup_trials", "seed", "pruner", "rungs")
+_FIXED = ("sampler", "startup_trials", "seed", "pruner", "rungs")
+_LIBRARIES = ("torch", "pytorch-lightning", "numpy", "optuna")
+# What made a result, as opposed to what it is a result of: another study may take it over.
+_MAKERS = ("code of training", "tracker", *(f"version of {name}" for name in _LIBRARIES))
 
 
-def guard(search: Search, config: Config, data_sha256: Mapping[str, str]) -> None:
-    """Note what the study is begun with, or compare with what it was begun with.
+def check_fingerprint(
+    store: TrialStore, config: Config, data_sha256: Mapping[str, str], tracker: str
+) -> None:
+    """Note what the study is created with, or compare it with that.
 
     Raises:
-        UserError: something differs that the trials' results depend on; every difference is named.
+        UserError: something differs that results depend on; every difference is named.
     """
-    now = _facts(config, data_sha256)
-    then = search.notes().get("begun")
+    now = _facts(config, data_sha256, tracker)
+    then = store.notes().get("fingerprint")
     if then is None:
-        search.note("config", config_to_yaml(config))
-        search.note("begun", now)
+        store.note("config", config_to_yaml(config))
+        store.note("fingerprint", now)
         return
     changed = [
-        f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}"
+        f"{key}: {then.get(key, 'none')} -> {now.get(key, 'none')}"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
     if changed:
         name = config.study.name
         raise UserError(
-            f"study.name={name}: it was begun differently ({'; '.join(changed)}): undo that, or "
-            f"begin another with study.name=... (study.fork_from={name} takes over what still fits)"
+            f"study '{name}' was created with other settings ({'; '.join(changed)}): a study "
+            "keeps those that its results depend on. Restore them, or start a new study with "
+            f"study.name=NEW (study.fork_from={name} reuses its finished trials where they fit)"
         )
 
 
-def _facts(config: Config, data_sha256: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that a trial's result depends on, beside the values of its knobs."""
+def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict[str, Any]:
+    """Everything that a trial's result depends on, beside the values that are searched."""
     plain = config_to_plain(config)
     study = plain.pop("study")
     del plain["tracking"], plain["launcher"]
     return {
         **{key: value for key, value in flat(plain).items() if key not in config.study.space},
-        **{f"study.{key}": study[key] for key in _KEPT},
-        **{f"study.space.{knob}": text for knob, text in config.study.space.items()},
+        **{f"study.{key}": study[key] for key in _FIXED},
+        **{f"study.space.{name}": text for name, text in config.study.space.items()},
         **{f"SHA-256 of {file}": digest[:12] for file, digest in data_sha256.items()},
-        "objective": "val_accuracy",
-        "source code": source_digest(),
+        **{f"version of {name}": version(name) for name in _LIBRARIES},
+        "code of training": training_digest(),
+        "tracker": tracker,
     }
 
 
-def begun_config(notes: Mapping[str, Any]) -> Config:
-    """The configuration that a study was begun with, from its notes."""
-    return config_from_yaml(str(notes["config"]))
+@dataclass(frozen=True)
+class FittingTrial:
+    """A finished trial of another study, in this study's terms."""
+
+    values: dict[str, Any]
+    value: float
+    notes: dict[str, Any]
 
 
-def begun_study(lab: Path, name: str) -> tuple[Search, Config]:
-    """A study of the lab, and what it was begun with.
+def fitting_trials(store: TrialStore, other: TrialStore) -> list[FittingTrial]:
+    """Return the finished trials of another study whose whole configuration lies in this one.
 
-    Raises:
-        UserError: there is none of the name, or its first call was refused before it began.
+    A setting that was fixed there may be searched here if its value lies in the range, and the
+    other way round if the value is the one that is fixed here; the data must be the same. Where
+    other code or versions made them, `notes["made_by"]` says so.
     """
-    storage = open_storage(lab)
-    known = study_names(storage)
-    if name not in known:
-        raise UserError(f"{name}: no such study, {nearest(name, known)}")
-    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
-    if "config" not in notes:
-        raise UserError(f"{name}: it never began: run `make sweep` for it first")
-    config = begun_config(notes)
-    return Search(storage, config), config
+    ours, theirs = store.notes()["fingerprint"], other.notes()["fingerprint"]
+    fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k not in _MAKERS}
+    made_by = [f"{k}: {theirs.get(k)}" for k in _MAKERS if theirs.get(k) != ours[k]]
 
-
-def fitting_trials(search: Search, config: Config) -> list[dict[str, Any]]:
-    """The finished trials of `study.fork_from` whose whole configuration lies in this study.
-
-    A key that was fixed there may be searched here if its value lies in the range, and the other
-    way round if the value is the one that is fixed here; data and objective must be the same.
-
-    Returns:
-        For each: `values` of this study's knobs, the validation accuracy `value`, and `notes`.
-
-    Raises:
-        UserError: there is no such study.
-    """
-    name = str(config.study.fork_from)
-    if name not in search.names():
-        raise UserError(f"study.fork_from={name}: no such study, {nearest(name, search.names())}")
-    notes = search.notes(name)
-    old = begun_config(notes)
-    source = Search(search.storage, replace(old, study=replace(old.study, name=name)))
-    ours, theirs = search.notes()["begun"], notes["begun"]
-    fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k != "source code"}
-    fitting = []
-    for row in source.rows():
+    def fits(row: TrialRow) -> bool:
         whole = theirs | row.values
-        if row.state != "finished" or any(whole.get(k) != v for k, v in fixed.items()):
-            continue
-        if all(knob.name in whole and knob.holds(whole[knob.name]) for knob in search.knobs):
-            values = {knob.name: whole[knob.name] for knob in search.knobs}
-            told = {"metrics": row.notes.get("metrics", {}), "taken_from": f"{name}/{row.number}"}
-            fitting.append({"values": values, "value": row.value, "notes": told})
-    return fitting
+        return (
+            row.state == "finished"
+            and all(whole.get(key) == value for key, value in fixed.items())
+            and all(one.name in whole and one.holds(whole[one.name]) for one in store.space)
+        )
+
+    return [
+        FittingTrial(
+            {one.name: (theirs | row.values)[one.name] for one in store.space},
+            float(row.value or 0.0),
+            {
+                "metrics": row.notes.get("metrics", {}),
+                "taken_from": f"{other.config.name}/{row.number}",
+                "made_by": made_by,
+            },
+        )
+        for row in other.rows()
+        if fits(row)
+    ]

@@ -1,48 +1,29 @@
-"""Train one configuration: the course of a run on one page."""
+"""Train one configuration: the course of a fit on one page."""
 
 import ctypes
 import logging
 import math
 import os
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from pytorch_lightning.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
+from torch import Tensor, nn
 
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import DigitsData
-from digitlab.training.module import (
-    DigitModule,
-    Diverged,
-    count_flops,
-    count_parameters,
-    evaluate,
-    measure,
-)
-
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hardware and tips, at each fit
-
-
-class Watch:
-    """What a run tells while it trains. A method may raise to end the run; here all are silent."""
-
-    def begin(self, facts: Mapping[str, float]) -> None:
-        """Before the first step: what is known of the run, as metrics."""
-
-    def batch(self, done: float) -> None:
-        """After each block of steps; `done` is the fraction of the run's training steps."""
-
-    def rung(self, rung: float, accuracy: float) -> None:
-        """At a fraction of the schedule that was asked for, with the validation accuracy there."""
-
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """After each epoch, counted from 1."""
+from digitlab.training.blocks import BlockModule, Blocks
+from digitlab.training.evaluate import count_flops, count_parameters, evaluate, measure
+from digitlab.training.module import Diverged
+from digitlab.training.observer import TrainingObserver
 
 
 @dataclass(frozen=True)
@@ -50,16 +31,16 @@ class Frame:
     """What a network makes of ten validation images, one of each class, at one moment."""
 
     epoch: int
-    probabilities: Tensor  # (10, 10), a row a digit
+    probabilities: Tensor  # (10, 10), a row an image
     filters: Tensor  # (C, k, k), of the first convolution
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What came out of a run.
+    """The result of a fit.
 
-    `logits` (M, 10) and `labels` (M,) are of the images that the run was measured on, validation or
-    test set as `config.data.evaluate_on` says; `metrics` are the last epoch's.
+    `logits` (M, 10) and `labels` (M,) are of the images that it was measured on, validation or test
+    set as `config.data.evaluate_on` says; `metrics` are the last epoch's.
     """
 
     weights: dict[str, Tensor]
@@ -68,75 +49,87 @@ class Fit:
     images: Tensor  # uint8 (M, 1, 28, 28)
     metrics: dict[str, float]
     data_sha256: dict[str, str]
-    film: "list[Frame]"  # before the first epoch and after each, of a run with a validation set
+    film: list[Frame]  # before the first epoch and after each; empty without a validation set
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
-def fit(config: Config, lab: Path, watch: Watch, rungs: list[float] | None = None) -> Fit:
-    """Train `config` from its seed and measure it.
+def fit(config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[float] = ()) -> Fit:
+    """Train a configuration from its seed and measure it.
 
-    The same config on the same machine with the same thread count gives the same bits.
+    The same configuration on the same machine with the same thread count gives the same bits, in
+    whichever thread of the process it is called.
 
     Raises:
         Diverged: the loss is no longer finite.
-        UserError: the data are not to be had, or are none of the known ones.
-        Whatever `watch` raises, at once.
+        UserError: the data are not available, or not the known ones.
+        StopTraining, or whatever else the observer raises: at once.
     """
-    torch.set_num_threads(config.trainer.threads)
-    torch.manual_seed(config.trainer.seed)
-    if not torch.cuda.is_available():  # or torch's optimizers look for its library at every step
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    _keep_pages()
-    # Nothing here reads memory that it has not written, which is what filling it would guard.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _prepare_torch(config)
     data = DigitsData(config, lab)
-    steps = config.trainer.epochs * data.train_dataloader().steps
-    module = DigitModule(config, steps)
-    images = len(data.learned[1])
-    flops = 3 * count_flops(module.network) * images * config.trainer.epochs  # back is twice forth
+    data.setup("fit")
+    batches = data.train_dataloader()
+    module = BlockModule(config, config.trainer.epochs * len(batches))
+    passes = 3 * len(batches.labels) * config.trainer.epochs  # the way back is twice the way forth
+    flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
-    watch.begin({"model_parameters": parameters, "training_flops": flops})
-    loop = _Loop(data, watch, rungs or [], steps)
+    observer.started({"model_parameters": parameters, "training_flops": flops})
+    reporter = _Reporter(data, observer, rungs)
+    _train(config, module, Blocks(batches), reporter)
+    if config.data.evaluate_on is EvaluateOn.test:
+        data.setup("test")
+        assert data.test is not None
+        images, labels = data.test
+        logits = evaluate(module.learned, images, config.data)
+        metrics = reporter.metrics | measure(logits, labels, "test")
+    else:
+        assert data.validation is not None
+        images, labels = data.validation
+        logits, metrics = reporter.logits, reporter.metrics
+    weights = {
+        name: value.detach().contiguous().clone()
+        for name, value in module.learned.state_dict().items()
+    }
+    return Fit(weights, logits, labels, images, metrics, data.sha256, reporter.film, _numerics())
+
+
+def _train(config: Config, module: BlockModule, blocks: Blocks, reporter: "_Reporter") -> None:
+    # At each fit Lightning reports the hardware and gives advice: noise in a study. A context that
+    # restores the filters would do so under other threads too.
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     trainer = pl.Trainer(
         max_epochs=config.trainer.epochs,
         accelerator="cpu",
         devices=1,
+        # Lightning would find an allocation of Slurm by itself, and wait for its other tasks.
+        plugins=[LightningEnvironment()],
         deterministic=True,
-        callbacks=[loop],
+        callbacks=[reporter],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=0,  # the reporter measures, at rungs too
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice on loaders that are no DataLoader
-        try:
-            trainer.fit(module, datamodule=data)
-        except SystemExit as end:  # what Lightning makes of Ctrl-C and, between batches, of SIGTERM
-            if isinstance(end.__context__, KeyboardInterrupt):
-                raise end.__context__ from None
-            watch.batch(module.steps / steps)  # which has heard of it too, and ends the run
-            raise KeyboardInterrupt from end
-    measured, labels = data.measured()
-    metrics = loop.metrics
-    if config.data.evaluate_on is EvaluateOn.test:
-        loop.logits = evaluate(module.learned, measured, config.data)
-        metrics = metrics | measure(loop.logits, labels, "test")
-    weights = {
-        name: value.detach().contiguous().clone()
-        for name, value in module.learned.state_dict().items()
-    }
-    return Fit(weights, loop.logits, labels, measured, metrics, data.sha256, loop.film, _numerics())
+    try:
+        trainer.fit(module, blocks)
+    except SystemExit as end:  # what Lightning makes of Ctrl-C
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise end.__context__ from None
+        raise
 
 
-def _keep_pages() -> None:
-    """Tell glibc's allocator to keep the pages of a step's tensors for the next step.
-
-    It would hand them back and fault them in again, which makes a step of large tensors take twice
-    as long. Other allocators have no such setting.
-    """
+def _prepare_torch(config: Config) -> None:
+    torch.set_num_threads(config.trainer.threads)
+    torch.manual_seed(config.trainer.seed)
+    if not torch.cuda.is_available():
+        # Else torch's optimizers look for CUDA's library at every step.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Nothing here reads memory that it has not written, which is what filling it would guard.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # glibc would return the pages of a step's tensors and fault them in again at the next step,
+    # which doubles the time of a step with large tensors. Other allocators have no such setting.
     settings = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}  # malloc.h: trim, top pad, mmap threshold; B
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -145,6 +138,7 @@ def _keep_pages() -> None:
 
 
 def _numerics() -> dict[str, Any]:
+    """Return what torch computes with, as recorded beside the environment."""
     return {
         "device": "cpu",
         "threads": torch.get_num_threads(),
@@ -156,55 +150,58 @@ def _numerics() -> dict[str, Any]:
 
 
 def one_of_each(labels: Tensor) -> Tensor:
-    """The place (10,) of the first image of each digit that is there at all."""
+    """Return the index of the first image of each digit that is present; (10,) where all are."""
     places = [int((labels == digit).nonzero()[0]) for digit in range(10) if digit in labels]
     return torch.tensor(places)
 
 
-class _Loop(pl.Callback):
-    """Tells the watch of batches, rungs and epochs, and measures at the latter."""
+class _Reporter(pl.Callback):
+    """Reports blocks, rungs and epochs to the observer, and measures at the latter two."""
 
-    def __init__(self, data: DigitsData, watch: Watch, rungs: list[float], steps: int) -> None:
-        self.data, self.watch = data, watch
-        self.rungs = sorted(rungs)
-        self.steps = steps
+    def __init__(
+        self, data: DigitsData, observer: TrainingObserver, rungs: Sequence[float]
+    ) -> None:
+        self.validation, self.config = data.validation, data.config.data
+        self.observer, self.rungs = observer, sorted(rungs)
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
         self.film: list[Frame] = []
-        self.started = time.perf_counter()
+        self.started = 0.0
+        self.sigterm = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, _: pl.Trainer, module: Any) -> None:
-        if self.data.config.data.evaluate_on is EvaluateOn.validation:
-            images = self.data.validation[0][one_of_each(self.data.validation[1])]
-            self._frame(0, module.learned, evaluate(module.learned, images, self.data.config.data))
+        # Lightning has just taken over SIGTERM: who calls decides about it, also to ignore it.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.sigterm)
+        if self.validation is not None:
+            images, labels = self.validation
+            shown = evaluate(module.learned, images[one_of_each(labels)], self.config)
+            self._add_frame(0, module.learned, shown)
 
-    def _frame(self, epoch: int, network: torch.nn.Module, logits: Tensor) -> None:
+    def _add_frame(self, epoch: int, network: nn.Module, logits: Tensor) -> None:
         filters = next((p for p in network.parameters() if p.ndim == 4), torch.empty(0, 1, 1, 1))
-        probabilities = logits.softmax(1)
-        self.film.append(Frame(epoch, probabilities, filters.detach().mean(1).clone()))
+        self.film.append(Frame(epoch, logits.softmax(1), filters.detach().mean(1).clone()))
 
     def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
-        done = module.steps / self.steps
-        self.watch.batch(done)
-        while self.rungs and done >= self.rungs[0]:
-            rung = self.rungs.pop(0)
-            logits = evaluate(module.learned, self.data.validation[0], self.data.config.data)
-            accuracy = measure(logits, self.data.validation[1], "val")["val_accuracy"]
-            self.watch.rung(rung, accuracy)
+        fraction = module.steps_done / module.steps
+        self.observer.batch(fraction)
+        while self.rungs and fraction >= self.rungs[0]:
+            assert self.validation is not None
+            rung, (images, labels) = self.rungs.pop(0), self.validation
+            logits = evaluate(module.learned, images, self.config)
+            self.observer.rung(rung, measure(logits, labels, "val")["val_accuracy"])
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
-        images = len(self.data.learned[1])
-        rate = images / (time.perf_counter() - self.started)
+        epoch, rate = trainer.current_epoch + 1, module.seen / (time.perf_counter() - self.started)
         self.metrics = module.train_metrics() | {"images_per_second": rate}
-        if self.data.config.data.evaluate_on is EvaluateOn.validation:
-            held, labels = self.data.validation
-            self.logits = evaluate(module.learned, held, self.data.config.data)
+        if self.validation is not None:
+            images, labels = self.validation
+            self.logits = evaluate(module.learned, images, self.config)
             self.metrics |= measure(self.logits, labels, "val")
-            digits = self.logits[one_of_each(labels)]
-            self._frame(trainer.current_epoch + 1, module.learned, digits)
+            self._add_frame(epoch, module.learned, self.logits[one_of_each(labels)])
             if not math.isfinite(self.metrics["val_loss"]):
-                raise Diverged(f"val_loss is not finite after epoch {trainer.current_epoch + 1}")
-        self.watch.epoch(trainer.current_epoch + 1, self.metrics)
+                raise Diverged(f"val_loss is not finite after epoch {epoch}")
+        self.observer.epoch(epoch, self.metrics)

@@ -1,4 +1,4 @@
-"""One network under training, as a Lightning module."""
+"""A network under training as a Lightning module, for any Trainer."""
 
 import math
 from contextlib import nullcontext
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 
-from digitlab.config.types import Config, DataConfig, OptimConfig, Optimizer, Precision, Schedule
-from digitlab.data.datamodule import standardise, to_unit
+from digitlab.config.types import Config, OptimConfig, Optimizer, Precision, Schedule
 from digitlab.networks.table import build_network
+from digitlab.training.evaluate import measure
 
-_EVALUATION_BATCH = 500  # images: large enough to be fast, small enough to stay in the cache
 _EMA_STEPS = 4  # the average takes the weights of every fourth step, which costs a quarter
+
+Batch = tuple[Tensor, Tensor]  # standardised images (N, 1, 28, 28) and labels (N,)
 
 
 class Diverged(RuntimeError):
@@ -25,80 +25,130 @@ class Diverged(RuntimeError):
 
 
 class DigitModule(pl.LightningModule):
-    """Cross-entropy on a network of the table, with the optimizer and schedule of the config."""
+    """A network of the table, trained with the loss, optimizer and schedule of a configuration.
 
-    def __init__(self, config: Config, steps: int) -> None:
-        """Args: steps: of the whole run."""
+    `pl.Trainer(max_epochs=...).fit(DigitModule(config), DigitsData(config, lab))` trains it; `fit`
+    of this package gives the same weights sooner.
+    """
+
+    def __init__(self, config: Config, steps: int | None = None) -> None:
+        """Build the network from torch's global seed.
+
+        Args:
+            steps: length of the learning rate's schedule; None asks the Trainer.
+        """
         super().__init__()
-        self.automatic_optimization = False  # a call of training_step takes many steps
-        self.config = config
+        self.config, self.steps = config, steps
         self.network = build_network(config.model)
-        self.optimizer = build_optimizer(config.optim, self.network)
-        self.schedule = build_schedule(config.optim, self.optimizer, steps)
-        self.averaged = None
+        self.averaged: AveragedModel | None = None
         if config.optim.ema:
             average = get_ema_multi_avg_fn(config.optim.ema**_EMA_STEPS)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
-        self.loss_sum = self.correct = torch.zeros(())
-        self.seen = self.steps = 0
+            self.averaged.requires_grad_(False)  # else Lightning counts it as trainable
 
     @property
     def learned(self) -> nn.Module:
-        """The network to be measured and kept: the average where there is one."""
-        if self.averaged is None or self.averaged.n_averaged == 0:  # a run of fewer steps
+        """The network to measure and to keep: the average, once it has taken any weights."""
+        if self.averaged is None or self.averaged.n_averaged == 0:
             return self.network
         network = self.averaged.module
         assert isinstance(network, nn.Module)
         return network
 
-    def training_step(self, block: list[tuple[Tensor, Tensor]], _: int) -> None:
-        """One optimizer step for each batch of images (N, 1, 28, 28) and labels (N,)."""
-        optimizer, schedule = self.optimizer, self.schedule
-        config, losses, guesses = self.config.optim, [], []
-        half = self.config.trainer.precision is Precision.bfloat16
-        precision = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-        for images, labels in block:
-            with precision:
-                logits = self.network(images).float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if config.gradient_clip:
-                nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
-            optimizer.step()
-            rate = schedule.get_last_lr()[0]
-            schedule.step()
-            self.steps += 1
-            if self.averaged is not None and self.steps % _EMA_STEPS == 0:
-                self.averaged.update_parameters(self.network)
-            losses.append(loss.detach() * len(labels))
-            guesses.append(logits.detach())
-        labels = torch.cat([labels for _, labels in block])
-        self.loss_sum = self.loss_sum + torch.stack(losses).sum()
-        self.correct = self.correct + (torch.cat(guesses).argmax(1) == labels).sum()
-        self.seen += len(labels)
-        if not torch.isfinite(self.loss_sum):
-            raise Diverged(
-                f"the loss is {float(losses[-1]) / len(block[-1][1])} in epoch "
-                f"{self.current_epoch + 1} at learning rate {rate:.3g}"
-            )
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, 10) of what was learned so far."""
+        logits: Tensor = self.learned(images)
+        return logits
 
-    def train_metrics(self) -> dict[str, float]:
-        """Mean loss and accuracy over the images since the last call."""
-        metrics = {
-            "train_loss": float(self.loss_sum) / self.seen,
-            "train_accuracy": float(self.correct) / self.seen,
-        }
-        self.loss_sum = self.correct = torch.zeros(())
-        self.seen = 0
-        return metrics
+    def loss(self, batch: Batch) -> Batch:
+        """Return the mean loss of a batch and its logits (N, 10).
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        images, labels = batch
+        # Of training alone: a network is always measured in float32.
+        is_half = self.config.trainer.precision is Precision.bfloat16
+        with torch.autocast(images.device.type, torch.bfloat16) if is_half else nullcontext():
+            logits = self.network(images).float()
+            smoothing = self.config.optim.label_smoothing
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if not math.isfinite(value := loss.item()):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            where = f"in epoch {self.current_epoch + 1} at learning rate {rate:.3g}"
+            raise Diverged(f"the loss is {value} {where}")
+        return loss, logits.detach()
+
+    def training_step(self, batch: Batch, _: int) -> Tensor | None:
+        loss, logits = self.loss(batch)
+        accuracy = (logits.argmax(1) == batch[1]).float().mean()
+        metrics = {"train_loss": loss.detach(), "train_accuracy": accuracy}
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(logits))
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        metrics = measure(self(batch[0]), batch[1], "val")
+        self.log_dict(metrics, prog_bar=True, batch_size=len(batch[1]))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log_dict(measure(self(batch[0]), batch[1], "test"), batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> Any:
-        return self.optimizer
+        optimizer = build_optimizer(self.config.optim, self.network)
+        steps = self.steps or int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(self.config.optim, optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer was asked to, or else to the configuration's largest norm."""
+        if gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.config.optim.gradient_clip:
+            largest = self.config.optim.gradient_clip
+            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [] if self.averaged is None else [WeightAverage()]
+
+
+class WeightAverage(pl.Callback):
+    """Keeps a DigitModule's exponential moving average, and leaves it in the network at the end.
+
+    It follows the optimizer's steps rather than Lightning's batches, since a batch of `BlockModule`
+    holds many steps. Lightning's own EMA callback counts batches.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, DigitModule)
+        averaged, network = module.averaged, module.network
+        assert averaged is not None
+
+        def follow(*_: object) -> None:
+            self.steps += 1
+            if self.steps % _EMA_STEPS == 0:
+                averaged.update_parameters(network)
+
+        self.hook = trainer.optimizers[0].register_step_post_hook(follow)
+
+    def on_train_end(self, _: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, DigitModule)
+        self.hook.remove()
+        module.network.load_state_dict(module.learned.state_dict())
 
 
 def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` asks for; biases and norms do not decay."""
+    """Build the optimizer that `optim.name` names; biases and norms do not decay."""
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -116,7 +166,7 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
 def build_schedule(
     config: OptimConfig, optimizer: torch.optim.Optimizer, steps: int
 ) -> lr_scheduler.LRScheduler:
-    """The course of the learning rate over `steps` steps.
+    """Build the schedule of the learning rate over `steps` steps.
 
     onecycle: Smith & Topin 2018, as torch has it; cosine: half a cosine down to 0.
     """
@@ -130,36 +180,3 @@ def build_schedule(
     if config.schedule is Schedule.cosine:
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
-    """Logits (N, 10) of images uint8 (N, 1, 28, 28); leaves the network in the mode it had."""
-    training = network.training
-    network.eval()
-    batches = torch.split(images, _EVALUATION_BATCH)
-    logits = torch.cat([network(standardise(to_unit(batch), config)) for batch in batches])
-    network.train(training)
-    return logits
-
-
-def measure(logits: Tensor, labels: Tensor, prefix: str) -> dict[str, float]:
-    """Mean cross-entropy and accuracy, named `<prefix>_loss` and `<prefix>_accuracy`."""
-    loss = float(F.cross_entropy(logits, labels))
-    accuracy = float((logits.argmax(1) == labels).double().mean())
-    return {f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy}
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Numbers that training can change."""
-    return sum(math.prod(parameter.shape) for parameter in network.parameters())
-
-
-def count_flops(network: nn.Module) -> int:
-    """Floating-point operations of one image's forward pass: a multiply-add is two."""
-    training = network.training
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        network.eval()(torch.zeros(1, 1, 28, 28))
-    network.train(training)
-    return int(counter.get_total_flops())

@@ -1,41 +1,82 @@
-"""Pictures of what a run gets wrong, and of how it learned."""
+"""Pictures of what a network misreads, and of how it learned."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from digitlab.training.fit import Frame
+from digitlab.training.fit import Fit, Frame, one_of_each
 
-_SHOWN = 32  # misread digits in the picture
-_PNG = {"compress_level": 1}  # of zlib: level 6 takes three times as long for a tenth of the size
+_MISREAD_SHOWN = 32  # digits
 
 
-def draw_confusions(logits: Tensor, labels: Tensor, images: Tensor, folder: Path) -> None:
-    """Write `confusion.png` and, where any digit was misread, `misread.png` into `folder`.
+def draw_pictures(fit: Fit) -> dict[str, bytes]:
+    """Return PNG files by name.
 
-    Args:
-        logits: (M, 10) of the images.
-        labels: (M,) what they are.
-        images: uint8 (M, 1, 28, 28).
+    confusion.png; misread.png where any digit was misread; evolution.png of a fit with a film.
     """
+    figures = {"confusion.png": _draw_confusion(fit.logits.argmax(1), fit.labels)}
+    misread = _draw_misread(fit.logits, fit.labels, fit.images)
+    if misread is not None:
+        figures["misread.png"] = misread
+    if fit.film:
+        shown = one_of_each(fit.labels)
+        figures["evolution.png"] = _draw_film(fit.film, fit.images[shown], fit.labels[shown])
+    return {name: _to_png(figure) for name, figure in figures.items()}
+
+
+def _to_png(figure: Figure) -> bytes:
+    content = BytesIO()
+    # zlib's level 6 takes three times as long as level 1, for a tenth of the size.
+    figure.savefig(content, format="png", dpi=100, pil_kwargs={"compress_level": 1})
+    return content.getvalue()
+
+
+def _draw_confusion(guesses: Tensor, labels: Tensor) -> Figure:
+    """Draw how often each digit was read as each other one."""
+    counts = (labels * 10 + guesses).bincount(minlength=100).view(10, 10).numpy()
+    figure = Figure(figsize=(6, 5.8))  # placed by hand: a layout engine draws everything twice
+    axes = figure.add_axes((0.09, 0.08, 0.88, 0.86))
+    wrong = counts * (1 - np.eye(10, dtype=int))
+    axes.imshow(wrong, cmap="Reds", vmin=0, vmax=max(1, wrong.max()))
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            ink = "white" if wrong[row, column] > 0.6 * wrong.max() else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
+    correct, total = int(np.trace(counts)), int(counts.sum())
+    title = f"{total - correct} of {total} misread ({correct / total:.2%} right)"
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _draw_misread(logits: Tensor, labels: Tensor, images: Tensor) -> Figure | None:
+    """Draw the most confident mistakes, or return None where there are none."""
     guesses = logits.argmax(1)
-    counts = np.zeros((10, 10), dtype=int)
-    np.add.at(counts, (labels.numpy(), guesses.numpy()), 1)
-    _draw_matrix(counts).savefig(folder / "confusion.png", dpi=100, pil_kwargs=_PNG)
-    # The most confident mistakes first: the gap between the guess and the truth.
-    gaps = logits.max(1).values - logits.gather(1, labels[:, None])[:, 0]
-    worst = [int(i) for i in gaps.argsort(descending=True)[:_SHOWN] if gaps[i] > 0]
-    if worst:
-        titles = [f"{labels[i]} read as {guesses[i]}" for i in worst]
-        figure = _draw_digits(images[worst, 0].numpy(), titles)
-        figure.savefig(folder / "misread.png", dpi=100, pil_kwargs=_PNG)
+    gaps = logits.max(1).values - logits.gather(1, labels[:, None])[:, 0]  # guess over truth
+    worst = [int(i) for i in gaps.argsort(descending=True)[:_MISREAD_SHOWN] if gaps[i] > 0]
+    if not worst:
+        return None
+    columns, cell = 8, 40  # pixels: the digit's 28, a line of text, space
+    rows = -(-len(worst) // columns)
+    figure = Figure(figsize=(columns * 1.1, rows * 1.1))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    # One mosaic, since a figure of 32 axes takes ten times as long.
+    mosaic = np.full((rows * cell, columns * cell), 255, np.uint8)
+    for place, i in enumerate(worst):
+        y, x = place // columns * cell, place % columns * cell
+        mosaic[y + 10 : y + 38, x + 6 : x + 34] = 255 - images[i, 0].numpy()
+        title = f"{labels[i]} read as {guesses[i]}"
+        axes.text(x + cell / 2, y + 8, title, ha="center", va="bottom", fontsize=6)
+    axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
+    return figure
 
 
-def draw_film(film: Sequence[Frame], images: Tensor, labels: Tensor, folder: Path) -> None:
-    """Write `evolution.png`: how sure the network was of ten digits, and its first filters.
+def _draw_film(film: Sequence[Frame], images: Tensor, labels: Tensor) -> Figure:
+    """Draw how sure the network was of ten digits, epoch by epoch, and its first filters.
 
     Args:
         film: frames in the order of their epochs; of many, nine are shown.
@@ -64,7 +105,7 @@ def draw_film(film: Sequence[Frame], images: Tensor, labels: Tensor, folder: Pat
                     "the right one dark", fontsize=8)  # fmt: skip
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
-    figure.savefig(folder / "evolution.png", dpi=100, pil_kwargs=_PNG)
+    return figure
 
 
 def _tile(canvas: np.ndarray, filters: np.ndarray) -> None:
@@ -78,38 +119,3 @@ def _tile(canvas: np.ndarray, filters: np.ndarray) -> None:
     for i, tile in enumerate(magnified[: across * (canvas.shape[0] // step)]):
         y, x = i // across * step, i % across * step
         canvas[y : y + step - 2, x : x + step - 2] = tile
-
-
-def _draw_matrix(counts: np.ndarray) -> Figure:
-    figure = Figure(figsize=(6, 5.8))  # placed by hand: a layout engine draws everything twice
-    axes = figure.add_axes((0.09, 0.08, 0.88, 0.86))
-    wrong = counts * (1 - np.eye(10, dtype=int))
-    axes.imshow(wrong, cmap="Reds", vmin=0, vmax=max(1, wrong.max()))
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            ink = "white" if wrong[row, column] > 0.6 * wrong.max() else "black"
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=ink)
-    axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
-    correct = int(np.trace(counts))
-    total = int(counts.sum())
-    axes.set_title(
-        f"{total - correct} of {total} misread ({correct / total:.2%} right)", fontsize=10
-    )
-    return figure
-
-
-def _draw_digits(images: np.ndarray, titles: list[str]) -> Figure:
-    """One mosaic, since a figure of 32 axes takes ten times as long."""
-    columns = 8
-    rows = -(-len(images) // columns)
-    cell = 40  # pixels: the digit's 28, a line of text, space
-    mosaic = np.full((rows * cell, columns * cell), 255, np.uint8)
-    figure = Figure(figsize=(columns * 1.1, rows * 1.1))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        y, x = i // columns * cell, i % columns * cell
-        mosaic[y + 10 : y + 38, x + 6 : x + 34] = 255 - image
-        axes.text(x + cell / 2, y + 8, title, ha="center", va="bottom", fontsize=6)
-    axes.imshow(mosaic, cmap="gray", vmin=0, vmax=255)
-    axes.axis("off")
-    return figure

@@ -1,0 +1,182 @@
+"""The interface to a tracker, where runs are recorded, and the tracker that records nothing."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from digitlab.base.errors import UserError
+
+STATES = ("running", "finished", "pruned", "failed", "interrupted")  # of a run
+
+
+class TrackerAway(UserError):
+    """The tracker does not answer at the moment: a lost connection, a time-out, 5xx or 429."""
+
+
+class TrackerRefused(UserError):
+    """The tracker answered, and refused; the same request will be refused again."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """What the tracker holds of a run; `metrics` are the latest values."""
+
+    run_id: str
+    name: str
+    status: str  # MLflow's: RUNNING, FINISHED, FAILED or KILLED
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+    @property
+    def is_ended(self) -> bool:
+        return self.status in ("FINISHED", "FAILED", "KILLED")
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """What is known of a run when it starts."""
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    parent_run_id: str | None = None  # run id of the study
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)  # the tag digitlab.record
+    time_ms: int = field(default_factory=now_ms)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is written to a run in one call."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
+    """Name, value, step and time in milliseconds."""
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.params or self.metrics or self.tags)
+
+
+class Tracker(ABC):
+    """Where runs are recorded. tests/contracts/test_tracker.py says what each must do.
+
+    Every method raises TrackerAway or TrackerRefused. The writes to a run are the outbox's alone;
+    all of them can be repeated without changing what the first call did.
+    """
+
+    identity: str  # the address, without a password, and the experiment
+
+    @abstractmethod
+    def create_run(self, run: NewRun, may_exist: bool = False) -> str:
+        """Create a run with its tags; return its id.
+
+        Args:
+            may_exist: an earlier attempt may have succeeded: look for its run by `run.key` first.
+        """
+
+    @abstractmethod
+    def log(self, run_id: str, batch: Batch) -> None:
+        """Write parameters, metrics and tags."""
+
+    @abstractmethod
+    def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Store artifacts by their path."""
+
+    @abstractmethod
+    def end_run(self, run_id: str, state: str, time_ms: int) -> None:
+        """Set the status that belongs to one of STATES; `running` reopens a run that has ended."""
+
+    @abstractmethod
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        """Return the runs that carry all of the tags, oldest first, without deleted ones."""
+
+    @abstractmethod
+    def get(self, run: str) -> RunRow:
+        """Return the run of an id, a unique beginning of one, or a name."""
+
+    @abstractmethod
+    def is_deleted(self, run_id: str) -> bool:
+        """Return whether somebody deleted the run in the tracker."""
+
+    @abstractmethod
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        """Return every metric that was logged, sorted: (name, step, value)."""
+
+    @abstractmethod
+    def artifact(self, run_id: str, path: str) -> bytes:
+        """Return the content of an artifact.
+
+        Raises:
+            UserError: there is none of this path.
+        """
+
+    @abstractmethod
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run at once, past the outbox."""
+
+    @abstractmethod
+    def delete(self, run_id: str) -> None: ...
+
+    @abstractmethod
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
+        """Register the run's artifact `model` as a new version with the alias `champion`.
+
+        Args:
+            card: describes it, in Markdown.
+        """
+
+    @abstractmethod
+    def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment, which is where MLflow keeps saved views."""
+
+    @abstractmethod
+    def runs_page(self) -> str:
+        """Return the address of the page that lists the runs; empty where there is none."""
+
+
+class NoTracker(Tracker):
+    """Records nothing, and has no runs."""
+
+    identity = "none"
+
+    def create_run(self, run: NewRun, may_exist: bool = False) -> str:
+        return run.key
+
+    def log(self, run_id: str, batch: Batch) -> None: ...
+
+    def upload(self, run_id: str, files: Mapping[str, bytes]) -> None: ...
+
+    def end_run(self, run_id: str, state: str, time_ms: int) -> None: ...
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return []
+
+    def get(self, run: str) -> RunRow:
+        raise UserError(f"Run '{run}' is not recorded: with tracking=none no run is.")
+
+    def is_deleted(self, run_id: str) -> bool:
+        return False
+
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        return []
+
+    def artifact(self, run_id: str, path: str) -> bytes:
+        raise UserError(f"Artifact {path} is not recorded: with tracking=none none is.")
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...
+
+    def delete(self, run_id: str) -> None: ...
+
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
+
+    def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
+
+    def runs_page(self) -> str:
+        return ""

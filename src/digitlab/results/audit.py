@@ -1,0 +1,184 @@
+"""`digitlab audit`: whether a study's trials and runs agree, and what can be repaired."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from digitlab.base.errors import UserError, nearest
+from digitlab.config.types import Config, Tracker
+from digitlab.records.reader import damage
+from digitlab.records.record import Records, open_records
+from digitlab.records.store import RunRow
+from digitlab.study.settle import has_result, settle, trial_value
+from digitlab.study.storage import leader_lock, open_storage, study_names
+from digitlab.study.trials import TrialRow, TrialStore, load_study
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be."""
+
+    kind: str
+    trial: int | None
+    run_id: str | None
+    detail: str
+
+
+# The kinds that can be repaired: what waits is delivered, what nobody runs is ended or requeued,
+# what is surplus is deleted.
+PENDING, RUNNING, SURPLUS = "pending", "running", "several runs"
+_REPAIRABLE = (PENDING, RUNNING, SURPLUS)
+
+
+def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Problem]:
+    """Compare a study's trials with its runs; nobody leads the study meanwhile.
+
+    Args:
+        runs: all that carry the study's id, oldest first.
+    """
+    problems = []
+    by_trial: dict[int, list[RunRow]] = {}
+    for run in runs:
+        if run.tags.get("digitlab.kind") == "trial":
+            by_trial.setdefault(int(run.tags["digitlab.trial"]), []).append(run)
+        elif not run.is_ended:
+            problems.append(_left_running(run, None))
+    for row in rows:
+        problems += _trial_problems(row, by_trial.pop(row.number, []))
+    for number, orphans in by_trial.items():
+        problems += [
+            Problem(SURPLUS, number, run.run_id, f"trial {number} is not in the study")
+            for run in orphans
+        ]
+    return problems
+
+
+def _left_running(run: RunRow, number: int | None) -> Problem:
+    detail = f"run {run.name} is marked as running, and nothing runs it"
+    return Problem(RUNNING, number, run.run_id, detail)
+
+
+def _trial_problems(row: TrialRow, runs: list[RunRow]) -> list[Problem]:
+    if row.state == "running":
+        detail = f"trial {row.number} is marked as running, and nothing runs it"
+        return [Problem(RUNNING, row.number, None, detail)]
+    problems = [_left_running(run, row.number) for run in runs if not run.is_ended]
+    if row.state == "waiting":
+        return problems
+    # Earlier attempts stay beside the one that counts: the sealed one, else the present one.
+    results = [run for run in runs if has_result(run, row)]
+    present = [run for run in runs if run.tags.get("digitlab.attempt") == str(row.attempt)]
+    same = [run for run in results if not _differences(row, run)]
+    counted = (same or results or present)[-1:]
+    if not counted:
+        detail = f"the {row.state} trial {row.number} has no run; was it deleted in the tracker?"
+        return [*problems, Problem("no run", row.number, None, detail)]
+    problems += [
+        Problem(SURPLUS, row.number, run.run_id, f"trial {row.number} has run {counted[0].run_id}")
+        for run in {id(run): run for run in (*results, *present)}.values()
+        if run is not counted[0]
+    ]
+    return problems + _differences(row, counted[0])
+
+
+def _differences(row: TrialRow, run: RunRow) -> list[Problem]:
+    """What a trial that has ended and its run do not agree in."""
+    found = []
+    state = run.tags.get("digitlab.state")
+    if state != row.state:
+        found.append(("state differs", f"trial {row.number} is {row.state}, its run {state}"))
+    refused = row.state == "failed" and "training_flops" not in run.metrics
+    for name, value in ({} if refused else row.values).items():
+        if run.params.get(name) != str(value):
+            detail = f"{name} is {value} in trial {row.number}, {run.params.get(name)} in its run"
+            found.append(("parameter differs", detail))
+    value = trial_value(row.state, run.metrics)
+    if row.state in ("finished", "pruned") and value != row.value:
+        found.append(("value differs", f"{row.value} in trial {row.number}, {value} in its run"))
+    return [Problem(kind, row.number, run.run_id, detail) for kind, detail in found]
+
+
+def find_damage(records: Records, runs: Iterable[RunRow]) -> list[Problem]:
+    """Read each finished run's files, and compare them with what was recorded."""
+    problems = []
+    for run in runs:
+        trained = "digitlab.weights_sha256" in run.tags
+        if run.tags.get("digitlab.state") != "finished" or not trained:
+            continue
+        number = int(run.tags["digitlab.trial"]) if "digitlab.trial" in run.tags else None
+        try:
+            details = damage(records.tracker, run)
+        except UserError as error:
+            details = [str(error)]
+        problems += [Problem("record differs", number, run.run_id, text) for text in details]
+    return problems
+
+
+def repair(problems: Iterable[Problem], store: TrialStore, records: Records) -> list[Problem]:
+    """Repair what can be; return the problems that are left.
+
+    The caller holds the study, and has listed the problems: surplus runs are deleted.
+    """
+    problems = list(problems)
+    parent = store.notes().get("run_id")
+    if any(problem.kind == RUNNING for problem in problems):
+        settle(store, records, parent)
+    for problem in problems:
+        if problem.kind == RUNNING and problem.run_id is not None:
+            records.outbox.resume_run(problem.run_id).end("interrupted")
+        elif problem.kind == SURPLUS and problem.run_id is not None:
+            records.tracker.delete(problem.run_id)
+    return [problem for problem in problems if problem.kind not in _REPAIRABLE]
+
+
+def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> int:
+    """Audit studies, all of the lab's if none is named; return 1 while anything is wrong, else 0.
+
+    Raises:
+        UserError: a study does not exist, or another process leads it.
+    """
+    storage = open_storage(lab)
+    known = study_names(storage)
+    found: list[Problem] = []
+    left: list[Problem] = []
+    for name in studies or known:
+        if name not in known:
+            raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+        notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+        if "config" not in notes:  # another program's, or its first call was refused
+            if not as_json:
+                print(f"skipped: {name!r} is no study of digitlab's, or has not started")
+            continue
+        with leader_lock(storage, lab, name):
+            problems, rest = _audit_study(*load_study(lab, name), lab, is_repair, as_json)
+            found, left = found + problems, left + rest
+    if as_json:
+        document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
+        print(json.dumps(document, indent=1))
+    else:
+        print(f"{len(studies or known)} studies, {len(left)} problems")
+    return 1 if left else 0
+
+
+def _audit_study(
+    store: TrialStore, config: Config, lab: Path, is_repair: bool, as_json: bool
+) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems that were found, and those that are left."""
+    with open_records(config, lab) as records:
+        problems = []
+        waiting = records.outbox.leftovers()
+        if waiting:
+            detail = f"{waiting} records of ended processes wait in the lab's outbox"
+            problems.append(Problem(PENDING, None, None, detail))
+            if is_repair:
+                records.outbox.adopt()
+                records.outbox.flush(60)
+        if config.tracking.name is not Tracker.none:
+            runs = records.tracker.find({"digitlab.study_id": store.study_id})
+            problems += find_problems(store.rows(), runs) + find_damage(records, runs)
+        if not as_json:
+            for problem in problems:
+                print(f"{problem.kind}: {problem.detail}")
+        left = repair(problems, store, records) if is_repair else problems
+    return problems, left

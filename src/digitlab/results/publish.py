@@ -1,0 +1,112 @@
+"""What is published of a study: its champion as a model, its report, its text in MLflow."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from digitlab.base.statistics import Interval
+from digitlab.config.types import Config, DataConfig, Tracker
+from digitlab.networks.table import build_network
+from digitlab.records.mlflow import save_servable
+from digitlab.records.record import RunRecorder, trial_tags
+from digitlab.records.store import RunRow
+from digitlab.study.champion import Fit, final_fits, test_metrics
+from digitlab.study.session import StudySession
+from digitlab.study.summary import champion_text, describe_study
+
+
+def publish(session: StudySession, summary: Mapping[str, Any]) -> None:
+    """Register the champion, and put its figures and the report on the study's own run.
+
+    An earlier champion of the study stays, marked as superseded; the alias moves.
+    """
+    if session.config.tracking.name is Tracker.none or session.parent is None:
+        return
+    register_champion(session, summary)
+    text = champion_text(session.config, summary, session.overrides)
+    note = describe_study(session.config, session.overrides, text)
+    session.parent.log(test_metrics(summary), tags={"mlflow.note.content": note})
+    from digitlab.results.report import log_report  # plotly, after all else has run
+
+    log_report(session.store, session.config, session.records, session.lab)
+
+
+def register_champion(session: StudySession, summary: Mapping[str, Any]) -> None:
+    """Record the champion's run, with a model that MLflow serves, and register it."""
+    tracker, config = session.records.tracker, session.config
+    study_id, study = session.store.study_id, config.study.name
+    row = session.store.rows()[summary["trial"]]
+    fit = next(f for f in final_fits(config, row) if f.key == summary["weights_of"])
+    weights_run = _final_run(session, fit)
+    weights = tracker.artifact(weights_run.run_id, "weights.safetensors")
+    earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
+    tags = trial_tags(study_id, study, row.number, 1) | {
+        "digitlab.weights_run": weights_run.run_id,
+        "digitlab.weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "digitlab.champion_of": f"{len(session.store.rows())} trials",
+    }
+    identity = session.identity("champion", f"{study}-champion", tags)
+    recorder = RunRecorder(session.records.outbox, fit.config, identity)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "summary.json").write_text(json.dumps(dict(summary), indent=1))
+        (folder / "weights.safetensors").write_bytes(weights)
+        network = build_network(fit.config.model)
+        network.load_state_dict(safetensors.torch.load(weights))
+        example = np.zeros((2, 1, 28, 28), np.float32)  # of one, the export makes a constant
+        save_servable(_Served(network, fit.config.data), example, folder / "model")
+        recorder.add_files(folder)
+    recorder.end("finished", metrics=test_metrics(summary))
+    session.deliver()
+    run_id = recorder.run_id()
+    if run_id is not None:
+        for run in earlier:
+            tracker.tag(run.run_id, {"digitlab.superseded_by": run_id})
+        card = _model_card(config, summary, fit.config)
+        tracker.register(study, run_id, {"trial": str(row.number)}, card)
+
+
+def _final_run(session: StudySession, fit: Fit) -> RunRow:
+    tags = {"digitlab.study_id": session.store.study_id, "digitlab.kind": "final"}
+    tags |= {"digitlab.trial": str(fit.number), "digitlab.seed": str(fit.seed)}
+    return session.records.tracker.find(tags | {"digitlab.state": "finished"})[-1]
+
+
+class _Served(torch.nn.Module):
+    """Pixels 0 to 255, light on dark (N, 1, 28, 28), to the probabilities of ten digits."""
+
+    def __init__(self, network: torch.nn.Module, data: DataConfig) -> None:
+        super().__init__()
+        self.network, self.mean, self.std = network, data.mean, data.std
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network((pixels / 255 - self.mean) / self.std)
+        return logits.softmax(1)
+
+
+def _model_card(config: Config, summary: Mapping[str, Any], first: Config) -> str:
+    """Return a model card (Mitchell et al. 2019): what it is, how good, what it is not for."""
+    interval = Interval(**summary["test_accuracy"])
+    values = ", ".join(f"`{key}={value}`" for key, value in summary["values"].items())
+    images = config.data.images or "all"
+    return "\n".join(
+        [
+            f"**{first.model.name}**, champion of study `{config.study.name}`: trial "
+            f"{summary['trial']} ({values}).",
+            "",
+            f"- Test accuracy on {config.data.name}: {interval}, over seeds.",
+            "- Input: pixels 0 to 255 as float32 (N, 1, 28, 28), light digit on dark, centred as "
+            "MNIST's are. Output: probabilities (N, 10).",
+            f"- Trained on {images} training images of {config.data.name}; seed "
+            f"{first.trainer.seed}.",
+            "- Not for letters, several digits, or photos that were not prepared as MNIST was.",
+            "- Weights: the first final fit's; the best one's would be chosen by the test set.",
+        ]
+    )

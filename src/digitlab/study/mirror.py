@@ -1,0 +1,129 @@
+"""A study on disk and its copy in memory, written together."""
+
+import copy
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import optuna
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from digitlab.base.retry import retry
+from digitlab.study.storage import OUTAGE_S, is_away, study_names
+
+RESULT = "result"  # the attribute of a trial that holds all that is noted of it, in one write
+
+_T = TypeVar("_T")
+
+
+class MirroredStudy:
+    """Optuna's study in a storage, and the same in memory.
+
+    Samplers and pruners ask the copy, which is fast; every write goes to the storage first. While
+    the storage is away a write is repeated, and is done once, whether its answer was lost or not.
+    """
+
+    def __init__(self, storage: RDBStorage, name: str, stopped: Callable[[], bool]) -> None:
+        """Open the study of that name, or create it with a random identity.
+
+        Args:
+            stopped: ends the retries while the storage is away.
+        """
+        self.storage, self.stopped = storage, stopped
+        self.id = self._open(name)
+        self._memory = InMemoryStorage()
+        self.study = optuna.create_study(storage=self._memory, direction="maximize")
+        self._memory_id = self._memory.get_study_id_from_name(self.study.study_name)
+        self._ids: dict[int, int] = {}  # of trials in the storage, by number
+        for trial in storage.get_all_trials(self.id, deepcopy=False):
+            self._memory.create_new_trial(self._memory_id, template_trial=trial)
+
+    def _open(self, name: str) -> int:
+        if name in study_names(self.storage):
+            study_id = self.storage.get_study_id_from_name(name)
+        else:
+            study_id = self.storage.create_new_study([StudyDirection.MAXIMIZE], name)
+        if "study_id" not in self.storage.get_study_user_attrs(study_id):
+            self.storage.set_study_user_attr(study_id, "study_id", uuid.uuid4().hex)
+        return study_id
+
+    def _do(self, call: Callable[[], _T]) -> _T:
+        return retry(call, is_away, OUTAGE_S, self.stopped)
+
+    def attributes(self) -> dict[str, Any]:
+        return dict(self._do(lambda: self.storage.get_study_user_attrs(self.id)))
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        self._do(lambda: self.storage.set_study_user_attr(self.id, name, value))
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials by number; not to be changed."""
+        return self.study.get_trials(deepcopy=False)
+
+    def insert(self, trial: FrozenTrial, is_in_memory: bool = False) -> None:
+        """Append a trial, in one write.
+
+        Args:
+            is_in_memory: the copy's sampler has created it there already.
+        """
+        number = len(self.trials()) - is_in_memory
+        attempts = 0
+
+        def insert() -> int:
+            nonlocal attempts
+            attempts += 1
+            # The answer to an earlier attempt may have been lost after the server had done it.
+            if attempts > 1 and self.storage.get_n_trials(self.id) > number:
+                return self._id(number)
+            return self.storage.create_new_trial(self.id, template_trial=trial)
+
+        self._ids[number] = self._do(insert)
+        if not is_in_memory:
+            self._memory.create_new_trial(self._memory_id, template_trial=trial)
+
+    def set_rung(self, number: int, rung: int, accuracy: float) -> FrozenTrial:
+        """Write the accuracy at a rung; return the trial with its values up to that rung."""
+        trial_id = self._id(number)
+        self._do(lambda: self.storage.set_trial_intermediate_value(trial_id, rung, accuracy))
+        self._memory.set_trial_intermediate_value(self._memory_number(number), rung, accuracy)
+        trial = copy.copy(self.trials()[number])
+        seen = trial.intermediate_values.items()
+        trial.intermediate_values = {step: value for step, value in seen if step <= rung}
+        return trial
+
+    def set_state(
+        self,
+        number: int,
+        state: TrialState,
+        values: list[float] | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> FrozenTrial:
+        """Write the result, then state and values: a trial that has ended has its result."""
+        trial_id, memory_id = self._id(number), self._memory_number(number)
+        if result is not None:
+            whole = dict(result)
+            self._do(lambda: self.storage.set_trial_user_attr(trial_id, RESULT, whole))
+            self._memory.set_trial_user_attr(memory_id, RESULT, whole)
+
+        def write() -> None:
+            try:
+                self.storage.set_trial_state_values(trial_id, state, values)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                # An earlier attempt was done, and its answer lost with the connection.
+                if self.storage.get_trial(trial_id).state is not state:
+                    raise
+
+        self._do(write)
+        self._memory.set_trial_state_values(memory_id, state, values)
+        return self.trials()[number]
+
+    def _id(self, number: int) -> int:
+        if number not in self._ids:
+            find = self.storage.get_trial_id_from_study_id_trial_number
+            self._ids[number] = self._do(lambda: find(self.id, number))
+        return self._ids[number]
+
+    def _memory_number(self, number: int) -> int:
+        return self._memory.get_trial_id_from_study_id_trial_number(self._memory_id, number)

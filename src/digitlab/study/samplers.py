@@ -1,0 +1,99 @@
+"""Optuna's samplers and pruners, as the configuration names them."""
+
+import hashlib
+import math
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
+
+from digitlab.base.errors import UserError
+from digitlab.config.types import Pruner, Sampler, StudyConfig
+from digitlab.study.space import Hyperparameter
+
+_ETA = 3  # successive halving keeps the best third at each rung
+
+
+def build_sampler(config: StudyConfig, space: list[Hyperparameter], number: int) -> BaseSampler:
+    """Build the configured sampler for one trial, seeded by the study's seed and its number.
+
+    So a trial's values depend on the earlier trials and its number alone. No random state has to
+    survive the driver: a study that was stopped goes on as if it had not been.
+
+    Raises:
+        UserError: the space is not one for this sampler.
+    """
+    digest = hashlib.sha256(f"{config.seed}/{number}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    match config.sampler:
+        case Sampler.tpe:
+            return TPESampler(n_startup_trials=config.startup_trials, seed=seed)
+        case Sampler.gp:
+            return GPSampler(n_startup_trials=config.startup_trials, seed=seed)
+        case Sampler.random:
+            return RandomSampler(seed=seed)
+        case Sampler.grid:  # which visits its points in an order of its own
+            return GridSampler(_grid(space), seed=config.seed)
+
+
+def count_points(config: StudyConfig, space: list[Hyperparameter]) -> float:
+    """Return how many trials the sampler can draw: infinity unless it is the grid's."""
+    if config.sampler is not Sampler.grid:
+        return math.inf
+    return math.prod(len(values) for values in _grid(space).values())
+
+
+def _grid(space: list[Hyperparameter]) -> dict[str, list[Any]]:
+    grid = {}
+    for one in space:
+        if not isinstance(one.distribution, CategoricalDistribution):
+            raise UserError(
+                f"study.sampler=grid with study.space: {one.name} is invalid: a grid takes "
+                "choices only. Write choice(a,b,...), or use another sampler"
+            )
+        grid[one.name] = list(one.distribution.choices)
+    return grid
+
+
+def build_pruner(config: StudyConfig) -> BasePruner:
+    """Build the configured pruner; it judges a trial by its last value that it is shown."""
+    if config.pruner is Pruner.median:
+        return MedianPruner(n_startup_trials=config.startup_trials)
+    if config.pruner is Pruner.halving:
+        return HalvingPruner(brackets=1)
+    if config.pruner is Pruner.hyperband:
+        return HalvingPruner(brackets=len(config.rungs) + 1)
+    return NopPruner()
+
+
+class HalvingPruner(BasePruner):
+    """Asynchronous successive halving (Li et al. 2018): at each rung the best third goes on.
+
+    With several brackets trials take turns in them by number, and those of bracket b compete with
+    one another alone, from rung b on (after Hyperband, Li et al. 2017).
+
+    Optuna's own notes in the trial which rungs it has passed, so that a requeued trial would be
+    treated differently the second time. Here the accuracies at the rung decide alone.
+    """
+
+    def __init__(self, brackets: int) -> None:
+        self.brackets = brackets
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        rung = trial.last_step
+        bracket = trial.number % self.brackets
+        if rung is None or rung < bracket:
+            return False
+        # The trial itself is among them as it is shown here, whatever the study holds of it.
+        reached = [trial.intermediate_values[rung]] + [
+            other.intermediate_values[rung]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number
+            and rung in other.intermediate_values
+            and other.number % self.brackets == bracket
+        ]
+        kept = sorted(reached, reverse=True)[: max(1, len(reached) // _ETA)]
+        return trial.intermediate_values[rung] < kept[-1]

@@ -1,0 +1,159 @@
+"""The trials of a study: drawn, trained, pruned, retried, until there are enough."""
+
+from collections.abc import Callable
+from typing import Any
+
+from digitlab.base.errors import UserError, nearest
+from digitlab.config.recorded import with_values
+from digitlab.config.types import Config, Pruner
+from digitlab.study.fingerprint import fitting_trials
+from digitlab.study.loop import Ending, JobLoop, Task
+from digitlab.study.session import StudySession
+from digitlab.study.settle import trial_value
+from digitlab.study.storage import study_names
+from digitlab.study.trials import TrialRow, best_first, load_study
+from digitlab.study.workers.base import Job
+
+
+class TrialSearch:
+    """Gives the loop one trial after the other, and writes down how each ended."""
+
+    def __init__(self, session: StudySession, seconds: Callable[[], float]) -> None:
+        """Args: seconds: spent on the study so far, in all calls."""
+        self.session, self.store, self.seconds = session, session.store, seconds
+        self.study = session.config.study
+
+    def run(self, loop: JobLoop) -> None:
+        rows = self.store.rows()
+        ended = sum(row.is_ended for row in rows)
+        total, name = self.study.trials, self.study.name
+        if not ended:
+            self._say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
+        elif not self.store.is_full(total):
+            self._say(f"study {name}: going on from {ended} of {total} trials")
+        loop.run(self._next_task, self._ended)
+
+    def _say(self, text: str) -> None:
+        self.session.board.say(text)
+
+    def _is_exhausted(self) -> bool:
+        """Whether the study's limits of time or patience let no further trial start."""
+        minutes, patience = self.study.minutes, self.study.patience
+        late = bool(minutes) and self.seconds() > 60 * minutes
+        return late or (bool(patience) and _since_best(self.store.rows()) >= patience)
+
+    def _next_task(self) -> Task | None:
+        while not self._is_exhausted():
+            self._refuse_failing_space()
+            row = self.store.take_waiting()
+            if row is None:
+                if self.store.is_full(self.study.trials):
+                    return None
+                row = self.store.ask()
+            task = self._task(row)
+            if task is not None:
+                return task
+        return None
+
+    def _refuse_failing_space(self) -> None:
+        """Stop a study whose failures do not count: it could make failed trials without end."""
+        failed = [row for row in self.store.rows() if row.state == "failed"]
+        if not self.study.count_failed and len(failed) >= self.study.trials:
+            raise UserError(
+                f"study {self.study.name}: {len(failed)} trials have failed, the last: "
+                f"{failed[-1].notes.get('reason')}. A study that does not count failures ends "
+                "after study.trials of them: narrow study.space"
+            )
+
+    def _task(self, row: TrialRow) -> Task | None:
+        """Return the task of a trial; None where it ended without any training."""
+        try:
+            config = with_values(self.session.config, row.values)
+        except UserError as error:  # the values contradict each other
+            recorder = self.session.recorder("trial", row.number, self.session.config, row.attempt)
+            recorder.end("failed", str(error))
+            self._tell(row, "failed", {"reason": str(error)})
+            return None
+        twin = self.store.twin(row)
+        if twin is not None:
+            notes = {"metrics": twin.notes.get("metrics", {}), "taken_from": str(twin.number)}
+            self._record_taken(row.number, config, notes, row.attempt)
+            self._tell(row, "finished", notes)
+            return None
+        rungs = tuple(self.study.rungs if self.study.pruner is not Pruner.none else ())
+        return Task(
+            f"trial {row.number}",
+            Job(config, rungs),
+            self.session.recorder("trial", row.number, config, row.attempt),
+            lambda rung, accuracy: self.store.report(row.number, rung, accuracy),
+            time_limit_s=60 * self.study.trial_minutes,
+            about=row,
+        )
+
+    def _record_taken(
+        self, number: int, config: Config, notes: dict[str, Any], attempt: int = 1
+    ) -> None:
+        """Record a trial whose result was not trained, but taken from an equal one."""
+        tags = {"digitlab.taken_from": notes["taken_from"]}
+        if notes.get("made_by"):  # other code, or other versions of libraries
+            tags["digitlab.made_by"] = "; ".join(notes["made_by"])
+        recorder = self.session.recorder("trial", number, config, attempt, tags=tags)
+        metrics = {k: v for k, v in notes["metrics"].items() if k != "seconds"}
+        recorder.end("finished", metrics=metrics)
+
+    def _ended(self, task: Task, ending: Ending) -> None:
+        row: TrialRow = task.about
+        notes: dict[str, Any] = {"metrics": task.metrics, "curve": task.curve}
+        notes |= {"reason": ending.reason} if ending.reason else {}
+        if ending.state == "finished":
+            self._tell(row, "finished", notes)
+            return
+        charged = int(row.notes.get("charged", 0)) + ending.is_charged
+        is_final = ending.is_final or (ending.is_charged and charged > self.study.retries)
+        state = "failed" if is_final and ending.state == "interrupted" else ending.state
+        seconds = {"seconds": task.metrics["seconds"]}
+        if is_final:
+            task.recorder.end(state, ending.reason, seconds)
+            self._tell(row, state, notes)
+            return
+        tags = {"digitlab.superseded_by": f"attempt {row.attempt + 1}"}
+        task.recorder.end(ending.state, ending.reason, seconds, tags)
+        self.store.requeue(row.number, ending.is_charged, ending.reason)
+        if not self.session.stop():
+            self._say(f"trial {row.number} requeued: {ending.reason}")
+
+    def _tell(self, row: TrialRow, state: str, notes: dict[str, Any]) -> None:
+        value = trial_value(state, notes.get("metrics", {}))
+        self.store.tell(row.number, state, value, notes)
+        if state == "failed":
+            self._say(f"trial {row.number} failed: {notes.get('reason')}")
+        elif self.session.board.live is None and value is not None:
+            self._say(f"trial {row.number} {state} {value:.2%}")
+
+    def fork(self) -> None:
+        """Take over the finished trials of another study that fit this one, once."""
+        other = self.study.fork_from
+        if other is None or self.store.notes().get("forked"):
+            return
+        known = study_names(self.store.storage)
+        if other not in known:
+            raise UserError(
+                f"study.fork_from={other} does not exist: it must be a study in the same storage; "
+                f"{nearest(other, known)}"
+            )
+        source, _ = load_study(self.session.lab, other, self.study.storage)
+        done = {row.notes.get("taken_from") for row in self.store.rows()}
+        fitting = fitting_trials(self.store, source)
+        for trial in fitting:
+            if trial.notes["taken_from"] not in done:
+                config = with_values(self.session.config, trial.values)
+                self._record_taken(len(self.store.rows()), config, trial.notes)
+                self.store.add(trial.values, trial.value, trial.notes)
+        self.store.note("forked", True)
+        self._say(f"{len(fitting)} trials taken over from study {other}")
+
+
+def _since_best(rows: list[TrialRow]) -> int:
+    """Return how many trials have ended since the best one, itself not counted."""
+    best = best_first(rows)[:1]
+    return sum(row.is_ended and row.number > one.number for one in best for row in rows)

@@ -1,0 +1,163 @@
+"""An open study: what the driver holds while it leads one, and how it is opened."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from digitlab.base.console import Board
+from digitlab.base.environment import describe_environment
+from digitlab.base.errors import UserError
+from digitlab.base.stop import StopSignal
+from digitlab.config.compose import Composed
+from digitlab.config.types import Config, Tracker
+from digitlab.data.datasets import TRAIN, load_digits
+from digitlab.records.record import Identity, Records, RunRecorder, open_records, trial_tags
+from digitlab.records.spool import RunSpool
+from digitlab.study.fingerprint import check_fingerprint
+from digitlab.study.storage import LeaderLock, leader_lock, open_storage, study_names
+from digitlab.study.summary import describe_study
+from digitlab.study.trials import TrialStore
+
+_DELIVERY_S = 60.0  # to wait for a tracker whose answer is needed before the study can go on
+
+
+@dataclass
+class StudySession:
+    """An open study that this process leads."""
+
+    config: Config
+    overrides: tuple[str, ...]
+    lab: Path
+    store: TrialStore
+    records: Records
+    lock: LeaderLock
+    board: Board
+    stop: StopSignal
+    data_sha256: dict[str, str]
+    environment: dict[str, Any]
+    # The study's own run; None where nothing is recorded.
+    parent: RunSpool | None = None
+    parent_run_id: str | None = None
+
+    def recorder(
+        self,
+        kind: str,
+        number: int,
+        config: Config,
+        attempt: int = 1,
+        seed: int | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> RunRecorder:
+        """Begin the record of a trial's run, or of a fit that came of a trial."""
+        study = self.config.study.name
+        name = f"{study}-{number}" if kind == "trial" else f"{study}-{kind}-{number}"
+        own = trial_tags(self.store.study_id, study, number, attempt)
+        own |= {"digitlab.seed": str(seed)} if seed is not None else {}
+        return RunRecorder(self.records.outbox, config, self.identity(kind, name, own, tags))
+
+    def identity(
+        self, kind: str, name: str, tags: Mapping[str, str], more: Mapping[str, str] | None = None
+    ) -> Identity:
+        whole = {**tags, **(more or {})}
+        return Identity(name, kind, whole, self.parent_run_id, self.overrides, self.environment)
+
+    def deliver(self) -> None:
+        """Wait until the tracker has every record, as long as an outage may take.
+
+        Raises:
+            UserError: the tracker is still away, or has refused a record.
+        """
+        pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
+        self.records.outbox.check()
+        if pending and not self.stop():
+            raise UserError(
+                f"the tracker does not answer: {pending} records wait in {self.lab / 'outbox'}. "
+                "The champion is chosen from complete records; go on when the tracker is back"
+            )
+
+
+@contextmanager
+def open_session(
+    composed: Composed, lab: Path, board: Board, stop: StopSignal
+) -> Iterator[StudySession]:
+    """Open a study to lead it, and create it where it does not exist.
+
+    Raises:
+        UserError: another process leads it, its name belongs to another study, it was created
+            with other settings, or its stores cannot be used.
+    """
+    config = composed.config
+    name, data = config.study.name, config.data
+    storage = open_storage(lab, config.study.storage)
+    with (
+        open_records(config, lab) as records,
+        leader_lock(storage, lab, name) as lock,
+    ):
+        digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
+        study_id = None
+        if name in study_names(storage):
+            notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+            study_id = notes.get("study_id")
+        _refuse_foreign_runs(records, name, study_id)
+        store = TrialStore(storage, config, stop)
+        check_fingerprint(store, config, digits.sha256, records.tracker.identity)
+        session = StudySession(
+            config, composed.overrides, lab, store, records, lock, board, stop, digits.sha256,
+            describe_environment(),
+        )  # fmt: skip
+        for line in records.outbox.adopt():
+            board.say(line)
+        session.deliver()
+        _open_parent_run(session)
+        yield session
+
+
+def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> None:
+    """Refuse a name under which the tracker holds another study: names are shown to people."""
+    runs = records.tracker.find({"digitlab.study": name, "digitlab.kind": "study"})
+    foreign = [run for run in runs if run.tags.get("digitlab.study_id") != study_id]
+    if foreign:
+        raise UserError(
+            f"study.name={name} is taken: this tracker holds the runs of another study of that "
+            f"name (run {foreign[-1].run_id}). Start yours with study.name=NEW; if that one is "
+            "yours, restore the optuna.db (or study.storage) that it was kept in"
+        )
+
+
+def _open_parent_run(session: StudySession) -> None:
+    """Open the study's own run: created by the first call, reopened by the others.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    if session.config.tracking.name is Tracker.none:
+        return
+    records, store, name = session.records, session.store, session.config.study.name
+    known = store.notes().get("run_id")
+    mine = {"digitlab.study_id": store.study_id, "digitlab.kind": "study"}
+    if known is None:  # or a call that was killed has created it and not noted it
+        known = next((run.run_id for run in records.tracker.find(mine)), None)
+    if known is None:
+        note = describe_study(session.config, session.overrides)
+        tags = mine | {"digitlab.study": name, "mlflow.note.content": note}
+        identity = session.identity("study", name, tags)
+        session.parent = RunRecorder(records.outbox, session.config, identity).spool
+        known = session.parent.run_id(_DELIVERY_S)
+        if known is None:
+            raise UserError(
+                f"study {name}: the tracker did not create its run within {_DELIVERY_S:g} s. "
+                "Every run of a study belongs to it: go on when the tracker answers"
+            )
+    elif records.tracker.is_deleted(known):
+        raise UserError(
+            f"study {name}: its own run {known} was deleted in the tracker, and its trials belong "
+            f"to it. Restore it with `mlflow runs restore --run-id {known}`, or start a new study "
+            "with study.name=NEW"
+        )
+    else:
+        session.parent = records.outbox.resume_run(known)
+        session.parent.end("running")
+    session.parent_run_id = known
+    store.note("run_id", known)

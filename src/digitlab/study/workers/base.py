@@ -1,0 +1,308 @@
+"""The interface between a driver and its workers, and the bookkeeping that all pools share."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from digitlab.base.errors import UserError
+from digitlab.config.types import Config, DataConfig
+
+CANCEL_GRACE_S = 5.0  # a block of batches takes a quarter of a second, an evaluation a few
+PROGRESS_INTERVAL_S = 0.2  # between two messages of one worker
+_DEATHS_AT_START = 2  # in a row that a worker may have: a third has the same cause
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a configuration, and the fractions of its schedule where the driver decides."""
+
+    config: Config
+    rungs: tuple[float, ...] = ()
+
+
+class Answer(StrEnum):
+    """What the driver decides at a rung. A worker obeys `stop` at any other batch, too."""
+
+    proceed = "proceed"
+    stop = "stop"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker takes jobs; `machine` says where it runs."""
+
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The worker cannot serve: its data or its code are not those of the study."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The training begins; `facts` are metrics that are known before the first step."""
+
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The fraction of the training's steps that is done."""
+
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The validation accuracy at the job's rung number `index`; the worker waits for an Answer."""
+
+    index: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch's metrics; epochs count from 1."""
+
+    epoch: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The result of a job: its metrics, its files by path, and what it was computed with."""
+
+    metrics: dict[str, float]
+    files: dict[str, bytes]
+    environment: dict[str, Any]
+    data_sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The job ended because the driver asked for it."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The training raised; `is_deterministic`: another attempt would raise the same."""
+
+    reason: str
+    is_deterministic: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker is gone, with its job; `is_charged`: its process died while it trained."""
+
+    cause: str
+    is_charged: bool
+
+
+End = Finished | Stopped | Failed | Lost
+Event = Ready | Refused | Started | Progress | Rung | Epoch | End
+Order = Job | Answer
+
+
+class Channel(Protocol):
+    """A worker's side of its connection to the driver; orders come with the number of their job."""
+
+    def send(self, event: Event, /) -> None: ...
+
+    def recv(self) -> tuple[int, Order]:
+        """Wait for an order; raises EOFError or OSError when the driver has gone."""
+
+    def poll(self) -> bool:
+        """Whether `recv` returns or raises at once."""
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker needs to know before its first job.
+
+    `data_sha256` are the study's training files, not compared when empty; `source_digest` is the
+    study's code, compared by workers on other machines.
+    """
+
+    lab: Path
+    data: DataConfig
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    source_digest: str = ""
+
+
+class Workers(ABC):
+    """Workers that train one job at a time each. Their ids count from 0."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the workers; each reports Ready or Refused."""
+
+    @abstractmethod
+    def idle(self) -> list[int]:
+        """Return the workers that are ready and have no job."""
+
+    @abstractmethod
+    def submit(self, worker: int, job: Job) -> None:
+        """Give an idle worker a job. One event of type End is its last."""
+
+    @abstractmethod
+    def answer(self, worker: int, answer: Answer) -> None:
+        """Answer the worker's Rung."""
+
+    @abstractmethod
+    def events(self, timeout_s: float) -> list[tuple[int, Event]]:
+        """Wait for events and return them, in order for each worker; [] after `timeout_s`.
+
+        A worker that is Lost has been replaced, and reports Ready again.
+
+        Raises:
+            UserError: workers die at start, or none is left.
+        """
+
+    @abstractmethod
+    def cancel(self, worker: int) -> None:
+        """Stop the worker's job within a batch; after a grace period the worker is killed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers at once."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass
+class _State:
+    """What the pool knows of one worker."""
+
+    is_ready: bool = False
+    job: int = 0  # number of its job, 0 without
+    has_begun: bool = False  # it has reported something of the job
+    stop_by: float = math.inf  # monotonic seconds
+    deaths: int = 0  # in a row, before it was ready
+    refusal: str = ""
+
+
+class Pool(Workers):
+    """The bookkeeping of workers; a subclass starts and kills them, and carries messages."""
+
+    def __init__(self, setup: WorkerSetup, count: int) -> None:
+        self.setup, self.count = setup, count
+        self.cancel_grace_s = CANCEL_GRACE_S
+        self._states: list[_State] = []
+        self._jobs = 0  # submitted so far
+        self._problem = ""
+
+    @abstractmethod
+    def _launch(self, worker: int) -> None:
+        """Start a worker."""
+
+    @abstractmethod
+    def _discard(self, worker: int) -> None:
+        """Kill a worker, if it lives, and forget it; nothing comes from it any more."""
+
+    @abstractmethod
+    def _send(self, worker: int, message: tuple[int, Order]) -> None:
+        """Send to a worker that may have died."""
+
+    @abstractmethod
+    def _receive(self, timeout_s: float) -> Iterable[tuple[int, Event]]:
+        """Wait for messages; Lost(is_charged=True) is a process that died by itself."""
+
+    def start(self) -> None:
+        self._states = [_State() for _ in range(self.count)]
+        for worker in range(self.count):
+            self._launch(worker)
+
+    def idle(self) -> list[int]:
+        return [n for n, state in enumerate(self._states) if state.is_ready and not state.job]
+
+    def submit(self, worker: int, job: Job) -> None:
+        assert worker in self.idle()
+        self._jobs += 1
+        self._states[worker] = _State(is_ready=True, job=self._jobs)
+        self._send(worker, (self._jobs, job))
+
+    def answer(self, worker: int, answer: Answer) -> None:
+        # The number keeps a late answer away from the worker's next job.
+        if self._states[worker].job:
+            self._send(worker, (self._states[worker].job, answer))
+
+    def cancel(self, worker: int) -> None:
+        state = self._states[worker]
+        if state.job and state.stop_by == math.inf:
+            state.stop_by = time.monotonic() + self.cancel_grace_s
+            self.answer(worker, Answer.stop)
+
+    def events(self, timeout_s: float) -> list[tuple[int, Event]]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._raise_problem()
+            until = min([deadline, *(state.stop_by for state in self._states)])
+            received = self._receive(max(0.0, until - time.monotonic()))
+            found = [(worker, self._note(worker, event)) for worker, event in received]
+            found += self._kill_unresponsive()
+            if found or time.monotonic() >= deadline:
+                return found
+
+    def close(self) -> None:
+        for worker in range(len(self._states)):
+            self._discard(worker)
+        self._states = []
+
+    def _note(self, worker: int, event: Event) -> Event:
+        state = self._states[worker]
+        if isinstance(event, Lost):
+            return self._replace(worker, event)
+        if isinstance(event, Ready):
+            self._states[worker] = _State(is_ready=True)
+        elif isinstance(event, Refused):
+            state.refusal = event.reason
+            self._discard(worker)
+        elif isinstance(event, End):
+            self._states[worker] = _State(is_ready=True)
+        else:
+            state.has_begun = True
+        return event
+
+    def _replace(self, worker: int, lost: Lost) -> Lost:
+        state = self._states[worker]
+        deaths = 0 if state.is_ready else state.deaths + 1
+        self._states[worker] = _State(deaths=deaths)
+        self._discard(worker)
+        if deaths > _DEATHS_AT_START:
+            self._problem = (
+                f"A worker died {deaths} times before it was ready: {lost.cause}. Free memory, or "
+                "see what `digitlab train` reports on its machine."
+            )
+        else:
+            self._launch(worker)
+        return Lost(lost.cause, lost.is_charged and state.has_begun)
+
+    def _kill_unresponsive(self) -> list[tuple[int, Event]]:
+        now = time.monotonic()
+        late = [worker for worker, state in enumerate(self._states) if state.stop_by <= now]
+        cause = f"it did not stop within {self.cancel_grace_s:g} s and was killed"
+        return [(worker, self._replace(worker, Lost(cause, False))) for worker in late]
+
+    def _raise_problem(self) -> None:
+        if self._problem:
+            raise UserError(self._problem)
+        if all(state.refusal for state in self._states):
+            reasons = "; ".join(dict.fromkeys(state.refusal for state in self._states))
+            raise UserError(f"No worker can serve this study: {reasons}")

@@ -1,0 +1,36 @@
+"""One worker in a thread of this process: for a single training, and for tests."""
+
+import os
+import socket
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from digitlab.study.workers.base import WorkerSetup
+from digitlab.study.workers.processes import PipePool
+
+
+class InlineWorkers(PipePool):
+    """One worker thread. What does not answer a cancel is abandoned, since no thread is killed."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        super().__init__(setup, 1)
+        self._thread = threading.Thread()
+
+    def _launch(self, worker: int) -> None:
+        self._pipes[worker], theirs = Pipe()
+        self._thread = threading.Thread(target=_main, args=(theirs, self.setup), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        super().close()
+        # The closed pipe ends the training at its next batch; torch must not compute at exit.
+        if self._thread.ident is not None:
+            self._thread.join(self.cancel_grace_s)
+
+
+def _main(pipe: Connection, setup: WorkerSetup) -> None:
+    from digitlab.study.workers.job import serve
+
+    with pipe:
+        serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})

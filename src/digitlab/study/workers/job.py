@@ -1,0 +1,130 @@
+"""The inside of a worker, wherever it runs: check the setup, then train job after job."""
+
+import gc
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from digitlab.base import faults
+from digitlab.base.environment import training_digest
+from digitlab.base.errors import UserError, first_line
+from digitlab.data.datasets import TRAIN, load_digits
+from digitlab.study.workers.base import (
+    PROGRESS_INTERVAL_S,
+    Answer,
+    Channel,
+    Epoch,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Order,
+    Progress,
+    Ready,
+    Refused,
+    Rung,
+    Started,
+    Stopped,
+    WorkerSetup,
+)
+from digitlab.training.fit import fit
+from digitlab.training.module import Diverged
+from digitlab.training.observer import StopTraining, TrainingObserver
+from digitlab.training.outputs import output_files
+
+
+def serve(
+    setup: WorkerSetup, channel: Channel, machine: dict[str, Any], environment: dict[str, Any]
+) -> None:
+    """Train what comes from the channel, until the driver closes it or dies.
+
+    Args:
+        machine: goes into Ready.
+        environment: goes into the record of each job.
+    """
+    faults.point("worker.started")
+    with suppress(EOFError, OSError):  # the driver has gone
+        reason = _mismatch(setup)
+        if reason:
+            channel.send(Refused(reason))
+            return
+        gc.freeze()  # imported modules are never garbage: a collection after each job skips them
+        channel.send(Ready(machine))
+        while True:
+            number, order = channel.recv()
+            if isinstance(order, Job):  # else it is an answer to a job that has ended meanwhile
+                channel.send(_run(order, setup, _JobObserver(channel, number), environment))
+                gc.collect()  # Lightning's objects refer to one another
+
+
+def _mismatch(setup: WorkerSetup) -> str:
+    """Return why this worker's results would not be the study's; fetches data that is missing."""
+    if setup.source_digest and setup.source_digest != training_digest():
+        return f"its source code is {training_digest()}, the study's is {setup.source_digest}"
+    if not setup.data_sha256:
+        return ""
+    try:
+        found = load_digits(setup.lab, setup.data.name, TRAIN, setup.data.allow_unknown).sha256
+    except (UserError, OSError) as error:
+        return first_line(error)
+    wrong = sorted(name for name in found if found[name] != setup.data_sha256.get(name))
+    return f"its {', '.join(wrong)} differ from the study's" if wrong else ""
+
+
+def _run(
+    job: Job, setup: WorkerSetup, observer: "_JobObserver", environment: dict[str, Any]
+) -> Event:
+    try:
+        observer.report(0.0)  # from here on, a death of this process counts against the job
+        faults.point("job.started")
+        result = fit(job.config, setup.lab, observer, job.rungs)
+        files = output_files(result)
+        faults.point("job.finished")
+    except StopTraining:
+        return Stopped()
+    except (UserError, Diverged) as error:
+        return Failed(str(error), is_deterministic=True)
+    except Exception as error:  # noqa: BLE001  the driver decides whether to try again
+        return Failed(f"{type(error).__name__}: {error}", is_deterministic=False)
+    known = {**environment, "numerics": result.numerics}
+    return Finished(dict(result.metrics), files, known, dict(result.data_sha256))
+
+
+class _JobObserver(TrainingObserver):
+    """Sends the driver what the training reports, and ends it when the driver says so."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self.channel, self.number = channel, number
+        self.rungs = 0  # reached so far
+        self.next_report = 0.0  # monotonic seconds
+
+    def report(self, fraction: float) -> None:
+        if time.monotonic() >= self.next_report:
+            self.next_report = time.monotonic() + PROGRESS_INTERVAL_S
+            self.channel.send(Progress(fraction))
+
+    def started(self, facts: Mapping[str, float]) -> None:
+        self.channel.send(Started(dict(facts)))
+
+    def batch(self, fraction: float) -> None:
+        faults.point("job.batch")
+        while self.channel.poll():
+            self._obey(*self.channel.recv())
+        self.report(fraction)
+
+    def rung(self, rung: float, accuracy: float) -> None:
+        faults.point("job.rung")
+        self.channel.send(Rung(self.rungs, accuracy))
+        self.rungs += 1
+        while not self._obey(*self.channel.recv()):
+            continue
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.channel.send(Epoch(epoch, dict(metrics)))
+
+    def _obey(self, number: int, order: Order) -> bool:
+        """End this job if the order says so; return whether it lets the job proceed."""
+        if number == self.number and order is Answer.stop:
+            raise StopTraining
+        return number == self.number and order is Answer.proceed

@@ -1,0 +1,23 @@
+"""What a fit reports while it trains."""
+
+from collections.abc import Mapping
+
+
+class StopTraining(Exception):
+    """Raised by an observer to end the fit at once; `fit` passes it on to its caller."""
+
+
+class TrainingObserver:
+    """Receives the events of a fit; all methods do nothing here. Any of them may raise."""
+
+    def started(self, facts: Mapping[str, float]) -> None:
+        """Receive what is known before the first step: model_parameters, training_flops."""
+
+    def batch(self, fraction: float) -> None:
+        """Receive, after each block of steps, the fraction of the training steps that is done."""
+
+    def rung(self, rung: float, accuracy: float) -> None:
+        """Receive the validation accuracy at a requested fraction of the schedule."""
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Receive the metrics of an epoch; epochs are counted from 1."""

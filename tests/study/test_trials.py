@@ -1,0 +1,160 @@
+"""The trials of a study: one suite for sqlite and for a real PostgreSQL server."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from studies import open_store
+
+from digitlab.base import faults
+from digitlab.base.errors import UserError
+from digitlab.study.trials import TrialStore, load_study
+
+Open = Callable[..., TrialStore]
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.cluster)])
+def open_again(
+    request: pytest.FixtureRequest, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Open]:
+    """Open the same study anew, as the next driver does."""
+    address = None
+    if request.param == "postgresql":
+        postgres = request.getfixturevalue("postgres")
+        address = postgres.create()
+        monkeypatch.setenv("PGPASSWORD", postgres.password)
+    opened: list[TrialStore] = []
+
+    def open_again(*overrides: str) -> TrialStore:
+        opened.append(open_store(lab, *overrides, address=address))
+        return opened[-1]
+
+    yield open_again
+    for store in opened:
+        store.storage.engine.dispose()
+
+
+def finish(store: TrialStore, accuracy: float = 0.5) -> int:
+    number = store.ask().number
+    store.tell(number, "finished", accuracy, {"metrics": {"val_accuracy": accuracy}})
+    return number
+
+
+def test_what_is_written_is_read_by_the_next_driver(open_again: Open) -> None:
+    store = open_again()
+    assert [finish(store, 0.1 * n) for n in range(3)] == [0, 1, 2]
+    pruned = store.ask()
+    store.report(pruned.number, 0, 0.25)
+    store.tell(pruned.number, "pruned", 0.25, {"metrics": {}})
+    store.tell(store.ask().number, "failed", None, {"reason": "it raised"})
+    store.ask()
+    assert open_again().rows() == store.rows()
+    assert [row.state for row in store.rows()] == [*["finished"] * 3, "pruned", "failed", "running"]
+    assert store.rows()[3].value == 0.25
+    assert store.rows()[4].notes["reason"] == "it raised"
+
+
+def test_a_trial_has_all_its_values_or_is_not_there(open_again: Open, monkeypatch) -> None:
+    store = open_again()
+
+    def fail(name: str) -> None:
+        if name == "trial.drawn":
+            raise RuntimeError
+
+    monkeypatch.setattr(faults, "hook", fail)
+    with pytest.raises(RuntimeError):
+        store.ask()
+    monkeypatch.setattr(faults, "hook", None)
+    assert open_again().rows() == []
+    assert open_again().ask().values == open_again("study.name=beside").ask().values
+
+
+def test_values_depend_on_earlier_trials_and_the_number_alone(open_again: Open) -> None:
+    whole = open_again("study.sampler=tpe", "study.startup_trials=2")
+    numbers = [finish(whole, 0.1 * n) for n in range(6)]
+    for n in numbers:  # a driver for each trial
+        finish(open_again("study.sampler=tpe", "study.startup_trials=2", "study.name=b"), 0.1 * n)
+    beside = open_again("study.sampler=tpe", "study.startup_trials=2", "study.name=b")
+    assert [row.values for row in beside.rows()] == [row.values for row in whole.rows()]
+
+
+def test_a_requeued_trial_is_taken_first_with_its_values_and_its_attempts(open_again: Open) -> None:
+    store = open_again()
+    first = store.ask()
+    store.report(first.number, 0, 0.25)
+    store.requeue(first.number, is_charged=True, reason="its worker died")
+    store.ask()
+    again = open_again()
+    taken = again.take_waiting()
+    assert taken is not None
+    assert (taken.number, taken.state, taken.values) == (0, "running", first.values)
+    assert (taken.attempt, taken.notes["charged"]) == (2, 1)
+    assert again.take_waiting() is None
+
+
+def test_a_pruner_sees_values_up_to_the_reported_rung_only(open_again: Open) -> None:
+    """A requeued trial keeps the later rungs of its earlier attempt; they must not decide."""
+    store = open_again("study.pruner=halving", "study.rungs=[0.2,0.4]")
+    requeued = store.ask()
+    for rung, accuracy in enumerate([0.9, 0.1]):
+        store.report(requeued.number, rung, accuracy)
+    store.requeue(requeued.number, is_charged=False, reason="the driver was killed")
+    for _ in range(2):  # two more that are better at rung 1, and worse at rung 0
+        other = store.ask() if store.rows()[0].state != "waiting" else store.take_waiting()
+        assert other is not None
+    store.report(1, 0, 0.5)
+    store.report(1, 1, 0.6)
+    assert store.report(0, 0, 0.9) is False  # the best of all at rung 0
+    assert store.rows()[0].value == 0.9
+    assert store.report(0, 1, 0.1) is True
+
+
+def test_failed_trials_count_only_where_the_study_says_so(open_again: Open) -> None:
+    for counted in (True, False):
+        store = open_again(f"study.name=count-{counted}", f"study.count_failed={counted}")
+        finish(store)
+        store.tell(store.ask().number, "failed", None, {})
+        assert store.is_full(2) is counted
+
+
+def test_a_grid_is_full_when_all_its_points_are_drawn(open_again: Open) -> None:
+    grid = ("model.hidden=choice(16,32)", "optim.learning_rate=choice(0.01,0.02)")
+    values = []
+    for _ in range(4):  # a driver for each: the grid's place survives it
+        store = open_again(*grid, "study.sampler=grid")
+        assert not store.is_full(99)
+        number = finish(store)
+        values.append(store.rows()[number].values)
+    assert open_again(*grid, "study.sampler=grid").is_full(99)
+    assert len({json.dumps(value) for value in values}) == 4
+
+
+def test_a_study_keeps_its_identity_and_its_notes(open_again: Open) -> None:
+    store = open_again()
+    store.note("champion", {"trial": 3})
+    again = open_again()
+    assert again.notes()["champion"] == {"trial": 3}
+    assert again.study_id == store.study_id
+    assert len(store.study_id) == 32
+    assert open_again("study.name=other").study_id != store.study_id
+
+
+def test_equal_values_of_a_finite_space_are_found(open_again: Open) -> None:
+    finite = ("model.hidden=choice(16)", "optim.learning_rate=0.01")
+    store = open_again(*finite)
+    number = finish(store, 0.7)
+    twin = store.twin(store.ask())
+    assert twin is not None
+    assert (twin.number, twin.value) == (number, 0.7)
+    endless = open_again("study.name=endless")
+    finish(endless)
+    assert endless.twin(endless.ask()) is None
+
+
+def test_a_study_that_does_not_exist_is_named(lab: Path) -> None:
+    open_store(lab)
+    with pytest.raises(UserError, match="smoke has not started yet"):
+        load_study(lab, "smoke")
+    with pytest.raises(UserError, match="did you mean smoke"):
+        load_study(lab, "smok")

@@ -1,0 +1,84 @@
+"""What tests make a process do at its fault points: orders stand in `faults.json` where it works.
+
+Preloaded where workers are forked from, or named by DIGITLAB_FAULTS. A process that works in the
+folder of a lab without orders does nothing. Jobs are numbered from 1 over all workers of a lab.
+
+    {"kill": {"probability": p, "left": n, "seed": s, "points": [...]}}
+        kill itself with probability p at each point, at most n times in all; `killed` lists them
+    {"kill_at": {"point": name, "count": n}}    kill itself once, at the n-th call of that point
+    {"hang": {"point": name, "jobs": [n, ...]}, "raise": {the same}}
+
+Every opening of a test file is noted in `opened`, with the role of the process.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from digitlab.base import faults
+
+_counts: dict[str, int] = {}
+_state: dict[str, Any] = {"role": "driver", "job": 0}
+
+
+def hook(name: str) -> None:
+    _counts[name] = _counts.get(name, 0) + 1
+    if name == "worker.started":
+        _state["role"] = "worker"
+    if not Path("faults.json").exists():
+        return
+    if name == "job.started":
+        _state["job"] = _next_job()
+    orders = json.loads(Path("faults.json").read_text())
+    _kill(name, orders)
+    for what in ("hang", "raise"):
+        order = orders.get(what, {})
+        if order.get("point") == name and _state["job"] in order["jobs"]:
+            if what == "raise":
+                raise RuntimeError(f"raised at {name}")
+            while True:
+                time.sleep(3600)
+
+
+def _next_job() -> int:
+    with open("jobs", "a+") as file:
+        file.write("x")
+        return file.tell()
+
+
+def _kill(name: str, orders: dict[str, Any]) -> None:
+    killed = Path("killed")
+    lines = killed.read_text().splitlines() if killed.exists() else []
+    if "kill" in orders:
+        order = orders["kill"]
+        if "chance" not in _state:  # another in each process, the same in each repetition
+            _state["chance"] = random.Random(f"{order['seed']}/{len(lines)}/{_state['role']}")
+        points = order.get("points", [name])
+        struck = _state["chance"].random() < order["probability"]
+        if name in points and struck and len(lines) < order["left"]:
+            _die(name)
+    exact = orders.get("kill_at", {})
+    if exact.get("point") == name and _counts[name] == exact.get("count", 1) and not lines:
+        _die(name)
+
+
+def _die(name: str) -> None:
+    with open("killed", "a") as file:
+        file.write(f"{_state['role']} {name}\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _note_test_files(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and "t10k" in str(arguments[0]):
+        with open("opened", "a") as file:
+            file.write(f"{_state['role']} {Path(str(arguments[0])).name}\n")
+
+
+if __name__ == "hooks":  # preloaded
+    faults.hook = hook
+    sys.addaudithook(_note_test_files)

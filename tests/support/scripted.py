@@ -1,0 +1,82 @@
+"""Workers without training: each job is a script that yields its events."""
+
+from collections.abc import Callable, Generator
+
+from digitlab.study.workers.base import (
+    Answer,
+    End,
+    Event,
+    Finished,
+    Job,
+    Ready,
+    Rung,
+    Started,
+    Stopped,
+    Workers,
+)
+
+Script = Generator[Event, Answer | None, None]
+
+
+def succeed(accuracy: float = 0.9, rungs: tuple[float, ...] = ()) -> Script:
+    """A job that reports the accuracies at its rungs, and finishes unless it is stopped there."""
+    yield Started({"model_parameters": 100.0, "training_flops": 1000.0})
+    for index, value in enumerate(rungs):
+        if (yield Rung(index, value)) is Answer.stop:
+            yield Stopped()
+            return
+    metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy}
+    yield Finished(metrics, {"weights.safetensors": b"weights"}, {}, {"train": "0" * 64})
+
+
+class ScriptedWorkers(Workers):
+    """Runs scripts; `write` gives the script of a job. A cancelled job is Stopped."""
+
+    def __init__(self, write: Callable[[Job], Script], count: int = 1) -> None:
+        self.write, self.count = write, count
+        self.scripts: dict[int, Script] = {}
+        self.answers: dict[int, Answer | None] = {}  # of workers whose script may go on
+        self.cancelled: set[int] = set()
+        self.submitted: list[Job] = []
+        self.ready: list[tuple[int, Event]] = []
+
+    def start(self) -> None:
+        self.ready = [(worker, Ready({})) for worker in range(self.count)]
+
+    def idle(self) -> list[int]:
+        waiting = {worker for worker, _ in self.ready}
+        return [n for n in range(self.count) if n not in self.scripts and n not in waiting]
+
+    def submit(self, worker: int, job: Job) -> None:
+        assert worker not in self.scripts
+        self.submitted.append(job)
+        self.scripts[worker] = self.write(job)
+        self.answers[worker] = None
+
+    def answer(self, worker: int, answer: Answer) -> None:
+        self.answers[worker] = answer
+
+    def events(self, timeout_s: float) -> list[tuple[int, Event]]:
+        found, self.ready = self.ready, []
+        for worker in list(self.answers):
+            if worker in self.cancelled:
+                self.cancelled.discard(worker)
+                event: Event = Stopped()
+            else:
+                answer = self.answers.pop(worker)
+                script = self.scripts[worker]
+                event = next(script) if answer is None else script.send(answer)
+            if isinstance(event, End):
+                self.scripts.pop(worker)
+                self.answers.pop(worker, None)
+            elif not isinstance(event, Rung):  # which waits for its answer
+                self.answers[worker] = None
+            found.append((worker, event))
+        return found
+
+    def cancel(self, worker: int) -> None:
+        self.cancelled.add(worker)
+        self.answers.setdefault(worker, None)
+
+    def close(self) -> None:
+        self.scripts.clear()
