@@ -9,15 +9,8 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError
-from digitlab.config.compose import (
-    Composed,
-    compose,
-    config_from_yaml,
-    config_to_plain,
-    flat,
-    override_values,
-    with_values,
-)
+from digitlab.config.compose import Composed, compose, override_values
+from digitlab.config.recorded import config_from_yaml, config_to_plain, flat, with_values
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits
 from digitlab.records.mlflow import RunRow, Tracking
