@@ -19,7 +19,7 @@ from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.explain import activations, attribution
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import RunRecord, Tracking, sqlite_uri
 from digitlab.records.reader import recorded_config
 from digitlab.records.record import Identity

@@ -77,14 +77,11 @@ def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
         UserError: an override that does not parse, or does not fit the types and limits.
     """
     flags, texts = _flags(command, arguments)
-    space: dict[str, str] = {}
-    fixed: dict[str, str] = {}
-    if command == "sweep":
-        for text in texts:
-            override = _parse(text)
-            ranges = space if override.is_sweep_override() else fixed
-            ranges[override.key_or_group] = text.partition("=")[2]
-    kept = [text for text in texts if not space or not _parse(text).is_sweep_override()]
+    parsed = {text: _parse(text) for text in texts}
+    swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
+    kept = [text for text in texts if text not in swept]
+    space = {parsed[text].key_or_group: text.partition("=")[2] for text in swept}
+    fixed = {parsed[text].key_or_group for text in kept if command == "sweep"}
     jobs = _product(kept, flags.multirun)
     with _hydra():
         plains = [_compose([_parse(text) for text in job]) for job in jobs]
@@ -108,8 +105,8 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
     values = {}
     for text in overrides:
         override = _parse(text)
-        plain = override.type is OverrideType.CHANGE and not override.is_sweep_override()
-        require(plain, text, "one value for a key that the configuration has")
+        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            raise UserError(f"{text}: a recorded configuration takes one value for a key it has.")
         values[override.key_or_group] = override.value()
     return values
 

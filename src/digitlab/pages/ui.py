@@ -79,7 +79,7 @@ def dashboard(lab: Path, port: int) -> int:
 
 def require_free(port: int, target: str) -> None:
     """Raise UserError unless the port is a number that nothing listens on."""
-    require(0 < port < 65536, f"--port={port}", "1 to 65535")
+    require(0 < port < 65536, f"--port={port}", "an integer from 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
