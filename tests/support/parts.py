@@ -27,6 +27,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["trackers"]
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "DIGITLAB_PART"  # in the environment of each process of a part: the folder it belongs to
 SECONDS = 90.0  # for a part to be there

@@ -10,7 +10,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from digitlab.base.errors import UserError, first_line, require
 from digitlab.pages.guard import guarded_wsgi
-from digitlab.records.mlflow import sqlite_uri
+from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import lab_tracker
 from digitlab.records.views import view_addresses
 from digitlab.study.storage import open_storage, study_names
@@ -39,11 +39,15 @@ def serve(lab: Path, port: int) -> int:
         for kind, address in view_addresses(page, study).items():
             print(f"{study}, {kind}: {address}")
     sys.stdout.flush()
+    become_mlflow(lab, port)
+    return 0
+
+
+def become_mlflow(lab: Path, port: int) -> None:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of the GenAI side; 8 processes
     place = ["--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", sqlite_uri(lab)]
     place += ["--serve-artifacts", "--artifacts-destination", str(lab / "artifacts")]
     _become(sys.executable, "-m", "mlflow", "server", "--workers", "1", *place)
-    return 0
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

@@ -6,13 +6,12 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sqlite3
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -22,7 +21,8 @@ import torch
 from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest
-from digitlab.base.files import sync_folder
+from digitlab.records import local
+from digitlab.records.local import LOCATION, place_of, prepare_database, sqlite_uri, write_artifacts
 from digitlab.records.store import Batch, NewRun, RunRow, Tracker, TrackerAway, TrackerRefused
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,7 +35,7 @@ import requests
 import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
-from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, InvalidUrlException, MlflowException
+from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestException
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
 
@@ -48,10 +48,6 @@ _STATUS = {
 }
 _LONGEST = 6000  # characters of a parameter's value in MLflow's stores
 _MOST_PARAMS, _MOST_METRICS, _MOST_TAGS = 100, 700, 100  # in one call
-# Where a lab's runs have their artifacts: relative to the folder that `digitlab ui` serves them
-# from, which is lab/artifacts. An absolute path would break when the lab is moved.
-_LOCAL = "mlflow-artifacts:/"
-
 # A locked database is an operational error.
 _AWAY = (requests.RequestException, ConnectionError, TimeoutError, sqlalchemy.exc.OperationalError)
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # of a disk
@@ -60,23 +56,18 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def sqlite_uri(lab: Path) -> str:
-    """Return the address of the store in the lab; a writer waits up to a minute for another."""
-    return f"sqlite:///{lab / 'mlflow.db'}?timeout=60"
-
-
 def _http_status(error: Exception) -> int | None:
     """Return the HTTP status that an error amounts to; None if it is a mistake in a program."""
     status: int | None = None
-    # MLflow reports a status that it has no code for, such as 413, as an internal error.
-    found = re.search(r"failed with error code (\d{3}) != 200", str(error))
     if isinstance(error, MlflowException):
         status = ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500)
-        if found or isinstance(error, InvalidUrlException):
-            status = int(found[1]) if found else 400
-        # A store wraps whatever is raised inside it.
-        elif isinstance(error.__cause__, (TypeError, LookupError, AttributeError)):
-            status = None
+        # MLflow reports a status that it has no code for, such as 413, as an internal error, and
+        # so it does what it finds wrong itself.
+        found = re.search(r"failed with error code (\d{3}) != 200", str(error))
+        if found:
+            status = int(found[1])
+        elif status == 500 and not isinstance(error, RestException):
+            status = 503 if str(error).startswith("API request to ") else None
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     elif isinstance(error, _AWAY) or getattr(error, "errno", None) in _PASSING:
@@ -84,6 +75,28 @@ def _http_status(error: Exception) -> int | None:
     elif isinstance(error, (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError)):
         status = 400
     return status
+
+
+def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experiment]:
+    if uri is not None:
+        return _open_experiment(MlflowClient(uri), uri, name)
+    with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
+        prepare_database(lab, _make_tables)
+        return _open_experiment(MlflowClient(sqlite_uri(lab)), "", name)
+
+
+def _open_experiment(client: MlflowClient, uri: str, name: str) -> tuple[MlflowClient, Experiment]:
+    if client.get_experiment_by_name(name) is None:
+        with suppress(MlflowException):  # another process was faster
+            client.create_experiment(name, None if uri.startswith("http") else LOCATION)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    return client, experiment
+
+
+def _shown(uri: str) -> str:
+    """Return an address without password and options."""
+    return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
 
 
 def _translate(error: Exception, where: str) -> Exception:
@@ -130,54 +143,31 @@ class MlflowTracker(Tracker):
             TrackerAway, UserError: it cannot be used, in one line.
         """
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-        self.where = first_line(uri).split("?")[0] if uri else "lab"
-        self.where = re.sub(r"//[^/@]*@", "//", self.where)
+        self.lab, self.uri = lab, uri or sqlite_uri(lab)
+        self.where = _shown(uri) if uri else "lab"
         self.identity = f"{self.where} {experiment}"
-        self.artifacts = lab / "artifacts"
-        # The address of `digitlab ui`, where the records are in the lab.
-        self.server = uri if uri and uri.startswith("http") else "http://127.0.0.1:5000"
-        self.is_server = uri is not None and uri.startswith("http")
-        self.uri = uri or sqlite_uri(lab)
+        self.is_server = self.uri.startswith("http")
         try:
-            if uri is None:
-                with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
-                    _prepare_database(lab)
-                    self.client = MlflowClient(self.uri)
-                    found = self._open(experiment)
-            else:
-                self.client = MlflowClient(uri)
-                found = self._open(experiment)
+            self.client, self.opened = _open(uri, experiment, lab)
         except Exception as error:
-            explained = _translate(error, self.where)
-            if isinstance(explained, UserError) and explained is error:
-                raise
-            kind = TrackerAway if isinstance(explained, TrackerAway) else UserError
+            kind = TrackerAway if (_http_status(error) or 400) >= 500 else UserError
             place = f"tracking.uri={self.where}" if uri else str(lab / "mlflow.db")
             raise kind(
                 f"{place} cannot be used ({first_line(error)}). It must be an MLflow server or "
                 "database. Correct it, or record nothing with tracking=none."
             ) from error
-        self.experiment = found.experiment_id
-        self.is_local = found.artifact_location.startswith(_LOCAL) and not self.is_server
-
-    def _open(self, name: str) -> Experiment:
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            with suppress(MlflowException):  # another process was faster
-                self.client.create_experiment(name, None if self.is_server else _LOCAL)
-            found = self.client.get_experiment_by_name(name)
-            assert found is not None
-        self._require_active(found)
-        return found
+        self.experiment: str = self.opened.experiment_id
+        self._require_active(self.opened)
+        # MLflow's server handles these artifacts for its clients; without one, they are files here.
+        self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
 
     def _require_active(self, experiment: Experiment) -> None:
         if experiment.lifecycle_stage == LifecycleStage.DELETED:
-            address = shlex.quote(re.sub(r"//[^/@]*@", "//", self.uri.split("?")[0]))
             command = f"{sys.executable} -m mlflow experiments restore --experiment-id"
             raise TrackerRefused(
                 f"MLflow's experiment '{experiment.name}' was deleted, and takes no runs. Restore "
-                f"it: MLFLOW_TRACKING_URI={address} {command} {experiment.experiment_id}; or use "
-                "another: tracking.experiment=NAME"
+                f"it with `MLFLOW_TRACKING_URI={shlex.quote(_shown(self.uri))} {command} "
+                f"{experiment.experiment_id}`, or use another with tracking.experiment=NAME."
             )
 
     @_translated
@@ -210,7 +200,8 @@ class MlflowTracker(Tracker):
     @_translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
         if self.is_local:
-            _write_all(self.artifacts / run_id / "artifacts", files)
+            # As MLflow composes the place of a run in an experiment's.
+            write_artifacts(place_of(self.lab, f"{LOCATION}{run_id}/artifacts"), files)
             return
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
@@ -229,23 +220,7 @@ class MlflowTracker(Tracker):
     @_translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        return self._search(text)
-
-    def _search(self, text: str) -> list[RunRow]:
-        rows: list[RunRow] = []
-        token: str | None = ""
-        while token is not None:
-            page = self.client.search_runs(
-                [self.experiment],
-                text,
-                ViewType.ACTIVE_ONLY,
-                1000,
-                ["start_time ASC"],
-                token or None,
-            )
-            rows += map(_row, page)
-            token = page.token or None
-        return rows
+        return _search(self.client, self.experiment, text)
 
     @_translated
     def get(self, run: str) -> RunRow:
@@ -254,16 +229,7 @@ class MlflowTracker(Tracker):
         except MlflowException as error:
             if _http_status(error) not in (400, 404):
                 raise
-        rows = self._search("")
-        matches = [row for row in rows if row.name == run]
-        matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
-        finished = [row for row in matches if row.status == "FINISHED"]
-        if len(matches) == 1 or len(finished) == 1:
-            return (finished or matches)[0]
-        if matches:
-            ids = ", ".join(row.run_id[:8] for row in matches[-5:])
-            raise UserError(f"{run}: {len(matches)} runs have this name; give an id: {ids}")
-        raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
+        return _match(run, _search(self.client, self.experiment, ""))
 
     @_translated
     def is_deleted(self, run_id: str) -> bool:
@@ -288,21 +254,14 @@ class MlflowTracker(Tracker):
     @_translated
     def artifact(self, run_id: str, path: str) -> bytes:
         place = self.client.get_run(run_id).info.artifact_uri
-        missing = UserError(f"Run {run_id} has no artifact {path}.")
-        if not self.is_server and place.startswith(_LOCAL):
-            folder = _below(self.artifacts, place.removeprefix(_LOCAL))
-            try:
-                return _below(folder, path).read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise missing from None
         try:
-            with tempfile.TemporaryDirectory() as folder_name:
-                local = self.client.download_artifacts(run_id, path, folder_name)
-                return Path(local).read_bytes()
+            if not self.is_server and place.startswith(LOCATION):
+                return place_of(self.lab, place, path).read_bytes()
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
         except (MlflowException, OSError) as error:
-            if (_http_status(error) or 500) >= 500:
-                raise
-            raise missing from error
+            self.client.get_run(run_id)  # raises when it is the tracker that is away
+            raise UserError(f"Run {run_id} has no artifact {path}.") from error
 
     @_translated
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -326,8 +285,44 @@ class MlflowTracker(Tracker):
             self.client.set_experiment_tag(self.experiment, key, value)
 
     def runs_page(self) -> str:
-        page = f"#/experiments/{self.experiment}/runs?workflowType=machine_learning"
-        return f"{self.server}/{page}"
+        # Without a server, where `digitlab ui` serves what is in the lab.
+        server = self.uri if self.is_server else "http://127.0.0.1:5000"
+        return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _search(client: MlflowClient, experiment: str, text: str) -> list[RunRow]:
+    rows: list[RunRow] = []
+    token: str | None = ""
+    while token is not None:
+        order = ["start_time ASC"]
+        page = client.search_runs(
+            [experiment], text, ViewType.ACTIVE_ONLY, 1000, order, token or None
+        )
+        rows += map(_row, page)
+        token = page.token or None
+    return rows
+
+
+def _match(run: str, rows: list[RunRow]) -> RunRow:
+    """Return the one row that has the name, or whose id begins so."""
+    matches = [row for row in rows if row.name == run]
+    matches = matches or [row for row in rows if len(run) >= 4 and row.run_id.startswith(run)]
+    finished = [row for row in matches if row.status == "FINISHED"]
+    if len(matches) == 1 or len(finished) == 1:
+        return (finished or matches)[0]
+    if matches:
+        ids = ", ".join(row.run_id[:8] for row in matches[-5:])
+        raise UserError(f"{run}: {len(matches)} runs have this name; give an id: {ids}")
+    raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
+
+
+def _make_tables(path: Path) -> None:
+    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+
+
+def keep_tables() -> None:
+    """Make MLflow's tables for labs to come; `make setup` does it."""
+    local.keep_tables(_make_tables)
 
 
 def _row(run: Run) -> RunRow:
@@ -340,31 +335,6 @@ def _row(run: Run) -> RunRow:
         dict(data.params),
         dict(data.metrics),
     )
-
-
-def _below(folder: Path, path: str) -> Path:
-    """Return a path below a folder; a store's content must not lead anywhere else."""
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder.resolve()):
-        raise UserError(f"Artifact path {path} is invalid: it must not lead out of its folder.")
-    return found
-
-
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files so that after a power loss all are there; those of an earlier attempt go."""
-    folders = {folder, folder.parent, folder.parent.parent}
-    for name, content in files.items():
-        path = _below(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folders.add(path.parent)
-        new = path.with_name(f"{path.name}.new")
-        with open(new, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    for changed in folders:
-        sync_folder(changed)
 
 
 def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -> None:
@@ -394,38 +364,3 @@ def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -
             pip_requirements=libraries,
             serialization_format="pt2",
         )
-
-
-# MLflow takes 3 to 8 s to make its tables, so an installation makes them once, and copies them.
-_TABLES = Path(sys.prefix) / "share" / "digitlab" / f"mlflow-{version('mlflow')}.db"
-
-
-def keep_tables() -> None:
-    """Make MLflow's tables for labs to come; `make setup` does it."""
-    with tempfile.TemporaryDirectory() as folder:
-        _make_database(Path(folder))
-        _TABLES.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(folder) / "mlflow.db", new := _TABLES.with_suffix(".new"))
-        new.replace(_TABLES)
-
-
-def _prepare_database(lab: Path) -> None:
-    if not (lab / "mlflow.db").exists():
-        _make_database(lab)
-    with closing(sqlite3.connect(lab / "mlflow.db", timeout=60)) as database:
-        # Readers and a writer go on side by side; the file remembers it.
-        database.execute("PRAGMA journal_mode=WAL")
-
-
-def _make_database(lab: Path) -> None:
-    """Make MLflow's tables beside their place: a kill half-way would leave some that it refuses."""
-    new = lab / "mlflow.db.new"
-    for left in lab.glob(f"{new.name}*"):  # with its journal, which sqlite would apply to ours
-        left.unlink()
-    if _TABLES.exists():
-        shutil.copyfile(_TABLES, new)
-    else:
-        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
-    with closing(sqlite3.connect(new)) as database, database:  # MLflow's own experiment, Default
-        database.execute("UPDATE experiments SET artifact_location = ?", [f"{_LOCAL}0"])
-    new.replace(lab / "mlflow.db")

@@ -51,6 +51,10 @@ class Outbox:
         """Go on with the record of a run that the tracker has."""
         if isinstance(self.tracker, NoTracker):
             return RunSpool()
+        # Two open spools of one run would each end it.
+        for spool in self._delivery.open_spools():
+            if spool.known_id == run_id:
+                return spool
         spool = self._new_spool("resumed")
         spool.resume(run_id)
         self._delivery.add(spool)

@@ -12,6 +12,7 @@ from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.config.types import Tracker as TrackerName
 from digitlab.records.outbox import Outbox
+from digitlab.records.spool import read_folder
 from digitlab.records.store import NewRun, NoTracker, Tracker, TrackerAway
 
 
@@ -87,30 +88,32 @@ def row_params(config: Config, kind: str) -> dict[str, str]:
 class RunRecorder:
     """Writes the record of one run.
 
-    Its metrics are kept here too, since the seal covers every value of every step.
+    What it holds is noted here too, since the seal covers every file and every metric.
     """
 
     def __init__(self, outbox: Outbox, config: Config, identity: Identity) -> None:
         """Start the record: name, tags, every parameter, config.yaml and environment.json."""
-        self.identity = identity
+        self.environment = dict(identity.environment)
         self.last_step = config.trainer.epochs
-        self.metrics: dict[str, float] = {}  # the last value of each
-        self._logged: dict[tuple[str, int], float] = {}  # by name and step
+        self.is_ended = False
+        self._digests: dict[str, str] = {}  # SHA-256 by path of an artifact
+        self._logged: dict[tuple[str, int], float] = {}  # by name of a metric, and step
+        self._last: dict[str, float] = {}  # by name of a metric
         tags = {
             "digitlab.kind": identity.kind,
             "digitlab.state": "running",
             "digitlab.overrides": json.dumps(list(identity.overrides)),
-            "mlflow.source.git.commit": str(identity.environment.get("commit", "")),
+            "mlflow.source.git.commit": str(self.environment.get("commit", "")),
             **identity.tags,
         }
         self.tags = {key: value for key, value in tags.items() if value}
-        self.files = {"config.yaml": config_to_yaml(config).encode()}
-        self.files["environment.json"] = _json(identity.environment)
         params = row_params(config, identity.kind)
-        self.spool = outbox.open_run(
-            NewRun(identity.name, self.tags, params, identity.parent_run_id)
+        new = NewRun(identity.name, self.tags, params, identity.parent_run_id)
+        self.spool = outbox.open_run(new)
+        environment = json.dumps(self.environment).encode()
+        self.add_files(
+            {"config.yaml": config_to_yaml(config).encode(), "environment.json": environment}
         )
-        self.spool.add_files(self.files)
 
     def started(self, facts: Mapping[str, float]) -> None:
         self._log(facts, 0)
@@ -122,6 +125,12 @@ class RunRecorder:
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self._log(metrics, epoch)
 
+    def add_files(self, files: Mapping[str, bytes] | Path) -> None:
+        """Record artifacts: their contents by path, or all files below a folder."""
+        files = read_folder(files) if isinstance(files, Path) else files
+        self._digests |= {path: _sha256(content) for path, content in files.items()}
+        self.spool.add_files(files)
+
     def finish(
         self,
         metrics: Mapping[str, float],
@@ -132,34 +141,22 @@ class RunRecorder:
         """Record the results and end the run; all of it is on the disk when this returns.
 
         Args:
-            metrics: those that were logged before are not logged again.
+            metrics: logged for the last epoch, if it is new or has another value.
             environment: what the training adds to that of the start.
             data_sha256: digests of the files that the run read.
         """
-        extra = {**self.identity.environment, **environment}
-        added = {**files, "environment.json": _json(extra)}
-        if not environment:
-            del added["environment.json"]
-        sums = sum_files({**self.files, **added})
-        added[SUMS] = sums.encode()
-        new = self._log_new(metrics)
+        whole = self.environment | dict(environment)
+        if whole != self.environment:
+            files = {**files, "environment.json": json.dumps(whole).encode()}
+        self.add_files(files)
         tags = {
-            f"digitlab.{name.partition('.')[0]}_sha256": hashlib.sha256(content).hexdigest()
-            for name, content in files.items()
-            if name in ("weights.safetensors", "predictions.safetensors")
+            f"digitlab.{name}_sha256": self._digests[f"{name}.safetensors"]
+            for name in ("weights", "predictions")
+            if f"{name}.safetensors" in files
         }
         if data_sha256:
             tags["digitlab.data_sha256"] = json.dumps(dict(data_sha256))
-        history = ((name, step, value) for (name, step), value in self._logged.items())
-        tags["digitlab.seal"] = seal(sums, history, self.tags | tags)
-        self.spool.add_files(added)
-        self.spool.log(new, self.last_step, tags)
-        self.spool.end("finished")
-        self.spool.seal()
-
-    def add_files(self, folder: Path) -> None:
-        """Record all files below a folder as artifacts."""
-        self.spool.add_files(folder)
+        self.end("finished", metrics=metrics, tags=tags)
 
     def end(
         self,
@@ -168,11 +165,28 @@ class RunRecorder:
         metrics: Mapping[str, float] = {},
         tags: Mapping[str, str] = {},
     ) -> None:
-        """End a run that has no results of its own; on the disk when this returns."""
+        """End the run, and seal what it holds if it finished; on the disk when this returns.
+
+        A run that has ended already keeps its state.
+        """
+        if self.is_ended:
+            return
+        new = {
+            name: value
+            for name, value in metrics.items()
+            if self._last.get(name) != value and (name, self.last_step) not in self._logged
+        }
+        self._note(new, self.last_step)
         tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
-        self.spool.log(self._log_new(metrics), self.last_step, tags)
+        if state == "finished":
+            sums = "".join(f"{sha}  {path}\n" for path, sha in sorted(self._digests.items()))
+            self.spool.add_files({SUMS: sums.encode()})
+            history = ((name, step, value) for (name, step), value in self._logged.items())
+            tags["digitlab.seal"] = seal(sums, history, self.tags | tags)
+        self.spool.log(new, self.last_step, tags)
         self.spool.end(state)
         self.spool.seal()
+        self.is_ended = True
 
     def run_id(self, timeout_s: float = 0.0) -> str | None:
         return self.spool.run_id(timeout_s)
@@ -181,23 +195,9 @@ class RunRecorder:
         self._note(metrics, step)
         self.spool.log(metrics, step)
 
-    def _log_new(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Note the metrics that are not logged yet with this value, for the last step."""
-        new = {
-            name: value
-            for name, value in metrics.items()
-            if self.metrics.get(name) != value and (name, self.last_step) not in self._logged
-        }
-        self._note(new, self.last_step)
-        return new
-
     def _note(self, metrics: Mapping[str, float], step: int) -> None:
-        self.metrics |= metrics
+        self._last |= metrics
         self._logged |= {(name, step): float(value) for name, value in metrics.items()}
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(dict(content), indent=1).encode()
 
 
 SUMS = "SHA256SUMS"  # the artifact that lists the others, as `sha256sum -c` reads it
@@ -208,14 +208,6 @@ _SEALED = (
 )
 
 
-def sum_files(files: Mapping[str, bytes]) -> str:
-    """Return the SHA-256 of every file, sorted by path, a line each."""
-    return "".join(
-        f"{hashlib.sha256(content).hexdigest()}  {path}\n"
-        for path, content in sorted(files.items())
-    )
-
-
 def seal(sums: str, metrics: Iterable[tuple[str, int, float]], tags: Mapping[str, str]) -> str:
     """Return the SHA-256 over what a finished run's record holds: files, every metric, tags.
 
@@ -223,4 +215,8 @@ def seal(sums: str, metrics: Iterable[tuple[str, int, float]], tags: Mapping[str
     """
     named = {name: tags.get(f"digitlab.{name}", "") for name in _SEALED}
     values = sorted({(name, step, float(value).hex()) for name, step, value in metrics})
-    return hashlib.sha256(json.dumps([sums, values, named]).encode()).hexdigest()
+    return _sha256(json.dumps([sums, values, named]).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

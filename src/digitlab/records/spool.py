@@ -43,6 +43,12 @@ class RunSpool:
         return None
 
 
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files below a folder, by their path in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation, and the files that belong to it."""
@@ -143,9 +149,7 @@ class FileSpool(RunSpool):
         )
 
     def add_files(self, files: Mapping[str, bytes] | Path) -> None:
-        if isinstance(files, Path):
-            paths = sorted(path for path in files.rglob("*") if path.is_file())
-            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+        files = read_folder(files) if isinstance(files, Path) else files
         if files:
             self._append({"do": "files"}, files)
 

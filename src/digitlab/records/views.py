@@ -1,4 +1,4 @@
-"""What MLflow's pages show of a study: its saved views, and the text on its own run.
+"""What MLflow's pages show of a study: its saved views.
 
 A saved view is a tag of the experiment in MLflow's own format (3.17: mlflow.sharedViewState.<key>),
 read by the runs page when its address carries the key. tests/pages opens them in a browser.
@@ -10,7 +10,7 @@ import time
 import zlib
 from typing import Any
 
-from digitlab.config.types import Config, Pruner, StudyConfig
+from digitlab.config.types import Pruner, StudyConfig
 
 _METRICS = ("model_parameters", "seconds", "images_per_second", "rung")
 
@@ -35,30 +35,6 @@ def view_addresses(page: str, study: str) -> dict[str, str]:
         "table": f"{page}&viewStateShareKey={_key(study, 'table')}",
         "charts": f"{page}&compareRunsMode=CHART&viewStateShareKey={_key(study, 'charts')}",
     }
-
-
-def describe_study(config: Config, command: str, champion: str = "") -> str:
-    """Return the text on the page of a study's own run, in Markdown.
-
-    Args:
-        command: starts the study, or goes on with it.
-        champion: what the study found, if it has ended.
-    """
-    study = config.study
-    space = [f"| `{name}` | `{text}` |" for name, text in study.space.items()]
-    lines = [
-        f"## Study {study.name}",
-        f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), compared by "
-        "`val_accuracy` on a validation set of the training images.",
-        *("", "| hyperparameter | searched |", "|---|---|", *space, ""),
-    ]
-    if champion:
-        lines += ["### Result", "```", champion, "```", ""]
-        lines += ["Artifacts: **report.html**, config.yaml."]
-    else:
-        lines += ["No champion yet."]
-    lines += ["", f"Start or go on: `{command}`"]
-    return "\n".join(lines)
 
 
 def _key(study: str, kind: str) -> str:

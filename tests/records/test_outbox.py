@@ -1,0 +1,534 @@
+"""Operations reach the tracker in order and once, whatever is away, whenever it is killed."""
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trackers import (
+    FILES,
+    HISTORY,
+    WHOLE,
+    Gate,
+    Server,
+    record_steps,
+    recorded,
+    waiting,
+)
+
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.outbox import Outbox
+from digitlab.records.spool import decode, encode
+from digitlab.records.store import Batch, NewRun, NoTracker, TrackerAway, TrackerRefused
+
+Open = Callable[..., Outbox]
+
+
+@pytest.fixture
+def open_outbox(gate: Gate, tmp_path: Path, request: pytest.FixtureRequest) -> Open:
+    """Open a lab's outbox to the server, through the gate, as another process would."""
+    opened: list[Outbox] = []
+
+    def open_outbox(lab: Path = tmp_path) -> Outbox:
+        opened.append(Outbox(lab, MlflowTracker(gate.uri, request.node.name, lab)))
+        return opened[-1]
+
+    return open_outbox
+
+
+def record(outbox: Outbox, before: Callable[[int], None] = lambda step: None) -> None:
+    """Record a whole run, `before` called ahead of each step, 0 to 5."""
+    steps = record_steps(outbox)
+    for number in range(6):
+        before(number)
+        next(steps)
+
+
+def new(name: str = "run", **tags: str) -> NewRun:
+    return NewRun(name, tags, {"seed": "3"})
+
+
+# A tracker that answers
+
+
+def test_whole_run_is_delivered_and_leaves_nothing_behind(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    record(outbox)
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE]
+    assert [path.name for path in waiting(outbox.folder.parent)[0].iterdir()] == ["session.json"]
+    outbox.close()
+    assert waiting(outbox.folder.parent) == []
+    outbox.check()
+
+
+def test_metrics_are_in_the_tracker_within_two_seconds(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    spool = outbox.open_run(new())
+    run_id = spool.run_id(60)
+    assert run_id
+    logged = time.monotonic()
+    spool.log({"loss": 0.5}, step=1)
+    while outbox.tracker.history(run_id) != [("loss", 1, 0.5)]:
+        time.sleep(0.05)
+    assert time.monotonic() - logged < 2
+    outbox.close()
+
+
+def test_run_is_resumed_and_another_note_leaves_its_state(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    spool = outbox.open_run(new("study"))
+    run_id = spool.run_id(60)
+    assert run_id
+    assert outbox.resume_run(run_id) is spool  # one spool of a run, or both would end it
+    spool.end("interrupted")
+    again = outbox.resume_run(run_id)
+    again.end("running")
+    outbox.flush(60)
+    assert outbox.tracker.get("study").status == "RUNNING"
+    again.log({"value": 2.0}, tags={"colour": "red"})
+    again.end("finished")
+    outbox.resume_run(run_id).log(tags={"verdict": "identical"})
+    outbox.close()
+    row = outbox.tracker.get("study")
+    assert (row.status, row.tags["digitlab.state"]) == ("FINISHED", "finished")
+    assert (row.metrics["value"], row.tags["verdict"]) == (2.0, "identical")
+    assert waiting(outbox.folder.parent) == []
+
+
+def test_run_that_nobody_ended_is_interrupted_when_the_outbox_closes(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    outbox.open_run(new())
+    outbox.close()
+    assert outbox.tracker.get("run").tags["digitlab.state"] == "interrupted"
+
+
+def test_run_that_ended_takes_no_more_operations(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    spool = outbox.open_run(new())
+    spool.end("finished")
+    with pytest.raises(RuntimeError, match="resumed"):
+        spool.log({"loss": 1.0})
+    outbox.close()
+
+
+@pytest.mark.parametrize("is_delivered", [False, True])
+def test_run_that_is_discarded_is_not_in_the_tracker(open_outbox: Open, is_delivered: bool) -> None:
+    outbox = open_outbox()
+    spool, left = outbox.open_run(new("discarded")), outbox.open_run(new("left"))
+    if is_delivered:
+        outbox.flush(60)
+    spool.log({"loss": 1.0})
+    spool.discard()
+    left.end("finished")
+    outbox.close()
+    assert [row.name for row in outbox.tracker.find({})] == ["left"]
+    assert waiting(outbox.folder.parent) == []
+
+
+def test_folder_is_added_file_by_file(open_outbox: Open, tmp_path: Path) -> None:
+    for path, content in FILES.items():
+        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / path).write_bytes(content)
+    outbox = open_outbox()
+    spool = outbox.open_run(new())
+    spool.add_files(tmp_path / "folder")
+    spool.end("finished")
+    outbox.close()
+    run_id = outbox.tracker.get("run").run_id
+    assert {path: outbox.tracker.artifact(run_id, path) for path in FILES} == FILES
+
+
+def test_no_tracker_keeps_nothing(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, NoTracker())
+    record(outbox)
+    spool = outbox.resume_run("0123")
+    spool.log({"loss": 1.0})
+    spool.discard()
+    assert (spool.run_id(60), outbox.pending(), outbox.flush(60)) == (None, 0, 0)
+    assert outbox.adopt() == []
+    outbox.check()
+    outbox.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# A tracker that is away
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_outage_is_made_up_for_by_the_run_or_by_the_next_process(
+    open_outbox: Open, gate: Gate, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
+    outbox = open_outbox()
+
+    def shut(at: int) -> None:
+        if at == step:
+            outbox.flush(60)
+            gate.shut()
+
+    record(outbox, shut)
+    outbox.close()
+    assert waiting(outbox.folder.parent)
+    gate.open()
+    while outbox._delivery._thread is not None:  # it still waits for its last answer
+        outbox.close()
+    other = open_outbox()
+    assert other.adopt() == []  # it ended: nothing was interrupted
+    assert other.flush(60) == 0
+    assert recorded(other.tracker) == [WHOLE]
+    other.close()
+    assert waiting(outbox.folder.parent) == []
+
+
+def test_outage_that_ends_is_noticed(open_outbox: Open, gate: Gate) -> None:
+    outbox = open_outbox()
+    gate.shut()
+    record(outbox)
+    while not outbox.problem:
+        time.sleep(0.05)
+    assert "does not answer" in outbox.problem
+    assert outbox.pending() == 1
+    gate.open()
+    assert outbox.flush(60) == 0
+    assert outbox.problem == ""
+    assert recorded(outbox.tracker) == [WHOLE]
+    outbox.close()
+
+
+def test_tracker_that_is_away_delays_nobody(open_outbox: Open, gate: Gate) -> None:
+    outbox = open_outbox()
+    gate.shut()
+    for _ in range(20):
+        started = time.monotonic()
+        record(outbox)
+        assert time.monotonic() - started < 1  # a request takes 10 s before it is given up
+    assert outbox.pending() == 20
+    assert outbox.flush(0.2) == 20
+    assert outbox.flush(60, stopped=lambda: True) == 20
+    gate.open()
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE] * 20
+    outbox.close()
+
+
+@pytest.mark.parametrize("requests", [1, 2, 4, 6])
+@pytest.mark.parametrize("answer_last", [False, True])
+def test_run_is_delivered_once_though_the_delivery_breaks_off(
+    open_outbox: Open, gate: Gate, requests: int, answer_last: bool
+) -> None:
+    outbox = open_outbox()
+    gate.open(requests, answer_last)
+    record(outbox)
+    while not outbox.problem:
+        time.sleep(0.02)
+    gate.open()
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE]
+    outbox.close()
+
+
+def test_killed_server_loses_nothing(tracker_server: Server, tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(tracker_server.uri, "killed", tmp_path))
+    try:
+        record(outbox, lambda step: tracker_server.kill() if step == 2 else None)
+    finally:
+        tracker_server.start()
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE]
+    outbox.close()
+
+
+def test_reading_from_a_tracker_that_is_away_is_reported_in_one_line(
+    open_outbox: Open, gate: Gate
+) -> None:
+    tracker = open_outbox().tracker
+    run_id = tracker.create_run(new("there"))
+    gate.shut()
+    for ask in (
+        lambda: tracker.find({}),
+        lambda: tracker.get("there"),
+        lambda: tracker.history(run_id),
+        lambda: tracker.artifact(run_id, "config.yaml"),
+        lambda: tracker.is_deleted(run_id),
+        lambda: tracker.register("digits", run_id, {}, "a card"),
+    ):
+        with pytest.raises(TrackerAway, match="does not answer") as raised:
+            ask()
+        assert "\n" not in str(raised.value)
+
+
+# A tracker that refuses
+
+
+def test_refused_run_is_reported_and_no_other_waits_for_it(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    bad, good = outbox.open_run(new("bad")), outbox.open_run(new("good"))
+    bad.log({"not a name: \n!": 1.0})
+    bad.end("finished")
+    good.end("finished")
+    outbox.flush(60)
+    with pytest.raises(TrackerRefused, match=r"'bad' was refused .* rm ") as raised:
+        outbox.check()
+    assert "\n" not in str(raised.value)
+    assert outbox.tracker.get("good").status == "FINISHED"
+    outbox.close()
+    # The next process tries once, and reports it again; the printed command ends that.
+    other = open_outbox()
+    assert other.adopt() == []
+    other.flush(60)
+    with pytest.raises(TrackerRefused) as raised:
+        other.check()
+    other.close()
+    subprocess.run(str(raised.value).split("give the record up: ")[1], shell=True, check=True)
+    last = open_outbox()
+    last.adopt()
+    assert last.flush(60) == 0
+    last.check()
+    last.close()
+    assert waiting(outbox.folder.parent) == []
+
+
+def test_refusal_is_not_repeated(tmp_path: Path) -> None:
+    class Refusing(MlflowTracker):
+        calls = 0
+
+        def log(self, run_id: str, batch: Batch) -> None:
+            Refusing.calls += 1
+            raise TrackerRefused("403")
+
+    outbox = Outbox(tmp_path, Refusing(None, "digitlab", tmp_path))
+    spool = outbox.open_run(new())
+    outbox.flush(60)
+    spool.log({"loss": 1.0})
+    spool.end("finished")
+    assert outbox.flush(60) == 0
+    outbox.close()
+    assert Refusing.calls == 1
+
+
+def test_mistake_in_a_program_is_raised_as_it_is(tmp_path: Path) -> None:
+    class Wrong(MlflowTracker):
+        def log(self, run_id: str, batch: Batch) -> None:
+            raise KeyError("mine")
+
+    outbox = Outbox(tmp_path, Wrong(None, "digitlab", tmp_path))
+    outbox.open_run(new()).end("finished")
+    outbox.flush(60)
+    with pytest.raises(KeyError, match="mine"):
+        outbox.check()
+    outbox.close()
+
+
+def test_what_is_left_of_a_run_that_was_deleted_meanwhile_is_let_go(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    spool = outbox.open_run(new(study="s"))
+    run_id = spool.run_id(60)
+    assert run_id
+    outbox.tracker.delete(run_id)
+    spool.log({"loss": 1.0}, step=1)
+    spool.end("finished")
+    assert outbox.flush(60) == 0
+    outbox.check()
+    outbox.close()
+    assert waiting(outbox.folder.parent) == []
+    assert outbox.tracker.find({"study": "s"}) == []
+
+
+def test_nothing_is_let_go_when_the_experiment_was_deleted(open_outbox: Open) -> None:
+    outbox = open_outbox()
+    tracker = outbox.tracker
+    assert isinstance(tracker, MlflowTracker)
+    spool = outbox.open_run(new())
+    outbox.flush(60)
+    tracker.client.delete_experiment(tracker.experiment)
+    spool.log({"loss": 1.0}, step=1)
+    spool.end("finished")
+    outbox.flush(60)
+    with pytest.raises(TrackerRefused, match=r"experiment .* was deleted"):
+        outbox.check()
+    outbox.close()
+    tracker.client.restore_experiment(tracker.experiment)
+    other = open_outbox()
+    other.adopt()
+    assert other.flush(60) == 0
+    assert other.tracker.get("run").metrics == {"loss": 1.0}
+    other.close()
+
+
+# Processes that are killed
+
+
+def after_kill(lab: Path) -> list[tuple[object, ...]]:
+    """Let a new process take over, and return what the tracker has then."""
+    outbox = Outbox(lab, MlflowTracker(None, "digitlab", lab))
+    lines = outbox.adopt()
+    assert outbox.flush(60) == 0
+    outbox.check()
+    found = recorded(outbox.tracker)
+    assert len(lines) <= sum(run[2] == "interrupted" for run in found)
+    outbox.close()
+    assert [path for path in waiting(lab) if not path.name.startswith(".")] == []
+    return found
+
+
+POINTS = [("outbox.created", 1), *(("outbox.appended", n) for n in (1, 2, 3, 4, 5, 6))]
+POINTS += [("outbox.sealed", 1), ("outbox.sealed", 2), ("outbox.removed", 1)]
+POINTS += [("outbox.sent", n) for n in (1, 2, 3, 4, 5, 6)]
+POINTS += [("outbox.acknowledged", n) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("point", "count"), POINTS)
+def test_run_of_a_killed_process_is_delivered_exactly_once(
+    tmp_path: Path, kill_at: Callable[..., bool], point: str, count: int
+) -> None:
+    assert kill_at(tmp_path, "record", point, count), "the point was not met"
+    [run] = after_kill(tmp_path)
+    name, status, state, *_, history, files = run
+    assert name == "run"
+    assert set(history) <= set(HISTORY)
+    assert len(set(history)) == len(history), "a metric was doubled"
+    if state == "finished":
+        assert run == WHOLE
+    else:
+        assert (status, state) == ("KILLED", "interrupted")
+        assert files in ({}, FILES)
+
+
+@pytest.mark.parametrize("first", [("outbox.appended", 4), ("outbox.sealed", 2)])
+@pytest.mark.parametrize(
+    "second", [("outbox.sent", 1), ("outbox.sent", 3), ("outbox.acknowledged", 1)]
+)
+def test_process_that_took_over_may_be_killed_too(
+    tmp_path: Path,
+    kill_at: Callable[..., bool],
+    first: tuple[str, int],
+    second: tuple[str, int],
+) -> None:
+    assert kill_at(tmp_path, "record", *first)
+    assert kill_at(tmp_path, "adopt", *second)
+    [run] = after_kill(tmp_path)
+    assert run == WHOLE or (run[2] == "interrupted" and len(run[5]) == len(set(run[5])))
+
+
+def test_torn_last_operation_is_left_out(tmp_path: Path, kill_at: Callable[..., bool]) -> None:
+    assert kill_at(tmp_path, "record", "outbox.appended", 4)
+    [path] = (tmp_path / "outbox").glob("*/*.run")
+    whole = path.read_bytes()
+    path.write_bytes(whole + encode({"do": "log", "metrics": {"torn": 1.0}})[:-9])
+    [run] = after_kill(tmp_path)
+    assert (run[2], run[5]) == ("interrupted", HISTORY)
+
+
+def test_torn_files_are_left_out_wherever_they_end() -> None:
+    first, second = encode({"do": "log"}), encode({"do": "files"}, FILES)
+    for length in range(len(first), len(first) + len(second)):
+        operations, end = decode((first + second)[:length])
+        assert ([operation.what["do"] for operation in operations], end) == (["log"], len(first))
+    damaged = bytearray(first + second)
+    damaged[-5] ^= 1
+    assert decode(bytes(damaged))[1] == len(first)
+    operations, end = decode(first + second)
+    assert (operations[1].files, end) == (FILES, len(first + second))
+
+
+def test_sessions_of_living_processes_are_left_alone(open_outbox: Open, gate: Gate) -> None:
+    outbox, other = open_outbox(), open_outbox()
+    spool = outbox.open_run(new("mine"))
+    outbox.flush(60)
+    gate.shut()
+    spool.log({"loss": 1.0}, step=1)
+    assert other.adopt() == []
+    assert other.leftovers() == other.pending() == 0
+    gate.open()
+    spool.end("finished")
+    outbox.close()
+    other.close()
+    assert outbox.tracker.get("mine").status == "FINISHED"
+
+
+def test_records_for_another_tracker_are_left_alone(
+    tmp_path: Path, kill_at: Callable[..., bool]
+) -> None:
+    kill_at(tmp_path, "record", "outbox.appended", 4)
+    other = Outbox(tmp_path, MlflowTracker(None, "other", tmp_path))
+    assert other.adopt() == []
+    assert other.leftovers() == 0
+    other.close()
+    assert len(after_kill(tmp_path)) == 1
+
+
+# The disk
+
+
+def test_full_disk_is_raised_and_leaves_no_half_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    steps = record_steps(outbox)
+    next(steps)
+    spool = next(steps)
+    write = os.write
+    left = [10]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, content: _fill(write, left, file, content))
+        with pytest.raises(OSError, match="No space left"):
+            spool.log({"loss": 9.0}, step=9)
+    for _ in steps:
+        pass
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE]
+    outbox.close()
+
+
+def _fill(write: Callable[[int, bytes], int], left: list[int], file: int, content: bytes) -> int:
+    """Write as a disk that has room for `left` bytes."""
+    if not left[0]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    written = write(file, content[: left[0]])
+    left[0] -= written
+    return written
+
+
+def test_sealed_run_is_synced_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    spool = outbox.open_run(new())
+    monkeypatch.setattr(outbox._delivery, "_send_all", lambda: None)  # it is not delivered first
+    spool.add_files(FILES)
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(file: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    spool.seal()
+    [path] = (tmp_path / "outbox").glob("*/*.run")
+    assert synced == [str(path), str(path.parent)]
+    monkeypatch.undo()
+    outbox.close()
+
+
+def test_many_threads_may_record_at_once(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            record(outbox)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outbox.flush(60) == 0
+    assert recorded(outbox.tracker) == [WHOLE] * 12
+    outbox.close()

@@ -1,0 +1,201 @@
+"""What a run's record holds, and that a change of any part of it is noticed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from trackers import waiting
+
+from digitlab.base.errors import UserError
+from digitlab.config.compose import compose
+from digitlab.config.types import Config
+from digitlab.networks import build_network
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.reader import (
+    damage,
+    find_run,
+    load_network,
+    load_run,
+    over_seeds,
+    recorded_config,
+    recorded_environment,
+    recorded_guesses,
+    trained,
+)
+from digitlab.records.record import (
+    Identity,
+    Records,
+    RunRecorder,
+    open_records,
+    row_params,
+    trial_tags,
+)
+
+METADATA = {"layout": "channels_last", "format": "1"}
+
+
+def configure(*overrides: str) -> Config:
+    return compose("train", ["experiments=smoke", "trainer.epochs=2", *overrides])[0].config
+
+
+def results(config: Config, metadata: dict[str, str] = METADATA) -> dict[str, bytes]:
+    weights = {name: x.contiguous() for name, x in build_network(config.model).state_dict().items()}
+    digits = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    return {
+        "weights.safetensors": safetensors.torch.save(weights, metadata),
+        "predictions.safetensors": safetensors.torch.save(
+            {"predictions": digits, "labels": digits.flip(0)}
+        ),
+        "pictures/a.png": b"picture",
+    }
+
+
+def finish(records: Records, name: str = "run", *overrides: str, kind: str = "train") -> str:
+    config = configure(*overrides)
+    tags = trial_tags("id", "smoke", 7, 2) if kind == "trial" else {}
+    recorder = RunRecorder(
+        records.outbox, config, Identity(name, kind, tags, environment={"commit": "abc"})
+    )
+    recorder.started({"model_parameters": 9.0})
+    recorder.rung(0.5, 0, 0.75)
+    recorder.epoch(1, {"val_accuracy": 0.5, "train_loss": 1.5})
+    recorder.epoch(2, {"val_accuracy": 0.75, "train_loss": 0.5})
+    recorder.finish(
+        {"val_accuracy": 0.75, "seconds": 2.5}, results(config), {"numerics": "x"}, {"t": "d"}
+    )
+    assert records.outbox.flush(60) == 0
+    records.outbox.check()
+    run_id = recorder.run_id()
+    assert run_id
+    return run_id
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    return open_records(configure(), tmp_path)
+
+
+def test_finished_run_holds_everything_and_nothing_twice(records: Records, tmp_path: Path) -> None:
+    run_id = finish(records, "smoke-7", kind="trial")
+    row = trained(records.tracker, "smoke/7")
+    assert (row.run_id, row.status, row.params) == (
+        run_id, "FINISHED", row_params(configure(), "trial"),
+    )  # fmt: skip
+    assert row.tags["digitlab.attempt"] == "2"
+    assert json.loads(row.tags["digitlab.data_sha256"]) == {"t": "d"}
+    assert records.tracker.history(run_id) == [
+        ("model_parameters", 0, 9.0),
+        ("rung", 50, 0.5),
+        ("rung_accuracy", 50, 0.75),
+        ("seconds", 2, 2.5),
+        ("train_loss", 1, 1.5),
+        ("train_loss", 2, 0.5),
+        ("val_accuracy", 1, 0.5),
+        ("val_accuracy", 2, 0.75),
+    ]
+    assert recorded_config(records.tracker, row) == configure()
+    assert recorded_environment(records.tracker, row) == {"commit": "abc", "numerics": "x"}
+    guesses, labels = recorded_guesses(records.tracker, row)
+    assert (guesses.tolist(), labels.tolist()) == ([1, 2, 3], [3, 2, 1])
+    assert damage(records.tracker, row) == []
+    with records:
+        pass
+    assert waiting(tmp_path) == []
+
+
+@pytest.mark.parametrize("state", ["pruned", "failed", "interrupted"])
+def test_run_without_results_keeps_config_environment_and_reason(
+    records: Records, state: str
+) -> None:
+    with records:
+        recorder = RunRecorder(records.outbox, configure(), Identity("run", "train"))
+        recorder.end(state, "why", {"seconds": 1.5}, {"more": "1"})
+        recorder.end("finished")  # too late
+    row = records.tracker.get("run")
+    assert (row.tags["digitlab.state"], row.tags["digitlab.reason"]) == (state, "why")
+    assert (row.metrics, row.tags["more"]) == ({"seconds": 1.5}, "1")
+    assert recorded_config(records.tracker, row) == configure()
+    assert recorded_environment(records.tracker, row) == {}
+    with pytest.raises(UserError, match=f"is {state}: only finished"):
+        trained(records.tracker, "run")
+
+
+def _metric(tracker: MlflowTracker, run_id: str) -> None:
+    tracker.client.log_metric(run_id, "val_accuracy", 0.9, step=2)
+
+
+def _tag(tracker: MlflowTracker, run_id: str) -> None:
+    tracker.tag(run_id, {"digitlab.weights_sha256": "0" * 64})
+
+
+def _file(tracker: MlflowTracker, run_id: str) -> None:
+    tracker.upload(run_id, {"pictures/a.png": b"other"})
+
+
+def _sums(tracker: MlflowTracker, run_id: str) -> None:
+    tracker.upload(run_id, {"SHA256SUMS": b""})
+
+
+def _param(tracker: MlflowTracker, run_id: str) -> None:
+    tracker.client.log_param(run_id, "trainer.more", "9")
+
+
+@pytest.mark.parametrize("change", [_metric, _tag, _file, _sums, _param])
+def test_change_of_a_finished_record_is_found(
+    records: Records, change: Callable[[MlflowTracker, str], None]
+) -> None:
+    run_id = finish(records)
+    assert isinstance(records.tracker, MlflowTracker)
+    change(records.tracker, run_id)
+    assert len(damage(records.tracker, records.tracker.get(run_id))) == 1
+
+
+def test_weights_are_hashed_before_they_are_used(records: Records) -> None:
+    run_id = finish(records)
+    row, config, network = load_run(records.tracker, "run")
+    assert not network.training
+    other = results(configure("trainer.seed=9"))["weights.safetensors"]
+    records.tracker.upload(run_id, {"weights.safetensors": other[:-1] + bytes([other[-1] ^ 1])})
+    with pytest.raises(UserError, match="not the file that was recorded"):
+        load_network(records.tracker, row, config)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "1"}, {"format": "2", "layout": "x"}])
+def test_weights_of_another_format_are_refused(records: Records, metadata: dict[str, str]) -> None:
+    config = configure()
+    recorder = RunRecorder(records.outbox, config, Identity("run", "train"))
+    recorder.finish({}, results(config, metadata))
+    records.outbox.flush(60)
+    with pytest.raises(UserError, match=r"metadata must have format=1") as raised:
+        load_run(records.tracker, "run")
+    assert "\n" not in str(raised.value)
+
+
+def test_trial_is_found_by_its_finished_attempt(records: Records) -> None:
+    run_id = finish(records, "smoke-7", kind="trial")
+    later = Identity("smoke-7", "trial", trial_tags("id", "smoke", 7, 3))
+    RunRecorder(records.outbox, configure(), later).end("interrupted")
+    records.outbox.flush(60)
+    assert find_run(records.tracker, "smoke/7").run_id == run_id
+    with pytest.raises(UserError, match=r"smoke/8: no such trial, did you mean smoke/7"):
+        find_run(records.tracker, "smoke/8")
+    with pytest.raises(UserError, match="no study has one yet"):
+        find_run(records.tracker, "champion")
+
+
+def test_runs_that_differ_in_the_seed_alone_are_compared(records: Records) -> None:
+    for seed in (1, 2):
+        finish(records, f"seed-{seed}", f"trainer.seed={seed}")
+    finish(records, "other", "trainer.seed=3", "optim.learning_rate=0.02")
+    assert over_seeds(records.tracker, records.tracker.get("seed-1")) == [0.75, 0.75]
+
+
+def test_nothing_is_recorded_with_tracking_none(tmp_path: Path) -> None:
+    with open_records(configure("tracking=none"), tmp_path) as records:
+        recorder = RunRecorder(records.outbox, configure(), Identity("run", "train"))
+        recorder.finish({"seconds": 1.0}, results(configure()))
+        assert recorder.run_id(60) is None
+    assert list(tmp_path.iterdir()) == []
