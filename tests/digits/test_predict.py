@@ -299,6 +299,53 @@ def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: 
     assert kept.stat().st_mtime_ns == before
 
 
+def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
+    predictor: Predictor, trained_lab: Path
+) -> None:
+    tracking = MlflowTracking(None, "digitlab", trained_lab)
+    [kept] = (trained_lab / "calibrations").iterdir()
+    kept.write_bytes(kept.read_bytes()[:1000])
+    again = Predictor(tracking, "smoke-seed-0", trained_lab)
+    assert again.calibration.temperature == predictor.calibration.temperature
+    shutil.rmtree(kept.parent)
+    kept.parent.touch()  # no folder can be made there
+    try:
+        again = Predictor(tracking, "smoke-seed-0", trained_lab)
+        assert torch.equal(again.calibration.limits, predictor.calibration.limits)
+    finally:
+        kept.parent.unlink()
+        Predictor(tracking, "smoke-seed-0", trained_lab)
+
+
+def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
+    lab: Path, run_sweep: Any, call_in: Any
+) -> None:
+    """Whichever of the two is asked first: their weights are the same."""
+    assert run_sweep("study.workers=1").wait() == 0
+    call = call_in(lab)
+    status, out, _ = call("reproduce", "champion", "--json")
+    assert (status, json.loads(out)["verdict"]) == (0, "identical")
+    tracking = MlflowTracking(None, "digitlab", lab)
+    again = Predictor(tracking, json.loads(out)["run_id"], lab)
+    first = Predictor(tracking, "champion", lab)
+    assert again.calibration.temperature == first.calibration.temperature != 1
+
+
+def test_prepared_must_be_a_number_of_images(trained_lab: Path, call_in: Any) -> None:
+    for count in ("0", "-5"):
+        status, out, err = call_in(trained_lab)(
+            "evaluate", "--shift", "--run", "smoke-seed-0", "--prepared", count
+        )
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"--prepared {count}" in err
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, which `decode` ignores too
+def test_damaged_exif_does_not_spoil_good_pixels() -> None:
+    file = content(picture(DIGITS[2]), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff" + bytes(40))
+    assert prepare(decode(file, "it")).problem == ""
+
+
 def test_evaluate_measures_every_change_and_keeps_the_table(
     trained_lab: Path, call_in: Any
 ) -> None:

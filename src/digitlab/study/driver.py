@@ -36,14 +36,14 @@ from digitlab.study.workers.base import Workers, WorkerSetup
 _SHOW_INTERVAL_S = 0.2  # between two pictures of the board
 _NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
 
-# What is done with a study that has just selected its champion: registered, reported.
-Publish = Callable[[StudySession, Mapping[str, Any]], None]
+# Registers and reports a study that has just selected its champion; returns what to note of it.
+Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
 
 
 def sweep(
     composed: Composed,
     lab: Path,
-    publish: Publish = lambda _session, _summary: None,
+    publish: Publish = lambda _session, _summary: {},
     again: str | None = None,
 ) -> int:
     """Run a study, or go on with it; return the exit status.
@@ -131,7 +131,8 @@ class StudyDriver:
             return 130
         if self.store.notes().get("published") != asked:
             self.session.deliver()  # a champion is published from complete records
-            self.publish(self.session, summary)
+            summary |= self.publish(self.session, summary)
+            self.store.note("champion", summary)
             self.store.note("published", asked)
         self._show_result(rows, unpruned, summary)
         return 0
