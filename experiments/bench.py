@@ -44,7 +44,7 @@ from digitlab.study.run import perform
 from digitlab.study.space import Hyperparameter, suggest
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import Search
-from digitlab.study.workers.processes import Job, Pool, Setup, preload
+from digitlab.workers.processes import Job, Pool, Setup, preload
 from digitlab.training.evaluate import evaluate
 from digitlab.training.fit import Watch, fit
 from digitlab.training.module import DigitModule, build_optimizer, build_schedule

@@ -105,7 +105,7 @@ def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> in
 
 
 def _sweep(arguments: list[str]) -> int:
-    from digitlab.study.workers.processes import preload
+    from digitlab.workers.processes import preload
 
     lab = lab_folder()  # whose .env the workers inherit
     if not any(argument.startswith("-") for argument in arguments):
@@ -180,7 +180,7 @@ def _reproduce(arguments: list[str]) -> int:
 
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:
-        from digitlab.study.workers.processes import preload
+        from digitlab.workers.processes import preload
 
         preload()
         from digitlab.results.replay import replay

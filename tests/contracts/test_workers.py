@@ -22,7 +22,10 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.types import Config, LauncherConfig
 from digitlab.data.datasets import TRAIN, load_digits
-from digitlab.study.workers.base import (
+from digitlab.training.fit import fit
+from digitlab.training.observer import TrainingObserver
+from digitlab.training.outputs import output_files
+from digitlab.workers.base import (
     Answer,
     End,
     Epoch,
@@ -39,11 +42,8 @@ from digitlab.study.workers.base import (
     Stopped,
     WorkerSetup,
 )
-from digitlab.study.workers.inline import InlineWorkers
-from digitlab.study.workers.processes import ProcessWorkers
-from digitlab.training.fit import fit
-from digitlab.training.observer import TrainingObserver
-from digitlab.training.outputs import output_files
+from digitlab.workers.inline import InlineWorkers
+from digitlab.workers.processes import ProcessWorkers
 
 pytestmark = pytest.mark.timeout(300)
 WAIT_S = 90.0  # for an event that must come: only a failing test takes so long
@@ -126,7 +126,7 @@ def make(
         elif kind == "processes":
             workers = ProcessWorkers(setup, count)
         else:
-            from digitlab.study.workers.ray import RayWorkers
+            from digitlab.workers.ray import RayWorkers
 
             launcher = replace(tiny().launcher, address=address(request), workers=count)
             workers = RayWorkers(setup, launcher)
@@ -393,8 +393,8 @@ def test_process_leaves_signals_to_the_driver(make: Make) -> None:
 DRIVER = """
 import pickle, sys
 from pathlib import Path
-from digitlab.study.workers.base import Epoch, Job, Ready
-from digitlab.study.workers.processes import ProcessWorkers
+from digitlab.workers.base import Epoch, Job, Ready
+from digitlab.workers.processes import ProcessWorkers
 
 if __name__ == "__main__":
     setup, config = pickle.loads(Path(sys.argv[1]).read_bytes())
@@ -483,7 +483,7 @@ def test_sigterm_is_left_to_the_driver(make: Make) -> None:
 @pytest.mark.cluster
 def test_a_cluster_that_is_not_there_is_the_callers_mistake(setup: WorkerSetup) -> None:
     pytest.importorskip("ray")
-    from digitlab.study.workers.ray import RayWorkers
+    from digitlab.workers.ray import RayWorkers
 
     launcher = LauncherConfig(**(vars(tiny().launcher) | {"address": "auto"}))
     with pytest.raises(UserError, match=r"launcher.address=auto: no Ray cluster is reached"):
@@ -493,7 +493,7 @@ def test_a_cluster_that_is_not_there_is_the_callers_mistake(setup: WorkerSetup) 
 def test_ray_that_is_not_installed_is_asked_for(
     setup: WorkerSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from digitlab.study.workers.ray import RayWorkers
+    from digitlab.workers.ray import RayWorkers
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[cluster\]'"):

@@ -31,7 +31,7 @@ from digitlab.study.settle import settle
 from digitlab.study.storage import STORE_ERRORS
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow, best_first
-from digitlab.study.workers.base import Workers, WorkerSetup
+from digitlab.workers.base import Workers, WorkerSetup
 
 _SHOW_INTERVAL_S = 0.2  # between two pictures of the board
 _NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
@@ -165,10 +165,10 @@ class StudyDriver:
         config, session = self.session.config, self.session
         setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
         if config.launcher.name is Launcher.ray:
-            from digitlab.study.workers.ray import RayWorkers  # which imports Ray
+            from digitlab.workers.ray import RayWorkers  # which imports Ray
 
             return RayWorkers(setup, config.launcher)
-        from digitlab.study.workers.processes import ProcessWorkers
+        from digitlab.workers.processes import ProcessWorkers
 
         count = _count_workers(config, self.board)
         self.store.note("workers", max(count, self.store.notes().get("workers", 0)))

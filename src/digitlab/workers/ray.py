@@ -14,7 +14,7 @@ from typing import Any
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.config.types import LauncherConfig
-from digitlab.study.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
+from digitlab.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a node: each run sets torch's own
@@ -169,7 +169,7 @@ class _Actor:
         import ray
 
         from digitlab.base.environment import describe_environment
-        from digitlab.study.workers.job import serve
+        from digitlab.workers.job import serve
 
         lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
         node = ray.get_runtime_context().get_node_id()
