@@ -37,14 +37,14 @@ from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import Tracking, open_tracking
 from digitlab.records.record import Identity, begin_record, trial_tags
 from digitlab.study.run import perform
-from digitlab.study.space import Knob, suggest
+from digitlab.study.space import Hyperparameter, suggest
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import Search
-from digitlab.study.workers.processes import Job, Pool, Setup, preload
+from digitlab.workers.processes import Job, Pool, Setup, preload
 from digitlab.training.evaluate import evaluate
 from digitlab.training.fit import Watch, fit
 from digitlab.training.module import DigitModule, build_optimizer, build_schedule
@@ -495,7 +495,7 @@ def empty_trial(lab: Path, earlier: int, repeats: int) -> list[Figure]:
     ]
 
 
-def _value_of(knob: Knob, chance: random.Random) -> object:
+def _value_of(knob: Hyperparameter, chance: random.Random) -> object:
     values = knob.extremes()
     if len(values) > 2 or knob.as_json:
         return chance.choice(values)
@@ -503,7 +503,7 @@ def _value_of(knob: Knob, chance: random.Random) -> object:
     return chance.randint(low, high) if isinstance(low, int) else chance.uniform(low, high)
 
 
-def _bare(study: Any, knobs: list[Knob]) -> None:
+def _bare(study: Any, knobs: list[Hyperparameter]) -> None:
     trial = study.ask()
     suggest(trial, knobs)
     study.tell(trial, 0.5)

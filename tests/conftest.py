@@ -14,7 +14,7 @@ import pytest
 
 from digitlab.base.errors import UserError
 from digitlab.cli import main
-from digitlab.study.workers import processes
+from digitlab.workers import processes
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))

@@ -279,6 +279,21 @@ def test_cfg_job_prints_the_configuration_and_trains_nothing(call: Call, trained
 def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:
     status, out, err = call("train", "--help")
     assert (status, err) == (0, "")
-    assert out.startswith("digitlab")
-    for group in ("model: convnet, seed", "optim: adam, adamw, sgd"):
+    assert out.startswith("usage: digitlab train ")
+    for group in ("model        convnet, seed, strided", "optim        adam, adamw, sgd"):
         assert group in out
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_config_lists_every_setting_with_its_rule(call: Call) -> None:
+    status, out, _ = call("config")
+    assert status == 0
+    assert re.search(r"^  trainer\.epochs +\w.*\. \(an integer >= 1\)$", out, re.MULTILINE)
+
+
+def test_config_prints_a_json_schema(call: Call) -> None:
+    status, out, _ = call("config", "--schema")
+    assert status == 0
+    assert json.loads(out)["$defs"]["TrainerConfig"]["properties"]["epochs"]["minimum"] == 1

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import runpy
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from digitlab.base.errors import UserError, nearest
-from digitlab.base.paths import ROOT, lab_folder
+from digitlab.base.paths import RECIPES, lab_folder
 
 if TYPE_CHECKING:
     from digitlab.config.compose import Composed
@@ -104,7 +105,7 @@ def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> in
 
 
 def _sweep(arguments: list[str]) -> int:
-    from digitlab.study.workers.processes import preload
+    from digitlab.workers.processes import preload
 
     lab = lab_folder()  # whose .env the workers inherit
     if not any(argument.startswith("-") for argument in arguments):
@@ -118,6 +119,16 @@ def _sweep(arguments: list[str]) -> int:
     from digitlab.study.driver import sweep
 
     return _run_all(jobs, lambda job: sweep(job, lab, publish))
+
+
+def _config(arguments: list[str]) -> int:
+    parser = Parser("digitlab config", description="List all settings, with their limits.")
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema instead")
+    options = parser.parse_args(arguments)
+    from digitlab.config.schema import describe_settings, json_schema
+
+    print(json.dumps(json_schema(), indent=2) if options.schema else describe_settings())
+    return 0
 
 
 def _audit(arguments: list[str]) -> int:
@@ -135,7 +146,7 @@ def _audit(arguments: list[str]) -> int:
 
 def _bench(arguments: list[str]) -> int:
     sys.argv[1:] = arguments
-    runpy.run_path(str(ROOT / "experiments/bench.py"), run_name="__main__")
+    runpy.run_path(str(RECIPES / "bench.py"), run_name="__main__")
     return 0
 
 
@@ -169,7 +180,7 @@ def _reproduce(arguments: list[str]) -> int:
 
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:
-        from digitlab.study.workers.processes import preload
+        from digitlab.workers.processes import preload
 
         preload()
         from digitlab.results.replay import replay
@@ -185,14 +196,14 @@ def _reproduce(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     parser = Parser("digitlab compare", description="What differs between runs.")
     parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
-    parser.add_argument("--page", type=Path, help="write it as a page, too", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="write it as an HTML page, too", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.runs if "=" in word]
     runs = [word for word in options.runs if "=" not in word]
     from digitlab.results.compare import compare
 
-    return compare(runs, overrides, lab_folder(), options.json, options.page)
+    return compare(runs, overrides, lab_folder(), options.json, options.out)
 
 
 def _report(arguments: list[str]) -> int:
@@ -280,8 +291,9 @@ def _pages(
 
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "data": ("fetch and verify a data set", _data),
-    "train": ("train one configuration; a Hydra application", _train),
-    "sweep": ("run a study, or go on with it; a Hydra application", _sweep),
+    "train": ("train one model; takes any override", _train),
+    "sweep": ("run a study, or continue it; takes any override", _sweep),
+    "config": ("list all settings; --schema prints their JSON schema", _config),
     "audit": ("check that trials and runs agree; --repair repairs", _audit),
     "bench": ("measure what the machinery costs", _bench),
     "reproduce": ("train a run or a study again from its record, with a verdict", _reproduce),

@@ -172,3 +172,8 @@ def test_intervals_overlap_where_they_share_a_point(low: float, high: float, ove
 
 def test_an_interval_is_shown_in_per_cent_with_its_n() -> None:
     assert str(Interval(0.99534, 0.9948, 0.9958, 5)) == "99.53 % (99.48 to 99.58, n=5)"
+
+
+def test_a_lone_value_is_shown_without_an_interval() -> None:
+    assert str(mean_interval([0.971])) == "97.10 % (n=1)"
+    assert str(pooled_intervals([[0.5], [0.4, 0.6]])[0]) == "50.00 % (n=1)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+from mlflow import MlflowClient
 from test_report import recorded, studies
 from torch import Tensor, nn
 
@@ -19,8 +19,8 @@ from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.explain import activations, attribution
-from digitlab.networks import build_network
-from digitlab.records.mlflow import RunRecord, Tracking
+from digitlab.networks.table import build_network
+from digitlab.records.mlflow import RunRecord, Tracking, sqlite_uri
 from digitlab.records.reader import recorded_config
 from digitlab.records.record import Identity
 from digitlab.study import run
@@ -102,21 +102,43 @@ def test_reasons_of_a_linear_network_are_its_weights_times_the_pixels() -> None:
 # ---- what each layer sees ------------------------------------------------------------------------
 
 
-def test_every_layer_but_the_last_gives_its_maps_by_name() -> None:
+def test_every_layer_but_the_last_gives_its_maps_after_its_activation() -> None:
     network = fresh("model.widths=[4,6,5]", "model.kernel_sizes=[5,3,3]", "model.hidden=24")
     image = torch.rand(1, 1, 28, 28)
     maps, logits = activations(network, image)
-    convolutions = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
-    hidden, _ = (n for n, m in network.named_modules() if isinstance(m, nn.Linear))
-    assert list(maps) == [*convolutions, hidden]
-    shapes = [(4, 28, 28), (6, 14, 14), (5, 7, 7), (1, 4, 6)]
-    assert [tuple(layer.shape) for layer in maps.values()] == shapes
-    name, first = next(iter(convolutions.items()))
+    assert {name: tuple(layer.shape) for name, layer in maps.items()} == {
+        "convolution 1 (4 filters)": (4, 14, 14),
+        "convolution 2 (6 filters)": (6, 7, 7),
+        "convolution 3 (5 filters)": (5, 3, 3),
+        "dense 1 (24 units)": (1, 4, 6),
+    }
+    assert all(float(layer.min()) == 0 for layer in maps.values())
     with torch.no_grad():
-        expected = F.conv2d(image, first.weight, first.bias, first.stride, first.padding)
         torch.testing.assert_close(logits, network(image))
-    torch.testing.assert_close(maps[name], expected[0])
-    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.pools=[1]",), ("model.pools=[2]",)])
+@pytest.mark.parametrize("norm", ["true", "false"])
+def test_first_maps_are_those_of_the_layers_up_to_the_first_relu(
+    overrides: tuple[str, ...], norm: str
+) -> None:
+    network = fresh("model.widths=[8]", f"model.batch_norm={norm}", *overrides)
+    image = torch.rand(1, 1, 28, 28)
+    maps, _ = activations(network, image)
+    layers = next(iter(network.children()))
+    end = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU))
+    with torch.no_grad():
+        expected = layers[: end + 1](image)[0]
+    torch.testing.assert_close(maps["convolution 1 (8 filters)"], expected)
+
+
+def test_activation_counts_that_is_a_function_and_not_a_module() -> None:
+    network = network_of("seed", Path("/nonexistent")).eval()
+    maps, _ = activations(network, torch.rand(1, 1, 28, 28))
+    assert [(name, tuple(layer.shape)) for name, layer in maps.items()] == [
+        ("convolution 1 (32 filters)", (32, 13, 13))
+    ]
+    assert float(maps["convolution 1 (32 filters)"].min()) == 0
 
 
 # ---- from the command line -----------------------------------------------------------------------
@@ -149,7 +171,7 @@ def test_explain_says_what_the_champion_reads_and_draws_why(
     ranked = list(zip(digits.tolist(), sure.tolist(), strict=True))
     said = ", ".join(f"{digit} {probability:.2%}" for digit, probability in ranked)
     assert first.startswith(f"test image 3, a {truth}: ")
-    assert first.endswith(f" says {said}")
+    assert first.endswith(f" reads {said}")
     (best, _), (other, _), _ = ranked
     assert second.startswith(f"why {best} and not {other}, ")
     picture = Path(second.rsplit(": ", 1)[1])
@@ -166,7 +188,7 @@ def test_explain_takes_a_run_a_digit_and_a_file(
     arguments = ("--run", f"smoke/{row.number}", "--out", str(target))
     assert explain("499", *arguments) == 0
     told = capsys.readouterr().out
-    found = re.search(rf"smoke-{row.number} says (\d) ", told)
+    found = re.search(rf"smoke-{row.number} reads (\d) ", told)
     assert found
     assert str(target) in told
     first = target.read_bytes()
@@ -179,7 +201,7 @@ def test_explain_takes_a_run_a_digit_and_a_file(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["500"], "explain 500: allowed is a file, or an index of a test image, 0 to 499"),
+        (["500"], "a file, or an index of a test image, 0 to 499"),
         (["-1"], "-1: no such file"),
         (["three"], "three: no such file"),
         (["3", "--against", "10"], "10"),
@@ -198,15 +220,29 @@ def test_what_cannot_be_explained_is_refused_in_one_line(
     assert told.err.count("\n") == 1
 
 
-def test_digit_that_was_said_is_no_digit_against_it(
+def test_the_answer_itself_is_compared_with_the_next_best(
     lab: Path, explain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = int(read(lab, 3)[1].argmax())
-    assert explain("3", "--against", str(said), "--out", str(tmp_path / "no.png")) == 2
-    told = capsys.readouterr()
-    assert f"--against {said}: allowed is a digit that the network did not say" in told.err
-    assert told.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    best, second = read(lab, 3)[1].topk(2).indices.tolist()
+    assert explain("3", "--against", str(best), "--out", str(tmp_path / "why.png")) == 0
+    assert f"why {best} and not {second}," in capsys.readouterr().out
+
+
+def test_run_whose_name_is_a_path_writes_in_the_lab_alone(
+    lab: Path, explain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = recorded(lab, "smoke")
+    row = next(row for row in study.search.rows() if row.state == "finished")
+    run_id = study.tracking.get(f"smoke-{row.number}").run_id
+    client = MlflowClient(sqlite_uri(lab))
+    client.set_tag(run_id, "mlflow.runName", "../../../evil/x\x1b[31m")
+    try:
+        assert explain("3", "--run", run_id) == 0
+    finally:
+        client.set_tag(run_id, "mlflow.runName", f"smoke-{row.number}")
+    picture = Path(capsys.readouterr().out.splitlines()[1].rsplit(": ", 1)[1])
+    assert picture.parent == lab / "explained"
+    assert re.fullmatch(r"[\w.=,-]+\.png", picture.name)
 
 
 def test_picture_that_cannot_be_written_is_told_in_one_line(

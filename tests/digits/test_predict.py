@@ -24,8 +24,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from digitlab.base.errors import UserError
 from digitlab.cli import main
+from digitlab.digits.calibration import fit_temperature
 from digitlab.digits.decode import decode
-from digitlab.digits.predict import Predictor, fit_temperature
+from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
 from digitlab.records.mlflow import MlflowTracking
@@ -151,14 +152,14 @@ def png_that_claims(width: int, height: int) -> bytes:
     ("body", "named"),
     [
         (b"", "empty"),
-        (b"no image at all", "no image: allowed are PNG, JPEG"),
+        (b"no image at all", "not an image: it must be one of PNG, JPEG"),
         (content(picture(DIGITS[0]), "PNG")[:200], "damaged or cut short"),
         (content(picture(DIGITS[0]), "JPEG")[:300], "damaged or cut short"),
         (png_that_claims(100000, 100000), "at most 50000000 are read"),
         (png_that_claims(1000000, 1), "at least 5 a side"),
         (png_that_claims(1000000, 5), "no side 100 times the other"),
-        (b"%PDF-1.7\n", "no image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
+        (b"%PDF-1.7\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     ],
 )
 def test_what_is_no_image_is_told_in_one_line(body: bytes, named: str) -> None:
@@ -205,7 +206,7 @@ def test_folder_and_standard_input_are_read(
     folder.mkdir()
     for i in range(3):
         picture(DIGITS[i]).save(folder / f"{i}.png")
-    (folder / "notes.txt").write_text("no image")
+    (folder / "notes.txt").write_text("not an image")
     status, out, _ = predict("--json", str(folder), "--save", str(tmp_path / "seen"))
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
@@ -277,25 +278,72 @@ def test_temperature_is_found_again(temperature: float, seed: int) -> None:
     assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.15)
 
 
-def test_champion_is_judged_by_the_holdout_of_its_trial(
+def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     lab: Path, run_sweep: Any, call_in: Any, tmp_path: Path
 ) -> None:
     assert run_sweep("study.workers=1").wait() == 0
     predictor = Predictor(MlflowTracking(None, "digitlab", lab), "champion", lab)
     assert predictor.config.data.evaluate_on == "test"
-    assert predictor.judge.temperature != 1  # which stands for a run without a trial
+    assert predictor.calibration.temperature != 1  # which stands for a run without a trial
     picture(DIGITS[0]).save(tmp_path / "new.png")
     status, out, _ = call_in(lab)("predict", str(tmp_path / "new.png"))
     assert (status, out.count("\n")) == (0, 1)
 
 
-def test_judge_is_fitted_once_and_kept(predictor: Predictor, trained_lab: Path) -> None:
-    [kept] = (trained_lab / "judges").iterdir()
+def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: Path) -> None:
+    [kept] = (trained_lab / "calibrations").iterdir()
     before = kept.stat().st_mtime_ns
     tracking = MlflowTracking(None, "digitlab", trained_lab)
     again = Predictor(tracking, "smoke-seed-0", trained_lab)
-    assert again.judge.temperature == predictor.judge.temperature
+    assert again.calibration.temperature == predictor.calibration.temperature
     assert kept.stat().st_mtime_ns == before
+
+
+def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
+    predictor: Predictor, trained_lab: Path
+) -> None:
+    tracking = MlflowTracking(None, "digitlab", trained_lab)
+    [kept] = (trained_lab / "calibrations").iterdir()
+    kept.write_bytes(kept.read_bytes()[:1000])
+    again = Predictor(tracking, "smoke-seed-0", trained_lab)
+    assert again.calibration.temperature == predictor.calibration.temperature
+    shutil.rmtree(kept.parent)
+    kept.parent.touch()  # no folder can be made there
+    try:
+        again = Predictor(tracking, "smoke-seed-0", trained_lab)
+        assert torch.equal(again.calibration.limits, predictor.calibration.limits)
+    finally:
+        kept.parent.unlink()
+        Predictor(tracking, "smoke-seed-0", trained_lab)
+
+
+def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
+    lab: Path, run_sweep: Any, call_in: Any
+) -> None:
+    """Whichever of the two is asked first: their weights are the same."""
+    assert run_sweep("study.workers=1").wait() == 0
+    call = call_in(lab)
+    status, out, _ = call("reproduce", "champion", "--json")
+    assert (status, json.loads(out)["verdict"]) == (0, "identical")
+    tracking = MlflowTracking(None, "digitlab", lab)
+    again = Predictor(tracking, json.loads(out)["run_id"], lab)
+    first = Predictor(tracking, "champion", lab)
+    assert again.calibration.temperature == first.calibration.temperature != 1
+
+
+def test_prepared_must_be_a_number_of_images(trained_lab: Path, call_in: Any) -> None:
+    for count in ("0", "-5"):
+        status, out, err = call_in(trained_lab)(
+            "evaluate", "--shift", "--run", "smoke-seed-0", "--prepared", count
+        )
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"--prepared {count}" in err
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, which `decode` ignores too
+def test_damaged_exif_does_not_spoil_good_pixels() -> None:
+    file = content(picture(DIGITS[2]), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff" + bytes(40))
+    assert prepare(decode(file, "it")).problem == ""
 
 
 def test_evaluate_measures_every_change_and_keeps_the_table(
@@ -377,7 +425,7 @@ def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
 ) -> None:
     read, made_up = hammer(predictor, 400, 1)
     assert 30 < read < 390
-    assert made_up <= read // 25  # by a network and a judge that know 1,600 digits
+    assert made_up <= read // 25  # by a network and a calibration that know 1,600 digits
 
 
 @pytest.mark.long
@@ -385,7 +433,7 @@ def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
 def test_ten_thousand_malformed_files(predictor: Predictor) -> None:
     read, made_up = hammer(predictor, 10000, 2)
     assert read > 1000
-    assert made_up <= read // 25  # by a network and a judge that know 1,600 digits
+    assert made_up <= read // 25  # by a network and a calibration that know 1,600 digits
 
 
 _DECODED = """

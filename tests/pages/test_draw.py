@@ -317,11 +317,11 @@ def test_page_tells_while_drawing_what_the_network_sees_and_why(paper: Paper) ->
     assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert shares.index(max(shares)) == 1
     assert max(paper.seen()) > 200
-    assert re.fullmatch(r"blue speaks for 1, red for \d", page.locator("#why").inner_text())
+    assert re.fullmatch(r"blue: evidence for 1, red: for \d", page.locator("#why").inner_text())
     coloured = "$('reasons').getContext('2d').getImageData(0, 0, 28, 28).data.some(v => v)"
     assert page.evaluate(coloured)
     heads = page.locator("#layers h2").all_inner_texts()
-    told = ["16 maps", "32 maps", "its units"]
+    told = ["convolution 1 (16 filters): the 8", "convolution 2 (32 filters): the 8", "dense 1 ("]
     assert [what in head for what, head in zip(told, heads, strict=True)] == [True] * 3
     assert page.locator("#layers canvas").count() == 17
     paper.clear()
@@ -415,7 +415,7 @@ def test_images_of_ones_own_are_read(paper: Paper, lab: Lab, way: str) -> None:
     assert paper.digit == "3"
     give(b"no image at all", "text/plain", "notes.txt")
     error = paper.page.get_by_role("alert")
-    assert "no image: allowed are PNG" in error.inner_text()
+    assert "not an image: it must be one of PNG" in error.inner_text()
     assert "\n" not in error.inner_text()
     paper.errors.clear()  # the browser's own line about status 400
     paper.page.keyboard.press("Control+z")  # the scan; the notes were not kept
@@ -645,7 +645,7 @@ def test_any_query_and_type_is_answered_as_declared(
 def test_api_tells_of_every_answer_it_gives(server: Server, api: dict[str, Any], lab: Lab) -> None:
     assert set(api["paths"]) == {"/", "/runs", "/predict", "/explain"}
     file = png(large(4, lab))
-    for path, kind in (("/predict", "Said"), ("/explain", "Explained")):
+    for path, kind in (("/predict", "Reading"), ("/explain", "Explanation")):
         told = api["paths"][path]["post"]
         assert set(told["requestBody"]["content"]) == {"image/*", "application/octet-stream"}
         problems = {"400", "403", "404", "408", "413", "415", "422", "503"}

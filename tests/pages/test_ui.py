@@ -1,6 +1,7 @@
 """MLflow's and Optuna's own pages on a study, in a real browser, from the servers that we start."""
 
 import base64
+import http.client
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SHARE
+from digitlab.pages.views import describe_study, view_addresses, view_tags
 from playwright.sync_api import Browser, Page
 from test_report import Study, configure, look, open_browser, recorded, studies
 
@@ -30,7 +32,6 @@ from digitlab.base.paths import ROOT
 from digitlab.cli import main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
-from digitlab.pages.views import describe_study, view_addresses, view_tags
 from digitlab.records.mlflow import open_tracking
 from digitlab.records.record import Identity, begin_record, stage, trial_tags
 from digitlab.study.storage import open_storage
@@ -404,6 +405,44 @@ def test_dashboard_shows_the_studies_to_this_machine_alone(lab: Path, tmp_path: 
         assert len(whole["trials"]) == 6
         with pytest.raises(urllib.error.URLError):
             server.get("/api/studies", host=BESIDE)
+        for headers in (
+            {"Host": "evil.example"},
+            {"Host": f"evil.example:{server.port}"},
+            {"Host": "127.0.0.1.evil.example"},
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Origin": f"http://localhost:{server.port}"},  # not the same name as Host
+        ):
+            for method, path in (("GET", "/api/studies"), ("DELETE", "/api/studies/1")):
+                assert asked(server, method, path, headers) == 403, (method, headers)
+        assert asked(server, "GET", "/api/studies", {"Host": f"localhost:{server.port}"}) == 200
+        own = {"Origin": f"http://{HOST}:{server.port}"}
+        assert asked(server, "GET", "/api/studies", own) == 200
+        after = json.loads(server.get("/api/studies"))["study_summaries"]
+        assert len(after) == 2
+
+
+def asked(server: Server, method: str, path: str, headers: dict[str, str]) -> int:
+    """The status of an answer."""
+    connection = http.client.HTTPConnection(HOST, server.port, timeout=10)
+    try:
+        connection.request(method, path, headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_password_of_the_storage_is_on_no_command_line(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dashboard is served by this process; it becomes no other that is given the address."""
+    become: list[object] = []
+    monkeypatch.setattr(os, "execv", lambda *given: become.append(given))
+    monkeypatch.setattr(ui_pages._Server, "serve_forever", lambda *_: None)
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    assert ui_pages.dashboard(lab, port) == 130
+    assert become == []
 
 
 @pytest.mark.parametrize("command", ["ui", "dashboard"])

@@ -39,16 +39,12 @@ from digitlab.data.datasets import TRAIN
 from digitlab.records.mlflow import MlflowTracking, RunRow, Start
 from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
 from digitlab.records.record import SUMS, Identity, seal, stage, trial_tags
+from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
-from digitlab.results.replay import replay, where_they_part
-from digitlab.results.reproduce import (
-    Difference,
-    Verdict,
-    _at_commit,
-    differences,
-    judge,
-    reproduce,
-)
+from digitlab.results.at_commit import verdict_at_commit
+from digitlab.results.replay import compare_studies, replay
+from digitlab.results.reproduce import reproduce
+from digitlab.results.verdict import Difference, Verdict, differences, reach_verdict
 from digitlab.study import run
 from digitlab.study.run import Ended, perform, train
 from digitlab.training.fit import Fit, Watch
@@ -169,7 +165,7 @@ def test_reproduction_is_identical_in_one_json_document(call: Call, recorded: Re
 def test_other_number_of_threads_is_named_before_and_after_training(
     call: Call, recorded: Recorded
 ) -> None:
-    named = "trainer.threads was 1, is 2: may round otherwise, and so give other weights"
+    named = "trainer.threads was 1, is 2: can change floating-point rounding, and so the weights"
     status, out, _ = call("reproduce", recorded.run_id, "trainer.threads=2")
     before, after = out.split("epoch 1/1")
     assert named in before
@@ -191,7 +187,7 @@ def test_other_version_of_a_library_is_named_in_words_before_and_after_training(
     status, out, err = call("reproduce", recorded.run_id)
     assert (status, err) == (0, "")  # it was the same version after all
     before, after = out.split("epoch 1/1")
-    named = f"libraries.torch was {version('torch')}, is 99.0: may round otherwise"
+    named = f"libraries.torch was {version('torch')}, is 99.0: can change floating-point rounding"
     assert named in before
     assert named in after
     assert before.splitlines()[0] == f"reproducing smoke-seed-0 ({recorded.run_id})"
@@ -378,7 +374,7 @@ def test_runs_with_the_same_bits_are_identical_whatever_else_differs(
     recorded: Recorded, found: list[Difference]
 ) -> None:
     row = written(recorded, f"same {len(found)}")
-    assert judge(recorded.tracking, row, row, found) == ("identical", [])
+    assert reach_verdict(recorded.tracking, row, row, found) == ("identical", [])
 
 
 @pytest.mark.parametrize("found", [[], [HARMLESS]])
@@ -387,7 +383,7 @@ def test_other_bits_without_a_cause_are_not_reproduced(
 ) -> None:
     row = written(recorded, f"causeless {len(found)}")
     again = written(recorded, f"causeless {len(found)}/again", weights="other")
-    told = judge(recorded.tracking, row, again, found)
+    told = reach_verdict(recorded.tracking, row, again, found)
     assert told == ("not reproduced", ["SHA-256 of the weights was same, is other"])
 
 
@@ -406,7 +402,7 @@ def test_tolerance_is_the_distance_of_two_seeds_where_three_are_known(
     ]
     assert sorted(over_seeds(recorded.tracking, rows[0])) == sorted(accuracies)
     again = written(recorded, f"{name}/again", accuracy=0.90 - distance, wrong=range(99))
-    told, (*_, reason) = judge(recorded.tracking, rows[0], again, [ROUNDING])
+    told, (*_, reason) = reach_verdict(recorded.tracking, rows[0], again, [ROUNDING])
     assert told == verdict
     tolerance = 1.96 * math.sqrt(2) * statistics.stdev(accuracies)
     assert reason.startswith(
@@ -426,7 +422,7 @@ def test_tolerance_is_that_of_mcnemar_where_no_three_seeds_are_known(
     again = written(
         recorded, f"{name}/again", accuracy=1 - wrong / IMAGES, wrong=range(wrong), weights="other"
     )
-    told, (*_, reason) = judge(recorded.tracking, row, again, [ROUNDING])
+    told, (*_, reason) = reach_verdict(recorded.tracking, row, again, [ROUNDING])
     assert told == verdict
     assert f"{wrong} images are right in one alone" in reason
     assert f"{1.96 * math.sqrt(wrong) / IMAGES:.4f} is tolerated" in reason
@@ -457,13 +453,13 @@ def test_differences_of_two_environments_are_named_one_by_one() -> None:
         "source": "2",
     }
     found = {item.name: item for item in differences(then, now)}
-    assert {name for name, item in found.items() if not item.harmless} == {
+    assert {name for name, item in found.items() if not item.is_harmless} == {
         *("libraries.torch", "libraries.nvidia-cublas", "numerics.mkldnn", "source"),
     }
     harmless = {"commit", "diff", "gone", "libraries.rich", "untracked"}
-    assert {name for name, item in found.items() if item.harmless} == harmless
+    assert {name for name, item in found.items() if item.is_harmless} == harmless
     assert str(found["gone"]) == "gone was 1, is None: should change nothing"
-    assert "may change anything" in str(found["source"])
+    assert "can change anything" in str(found["source"])
     assert not any("a long text" in str(item) for item in found.values())
     assert differences(then, then) == []
 
@@ -948,7 +944,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "src" / "bits").write_bytes(bytes(range(256)))
     git(folder, "init", "--quiet")
     commit(folder)
-    monkeypatch.setattr(reproduction, "ROOT", folder)
+    monkeypatch.setattr(at_commit, "ROOT", folder)
     monkeypatch.setattr(environment, "ROOT", folder)
     return folder
 
@@ -984,7 +980,7 @@ def test_recorded_code_is_run_when_the_checkout_has_moved_on(
     commit(repository)
     (package / "version.py").write_text("NAME = 'now'\n")
     (package / "kept.py").unlink()
-    verdict = _at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
+    verdict = verdict_at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
     told = ["changed", "untracked", str(recorded.lab), "trainer.threads=2"]
     assert verdict == Verdict("not comparable", told, None, recorded.run_id)
     assert work_trees(repository) == 1
@@ -1015,7 +1011,7 @@ def test_code_that_cannot_be_had_any_more_is_refused(
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     before = set(repository.parent.rglob("*"))
     with pytest.raises(UserError, match=reason) as told:
-        _at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
+        verdict_at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
     assert "\n" not in str(told.value)
     assert str(told.value).startswith("--at-commit: smoke-seed-0")
     assert work_trees(repository) == 1
@@ -1038,22 +1034,22 @@ def test_recorded_code_that_breaks_is_refused(recorded: Recorded, repository: Pa
     (package / "__init__.py").touch()
     (package / "cli.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(UserError, match="--at-commit"):
-        _at_commit(recorded.row, {"commit": commit(repository)}, [], recorded.lab)
+        verdict_at_commit(recorded.row, {"commit": commit(repository)}, [], recorded.lab)
 
 
 def test_commit_without_the_code_is_refused(recorded: Recorded, repository: Path) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     with pytest.raises(UserError, match="--at-commit") as told:
-        _at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
+        verdict_at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
     assert "its code ended with status" not in str(told.value)
 
 
 def test_code_outside_a_repository_is_refused(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    monkeypatch.setattr(at_commit, "ROOT", tmp_path)
     with pytest.raises(UserError, match="not a git repository"):
-        _at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+        verdict_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
 
 
 def test_recorded_code_without_git_is_refused(
@@ -1061,7 +1057,7 @@ def test_recorded_code_without_git_is_refused(
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match="git"):
-        _at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+        verdict_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
 
 
 @pytest.mark.parametrize("path", ["", "src", "src/x.py/y"])
@@ -1070,7 +1066,9 @@ def test_untracked_path_that_cannot_be_written_is_refused(
 ) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     with pytest.raises(UserError, match="--at-commit"):
-        _at_commit(recorded.row, {"commit": head, "untracked": {path: "x"}}, [], recorded.lab)
+        verdict_at_commit(
+            recorded.row, {"commit": head, "untracked": {path: "x"}}, [], recorded.lab
+        )
 
 
 @pytest.mark.parametrize(
@@ -1159,7 +1157,7 @@ def test_uncommitted_code_trains_the_same_again_when_the_checkout_has_moved_on(
     whole = (package / "run.py").read_text()
     (package / "run.py").write_text(whole + CHANGE)
     (package / "offset.py").write_text("OFFSET = 41\n")
-    command = [sys.executable, "-c", reproduction._COMMAND, "train", *SMALL]
+    command = [sys.executable, "-c", at_commit._COMMAND, "train", *SMALL]
     place = os.environ | {"PYTHONPATH": str(clone / "src")}
     subprocess.run(command, cwd=clone, env=place, check=True)
 
@@ -1168,7 +1166,7 @@ def test_uncommitted_code_trains_the_same_again_when_the_checkout_has_moved_on(
     (package / "extra.py").write_text("EXTRA = 1\n")
     commit(clone)
     (package / "run.py").write_text("raise SystemExit('the present code is broken')")
-    monkeypatch.setattr(reproduction, "ROOT", clone)
+    monkeypatch.setattr(at_commit, "ROOT", clone)
     call = call_in(lab)
     status, out, _ = call("reproduce", "smoke-seed-0", "--at-commit", "--json")
     document = json.loads(out)
@@ -1178,7 +1176,7 @@ def test_uncommitted_code_trains_the_same_again_when_the_checkout_has_moved_on(
     assert tracking.get(document["run_id"]).tags["digitlab.verdict"] == "identical"
     # The code of this process trains from the seed as it stands.
     status, out, _ = call("reproduce", document["original_run_id"])
-    assert re.search(r"  source was \w{12}, is \w{12}: may change anything\n", out)
+    assert re.search(r"  source was \w{12}, is \w{12}: can change anything\n", out)
     assert "SHA-256 of the weights was" in out
     assert out.splitlines()[-1].startswith(("within tolerance", "not comparable"))
 
@@ -1224,7 +1222,7 @@ def test_study_is_replayed_trial_by_trial(
 
     alter(lab, 0, "value + 1e-9")
     original, again = (open_study(lab, f"study.name={name}") for name in ("smoke", kept.name))
-    [difference] = where_they_part(original, again)
+    [difference] = compare_studies(original, again)
     assert re.match(r"trial 0: value was 0\.\d+, is 0\.\d+$", difference)
 
 
@@ -1281,7 +1279,7 @@ def test_replay_that_is_stopped_says_so_without_a_traceback(
 ) -> None:
     longer = ("trainer.epochs=50", "study.trials=1", "study.pruner=none")
     assert run_sweep("study.workers=1", *longer).wait() == 0
-    command = [sys.executable, "-c", reproduction._COMMAND, "reproduce", "--study", "smoke"]
+    command = [sys.executable, "-c", at_commit._COMMAND, "reproduce", "--study", "smoke"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:
         until(lambda: ("RUNNING",) in states(lab, "smoke-replay"))

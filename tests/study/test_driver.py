@@ -34,7 +34,7 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     assert results_of(lab)[:3] == before
     # The earlier champion stays, so that what was printed for it still works.
     champions = runs_of(lab, kind="champion")
-    assert [run.run_id for run in champions][0] == earlier.run_id
+    assert champions[0].run_id == earlier.run_id
     assert champions[0].tags["digitlab.superseded_by"] == champions[1].run_id
     assert [run.tags["digitlab.champion_of"] for run in champions] == ["3 trials", "5 trials"]
 

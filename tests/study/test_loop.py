@@ -9,7 +9,7 @@ from scripted import Script, ScriptedWorkers, succeed
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.study.loop import Ending, JobLoop, Task
-from digitlab.study.workers.base import Epoch, Failed, Job, Lost, Progress, Rung, Started
+from digitlab.workers.base import Epoch, Failed, Job, Lost, Progress, Rung, Started
 
 
 class Recorder:

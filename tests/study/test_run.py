@@ -21,7 +21,7 @@ from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_plain, flat
 from digitlab.config.types import Config
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import Start, Tracking
 from digitlab.records.record import Identity, stage
 from digitlab.study import run

@@ -20,7 +20,7 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config, Optimizer
-from digitlab.study.space import Knob, read_space, suggest
+from digitlab.study.space import Hyperparameter, read_space, suggest
 
 RECIPES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 RATES = st.floats(1e-9, 10, allow_nan=False)  # what optim.learning_rate allows
@@ -35,14 +35,14 @@ def with_space(config: Config, space: dict[str, str]) -> Config:
     return dataclasses.replace(config, study=dataclasses.replace(config.study, space=space))
 
 
-def read(config: Config, name: str, text: str) -> Knob:
-    (knob,) = read_space(with_space(config, {name: text}))
-    assert knob.name == name
-    return knob
+def read(config: Config, name: str, text: str) -> Hyperparameter:
+    (found,) = read_space(with_space(config, {name: text}))
+    assert found.name == name
+    return found
 
 
 def refusal(config: Config, name: str, text: str) -> str:
-    """The message of the UserError that a knob leads to: one line."""
+    """The message of the UserError that a hyperparameter leads to: one line."""
     with pytest.raises(UserError) as caught:
         read_space(with_space(config, {name: text}))
     message = str(caught.value)
@@ -62,15 +62,15 @@ def numbers(distribution: BaseDistribution) -> list[float]:
     return [type(distribution.low)(value) for value in values]
 
 
-def assert_fits(config: Config, knob: Knob, value: Any) -> None:
+def assert_fits(config: Config, found: Hyperparameter, value: Any) -> None:
     """`value`, one of the distribution's, goes to the configuration and comes back."""
-    of = knob.distribution
+    of = found.distribution
     assert of.to_external_repr(of.to_internal_repr(value)) == value
-    decoded = knob.decode(value)
-    assert knob.encode(decoded) == value
-    stored = flat(config_to_plain(with_values(config, {knob.name: decoded})))[knob.name]
+    decoded = found.decode(value)
+    assert found.encode(decoded) == value
+    stored = flat(config_to_plain(with_values(config, {found.name: decoded})))[found.name]
     assert stored == decoded
-    assert knob.encode(stored) == value
+    assert found.encode(stored) == value
 
 
 # --- what is shipped ---
@@ -79,11 +79,11 @@ def assert_fits(config: Config, knob: Knob, value: Any) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_space_of_every_recipe_is_understood(recipe: str) -> None:
     config = compose("sweep", [f"experiments={recipe}"])[0].config
-    knobs = read_space(config)
-    assert [knob.name for knob in knobs] == list(config.study.space)
-    for knob in knobs:
-        for extreme in knob.extremes():
-            assert_fits(config, knob, knob.encode(extreme))
+    hyperparameters = read_space(config)
+    assert [found.name for found in hyperparameters] == list(config.study.space)
+    for found in hyperparameters:
+        for extreme in found.extremes():
+            assert_fits(config, found, found.encode(extreme))
 
 
 # --- intervals ---
@@ -97,11 +97,11 @@ def test_an_interval_of_whole_numbers_includes_both_ends(
     low, high = sorted(ends)
     assume(low < high and (low > 0 or not log))
     text = f"int(interval({low},{high}))"
-    knob = read(config, "model.hidden", f"tag(log,{text})" if log else text)
-    assert knob.distribution == IntDistribution(low, high, log=log)
-    assert knob.extremes() == [low, high]
-    assert_fits(config, knob, low)
-    assert_fits(config, knob, high)
+    found = read(config, "model.hidden", f"tag(log,{text})" if log else text)
+    assert found.distribution == IntDistribution(low, high, log=log)
+    assert found.extremes() == [low, high]
+    assert_fits(config, found, low)
+    assert_fits(config, found, high)
 
 
 @settings(deadline=None, max_examples=12)
@@ -114,15 +114,15 @@ def test_an_interval_includes_both_ends_to_the_last_digit(
     low, high = sorted(ends)
     assume(low < high)
     text = f"interval({low},{high})"
-    knob = read(config, "optim.learning_rate", f"tag(log,{text})" if log else text)
-    assert knob.distribution == FloatDistribution(low, high, log=log)
-    assert_fits(config, knob, low)
-    assert_fits(config, knob, high)
+    found = read(config, "optim.learning_rate", f"tag(log,{text})" if log else text)
+    assert found.distribution == FloatDistribution(low, high, log=log)
+    assert_fits(config, found, low)
+    assert_fits(config, found, high)
 
 
 def test_an_interval_of_a_fraction_may_be_written_in_whole_numbers(config: Config) -> None:
-    knob = read(config, "optim.learning_rate", "interval(1,5)")
-    assert knob.distribution == FloatDistribution(1.0, 5.0)
+    found = read(config, "optim.learning_rate", "interval(1,5)")
+    assert found.distribution == FloatDistribution(1.0, 5.0)
 
 
 # --- ranges ---
@@ -138,10 +138,10 @@ def test_a_range_holds_what_python_s_range_holds(
 ) -> None:
     expected = range(start, start + more, step)
     assume(len(expected) > 1)
-    knob = read(config, "model.hidden", f"range({start},{start + more},{step})")
-    assert numbers(knob.distribution) == list(expected)
-    assert_fits(config, knob, expected[0])
-    assert_fits(config, knob, expected[-1])
+    found = read(config, "model.hidden", f"range({start},{start + more},{step})")
+    assert numbers(found.distribution) == list(expected)
+    assert_fits(config, found, expected[0])
+    assert_fits(config, found, expected[-1])
 
 
 def test_a_range_may_leave_out_start_and_step(config: Config) -> None:
@@ -167,10 +167,10 @@ def test_a_range_of_fractions_leaves_out_its_stop(
     stop = low + by * count - Decimal(less % step).scaleb(-places)
     expected = [float(low + by * k) for k in range(count)]
     assume(expected[-1] <= 10)
-    knob = read(config, "optim.learning_rate", f"range({low:f},{stop:f},{by:f})")
-    assert numbers(knob.distribution) == expected
-    assert_fits(config, knob, expected[0])
-    assert_fits(config, knob, expected[-1])
+    found = read(config, "optim.learning_rate", f"range({low:f},{stop:f},{by:f})")
+    assert numbers(found.distribution) == expected
+    assert_fits(config, found, expected[0])
+    assert_fits(config, found, expected[-1])
 
 
 # --- choices ---
@@ -182,10 +182,10 @@ def test_a_choice_of_numbers_keeps_them_in_order(
     config: Config, choices: list[int], short: bool
 ) -> None:
     listed = ",".join(map(str, choices))
-    knob = read(config, "model.hidden", listed if short else f"choice({listed})")
-    assert knob.distribution == CategoricalDistribution(choices)
+    found = read(config, "model.hidden", listed if short else f"choice({listed})")
+    assert found.distribution == CategoricalDistribution(choices)
     for value in choices:
-        assert_fits(config, knob, value)
+        assert_fits(config, found, value)
 
 
 @settings(deadline=None, max_examples=8)
@@ -193,10 +193,10 @@ def test_a_choice_of_numbers_keeps_them_in_order(
 def test_a_choice_of_fractions_keeps_them_to_the_last_digit(
     config: Config, choices: list[float]
 ) -> None:
-    knob = read(config, "optim.learning_rate", f"choice({','.join(map(str, choices))})")
-    assert knob.distribution == CategoricalDistribution(choices)
+    found = read(config, "optim.learning_rate", f"choice({','.join(map(str, choices))})")
+    assert found.distribution == CategoricalDistribution(choices)
     for value in choices:
-        assert_fits(config, knob, value)
+        assert_fits(config, found, value)
 
 
 @settings(deadline=None, max_examples=12)
@@ -210,26 +210,26 @@ def test_a_choice_of_fractions_keeps_them_to_the_last_digit(
 )
 def test_a_choice_of_lists_comes_back_as_lists(config: Config, choices: list[list[int]]) -> None:
     listed = ",".join(str(choice).replace(" ", "") for choice in choices)
-    knob = read(config, "model.widths", f"choice({listed})")
-    assert knob.extremes() == choices
-    assert isinstance(knob.distribution, CategoricalDistribution)
-    assert [knob.decode(value) for value in knob.distribution.choices] == choices
-    for value in knob.distribution.choices:
-        assert_fits(config, knob, value)
+    found = read(config, "model.widths", f"choice({listed})")
+    assert found.extremes() == choices
+    assert isinstance(found.distribution, CategoricalDistribution)
+    assert [found.decode(value) for value in found.distribution.choices] == choices
+    for value in found.distribution.choices:
+        assert_fits(config, found, value)
 
 
 @pytest.mark.parametrize("text", ["adam,sgd", "choice(adam,sgd)", "'adam',\"sgd\""])
 def test_a_choice_of_words_may_be_quoted(config: Config, text: str) -> None:
-    knob = read(config, "optim.name", text)
-    assert knob.distribution == CategoricalDistribution(["adam", "sgd"])
-    changed = with_values(config, {"optim.name": knob.decode("sgd")})
+    found = read(config, "optim.name", text)
+    assert found.distribution == CategoricalDistribution(["adam", "sgd"])
+    changed = with_values(config, {"optim.name": found.decode("sgd")})
     assert changed.optim.name is Optimizer.sgd
 
 
 def test_a_choice_of_yes_and_no(config: Config) -> None:
-    knob = read(config, "model.batch_norm", "true,false")
-    assert knob.distribution == CategoricalDistribution([True, False])
-    assert with_values(config, {"model.batch_norm": knob.decode(False)}).model.batch_norm is False
+    found = read(config, "model.batch_norm", "true,false")
+    assert found.distribution == CategoricalDistribution([True, False])
+    assert with_values(config, {"model.batch_norm": found.decode(False)}).model.batch_norm is False
 
 
 # --- a trial's values ---
@@ -245,7 +245,7 @@ SPACE = {
 
 
 def test_values_are_given_in_the_configuration_s_terms(config: Config) -> None:
-    knobs = read_space(with_space(config, SPACE))
+    hyperparameters = read_space(with_space(config, SPACE))
     fixed = {
         "model.widths": "[8, 8]",
         "model.hidden": 17,
@@ -254,14 +254,14 @@ def test_values_are_given_in_the_configuration_s_terms(config: Config) -> None:
         "optim.ema": 0.4,
         "optim.name": "sgd",
     }
-    values = suggest(optuna.trial.FixedTrial(fixed), knobs)  # type: ignore[arg-type]
+    values = suggest(optuna.trial.FixedTrial(fixed), hyperparameters)  # type: ignore[arg-type]
     assert values == fixed | {"model.widths": [8, 8]}
 
 
 def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config: Config) -> None:
-    knobs = read_space(with_space(config, SPACE))
+    hyperparameters = read_space(with_space(config, SPACE))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    seen = [suggest(study.ask(), knobs) for _ in range(30)]
+    seen = [suggest(study.ask(), hyperparameters) for _ in range(30)]
     for values in seen:
         with_values(config, values)
         assert 16 <= values["model.hidden"] <= 64
@@ -278,7 +278,7 @@ def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        # no such knob
+        # no such hyperparameter
         ("model.hiden", "range(1,5)"),
         ("hidden", "range(1,5)"),
         ("model.widths.0", "8,16"),
@@ -303,7 +303,7 @@ def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config
         ("model.hidden", "glob(*)"),
         ("model.hidden", "uniform(1,5)"),
         ("model.hidden", "range(1,5) trainer.epochs=3"),
-        # not of the knob's type
+        # not of the hyperparameter's type
         ("model.hidden", "interval(16,64)"),
         ("model.hidden", "interval(16.5,64.5)"),
         ("model.hidden", "range(1.0,5.0)"),
@@ -352,7 +352,7 @@ def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config
         ("model.pools", "[2],[8]"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_with_knob_and_text(
+def test_what_cannot_be_searched_is_refused_with_hyperparameter_and_text(
     config: Config, name: str, text: str
 ) -> None:
     assert f"{name}={text}" in refusal(config, name, text)
@@ -362,7 +362,7 @@ def test_what_cannot_be_searched_is_refused_with_knob_and_text(
     ("name", "near"),
     [("model.hiden", "model.hidden"), ("model.widths.0", "model.widths"), ("std", "data.std")],
 )
-def test_an_unknown_knob_is_refused_with_knobs_that_can_be_searched(
+def test_an_unknown_hyperparameter_is_refused_with_hyperparameters_that_can_be_searched(
     config: Config, name: str, near: str
 ) -> None:
     message = refusal(config, name, "1,2")
@@ -374,16 +374,16 @@ def test_an_unknown_knob_is_refused_with_knobs_that_can_be_searched(
 
 def test_fractions_for_a_whole_number_are_refused_with_what_to_write(config: Config) -> None:
     message = refusal(config, "model.hidden", "interval(16,64)")
-    assert "whole numbers" in message
+    assert "is an integer" in message
     assert "int(...)" in message
 
 
 def test_a_limit_of_the_configuration_is_named(config: Config) -> None:
     message = refusal(config, "optim.learning_rate", "interval(0.1,20)")
-    assert "0 < learning_rate <= 10" in message
+    assert "it must be a number > 0 and <= 10." in message
 
 
-def test_one_bad_knob_among_good_ones_is_the_one_that_is_named(config: Config) -> None:
+def test_one_bad_hyperparameter_among_good_ones_is_the_one_that_is_named(config: Config) -> None:
     with pytest.raises(UserError) as caught:
         read_space(with_space(config, SPACE | {"data.batch_size": "0,32"}))
     assert "data.batch_size=0,32" in str(caught.value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator
 
-from digitlab.study.workers.base import (
+from digitlab.workers.base import (
     Answer,
     End,
     Event,

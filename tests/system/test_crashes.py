@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARE, TINY, Parent
+from digitlab.study.audit import audit
 
 from digitlab.config.compose import compose
 from digitlab.records.mlflow import open_tracking
-from digitlab.study.audit import audit
 from digitlab.study.fingerprint import begun_config
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import Search

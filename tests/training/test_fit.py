@@ -36,7 +36,7 @@ from digitlab.config.types import Config, OptimConfig
 from digitlab.data.augment import augment
 from digitlab.data.datasets import stratified_split
 from digitlab.data.images import random_stream
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.training.fit import fit
 from digitlab.training.module import Diverged, build_schedule
 from digitlab.training.observer import TrainingObserver

@@ -14,7 +14,7 @@ from torch import nn
 
 from digitlab.config.types import OptimConfig, Schedule
 from digitlab.data.datamodule import DigitsData
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.training.module import DigitModule, Diverged, build_optimizer, build_schedule
 
 # ---- any Trainer ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from small import IMAGES, STEPS, Listener, configure, in_thread
 
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.training.fit import fit
 from digitlab.training.observer import StopTraining, TrainingObserver
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from small import configure, train
 
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.training.fit import Fit, Frame
 from digitlab.training.outputs import output_files
 

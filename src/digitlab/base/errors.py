@@ -1,4 +1,4 @@
-"""The one exception that is a person's to mend, and the words that go with it."""
+"""The exception for a caller's mistakes, and the words of its messages."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake of the caller: says what was given, what is allowed and what to do.
+    """A mistake of the caller: says what is wrong with what was given, the rule and what to do.
 
     The command line prints it as one line and exits with status 2.
     """
@@ -15,14 +15,14 @@ class UserError(ValueError):
         super().__init__(" ".join(line.strip() for line in text.splitlines()))
 
 
-def require(holds: bool, given: str, allowed: str) -> None:
-    """Raise UserError unless `holds`; `given` names the field and its value."""
+def require(holds: bool, given: str, rule: str) -> None:
+    """Raise UserError unless `holds`; `given` names the setting and its value."""
     if not holds:
-        raise UserError(f"{given}: allowed is {allowed}")
+        raise UserError(f"{given} is invalid: it must be {rule}.")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """': did you mean a or b?' for a misspelt word, or the list of all words when none is near."""
+    """Return "did you mean a or b?" for a misspelt word, or all words if none is near."""
     known = sorted(words)
     matches = get_close_matches(word, known, n=3, cutoff=0.6)
     if matches:
@@ -30,8 +30,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"known are {', '.join(known)}" if known else "there are none yet"
 
 
-def first_line(told: object) -> str:
-    """The first line of an error, or an address, without the password that it may hold."""
-    line = (str(told).strip() or type(told).__name__).splitlines()[0]
+def first_line(error: object) -> str:
+    """Return the first line of an error, or an address, without the password that it may hold."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = re.sub(r"(?i)(password=)[^&\s]*", r"\1...", line)
     return re.sub(r"//([^:/@\s]*):\S*@", r"//\1@", line)

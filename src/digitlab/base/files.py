@@ -1,7 +1,10 @@
 """Writes that are whole on disk, or not there at all."""
 
 import os
+import re
 from pathlib import Path
+
+from digitlab.base.errors import UserError
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -22,3 +25,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_output(target: Path, content: bytes | str, option: str) -> None:
+    """Write a file that a person asked for by an option; text as UTF-8.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise UserError(
+            f"{option} {target} cannot be written ({error.strerror}): name another file"
+        ) from error
+
+
+def safe_name(name: str) -> str:
+    """Return a name from a store or a person as a part of a file's name: no folders, no codes."""
+    return re.sub(r"[^\w.=,-]+", "_", name).lstrip(".")[:100] or "unnamed"

@@ -1,25 +1,40 @@
-"""The lab: the folder that holds data, records and locks."""
+"""Where configurations and recipes stand, and the lab: data, records and locks."""
 
 import os
 from pathlib import Path
 
 from digitlab.base.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]  # the repository: conf/, experiments/, src/
+_PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = _PACKAGE.parents[1]  # of a checkout: conf/, experiments/, src/
+IS_CHECKOUT = (ROOT / "conf/config.yaml").is_file()
+CONF = (ROOT if IS_CHECKOUT else _PACKAGE) / "conf"  # a wheel holds a copy in the package
+RECIPES = (ROOT if IS_CHECKOUT else _PACKAGE) / "experiments"
+
+
+def recipe_folders() -> list[Path]:
+    """Return the folders of recipes, the first one with a name wins.
+
+    Where there is no checkout, `./experiments` holds recipes of one's own.
+    """
+    own = Path.cwd() / "experiments"
+    return [RECIPES] if IS_CHECKOUT or not own.is_dir() else [own, RECIPES]
 
 
 def lab_folder() -> Path:
-    """`lab/` in the repository, or where DIGITLAB_HOME points; made if it is not there.
+    """Return the lab: `lab/` in a checkout, else `./lab`; DIGITLAB_HOME moves it.
 
-    Its file `.env`, if any, gives environment variables that are not set: passwords, say.
+    The folder is made if it is not there. Its file `.env`, if any, gives environment variables
+    that are not set: passwords, say.
     """
-    folder = Path(os.environ.get("DIGITLAB_HOME") or ROOT / "lab").expanduser().resolve()
+    home = ROOT if IS_CHECKOUT else Path.cwd()
+    folder = Path(os.environ.get("DIGITLAB_HOME") or home / "lab").expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"DIGITLAB_HOME={folder}: cannot be the lab ({error.strerror}): "
-            "name a folder that can be written"
+            f"DIGITLAB_HOME={folder} is invalid: it must be a folder that can be written "
+            f"({error.strerror})."
         ) from error
     if (folder / ".env").exists():
         from dotenv import load_dotenv  # which `digitlab --help` need not wait for

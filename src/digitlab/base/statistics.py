@@ -1,18 +1,17 @@
-"""Means over seeds and how sure they are."""
+"""Means over seeds, shares of images, and how certain they are."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of n values with its 95 % confidence interval; n=1 has none: low = high = mean."""
+    """A mean of n values with its 95 % confidence interval; a lone value has low = high = mean."""
 
     mean: float
     low: float
@@ -23,13 +22,13 @@ class Interval:
         return self.low <= other.high and other.low <= self.high
 
     def __str__(self) -> str:
-        """As a percentage, such as '99.53 % (99.48 to 99.58, n=5)'."""
-        spread = f"{self.low:.2%} to {self.high:.2%}, n={self.n}".replace("%", "")
-        return f"{self.mean:.2%}".replace("%", " %") + f" ({spread})"
+        """Format as a percentage: '99.53 % (99.48 to 99.58, n=5)', or '99.53 % (n=1)'."""
+        spread = f"{self.low:.2%} to {self.high:.2%}, ".replace("%", "") if self.n > 1 else ""
+        return f"{self.mean:.2%} ({spread}n={self.n})".replace("%", " %")
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean of independent fractions, cut at 0 and 1.
+    """Return Student's interval of the mean of independent fractions, cut at 0 and 1.
 
     Raises:
         ValueError: there are no values.
@@ -38,7 +37,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def pooled_intervals(groups: Sequence[Sequence[float]]) -> list[Interval]:
-    """Intervals of the means of several groups of fractions that share one variance.
+    """Return intervals of the means of several groups of fractions that share one variance.
 
     A handful of seeds says little about the spread of one configuration; good configurations
     spread alike, so the spread is estimated from all of them (as in a one-way analysis of
@@ -47,35 +46,46 @@ def pooled_intervals(groups: Sequence[Sequence[float]]) -> list[Interval]:
     Raises:
         ValueError: a group is empty.
     """
+    from scipy.special import stdtrit
+
     if not groups or not all(len(group) for group in groups):
         raise ValueError("an interval needs one value or more in each group")
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(float(np.var(group)) * len(group) for group in groups)
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) if freedom else 0.0
+    deviation = math.sqrt(squares / max(freedom, 1))
     intervals = []
     for group in groups:
         mean = math.fsum(group) / len(group)
-        half = 0.0
-        if freedom:
-            deviation = math.sqrt(squares / freedom)
-            half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * deviation / math.sqrt(len(group))
-        low, high = max(0.0, mean - half), min(1.0, mean + half)
-        intervals.append(Interval(mean, low, high, len(group)))
+        half = reach * deviation / math.sqrt(len(group))
+        intervals.append(Interval(mean, max(0.0, mean - half), min(1.0, mean + half), len(group)))
     return intervals
 
 
 def share_interval(share: float, n: int) -> Interval:
-    """Wilson's interval (1927) of a share of n independent cases."""
-    z = 1.959964  # of the normal distribution, for 95 %
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), n)
+    """Return Wilson's interval (1927) of a share of n independent cases."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * n), n).proportion_ci(LEVEL, "wilson")
+    return Interval(share, float(found.low), float(found.high), n)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p of McNemar's test (1947): are two classifiers equally often right?
+    """Return the exact two-sided p of McNemar's test (1947): are two classifiers equally good?
 
     Args:
         only_first, only_second: images that one of them alone gets right.
     """
+    from scipy.stats import binomtest
+
     both = only_first + only_second
-    return min(1.0, 2 * float(bdtr(min(only_first, only_second), both, 0.5))) if both else 1.0
+    return float(binomtest(only_first, both).pvalue) if both else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method (1979), in the given order."""
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted

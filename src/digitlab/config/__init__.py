@@ -1,5 +1,5 @@
-"""What a run can be configured with: every setting with its type and limits, composed by Hydra or
-read from a record.
+"""What a run can be configured with: `types` holds every setting with its limits, `schema` their
+rules in words; `compose` lets Hydra in, `recorded` reads and writes YAML.
 
 Hydra and OmegaConf stay in this room; other rooms get typed objects.
 """

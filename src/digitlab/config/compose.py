@@ -1,155 +1,234 @@
 """The edge where the configuration that Hydra composes becomes typed objects."""
 
-import contextlib
-import dataclasses
-import io
-import os
+import argparse
+import itertools
 import re
-import sys
-import tempfile
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from digitlab.base.errors import UserError, nearest
-from digitlab.base.paths import ROOT
-from digitlab.config.recorded import (
-    config_from_plain,
-    config_to_plain,
-    explain,
-    flat,
-    with_values,
-)
+from digitlab.base.errors import UserError, first_line, nearest, require
+from digitlab.base.paths import CONF, recipe_folders
+from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, shown
+from digitlab.config.schema import describe_settings, settings
 from digitlab.config.types import Config
 
+_GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher", "experiments")
+_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+_HELP = """\
+usage: digitlab {command} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun]
 
-@dataclasses.dataclass(frozen=True)
+  --cfg job       print the configuration, and stop
+  --multirun, -m  train every combination of values such as trainer.seed=1,2
+
+groups and their options:
+{groups}
+
+ranges that `digitlab sweep` searches:
+  model.hidden=16,32,64                               one of these
+  'model.hidden=int(interval(16,64))'                 an integer between limits
+  'optim.learning_rate=tag(log,interval(1e-3,0.1))'   a number, on a logarithmic scale
+
+settings:
+{settings}"""
+
+
+@dataclass(frozen=True)
 class Composed:
-    """A configuration and the overrides that it was composed with."""
+    """A configuration and the overrides that it was composed with, as they were typed."""
 
     config: Config
     overrides: tuple[str, ...]
 
 
+class _Recipes(SearchPathPlugin):
+    """Make `experiments/` a group. A plugin takes any path: no grammar reads it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in recipe_folders():
+            search_path.append("digitlab", f"file://{folder.parent}")
+
+
 def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
-    """Run `digitlab <command>` as a Hydra application up to its configuration.
+    """Compose the configuration of `digitlab <command>`.
 
     Args:
         command: train or sweep; sweep takes ranges in Hydra's sweep grammar as its search space.
-        arguments: Hydra's flags and overrides.
+        arguments: flags (--multirun, --cfg job, --help) and overrides.
 
     Returns:
-        One configuration; several with --multirun; none where a flag such as --cfg only prints.
+        One configuration; several with --multirun; none where --cfg has only printed one.
 
     Raises:
         UserError: an override that does not parse, or does not fit the types and limits.
     """
-    arguments = list(arguments)
-    fixed: list[str] = []
-    if command == "sweep":
-        arguments, fixed = _split_space(arguments)
-    jobs: list[tuple[Any, tuple[str, ...]]] = []
-
-    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-    def application(config: DictConfig) -> None:
-        plain = OmegaConf.to_container(config, resolve=True)
-        jobs.append((plain, tuple(HydraConfig.get().overrides.task)))
-
-    overrides = [a for a in arguments if a[:1] == "~" or ("=" in a and a[:1] != "-")]
-    flags = [a for a in arguments if a not in overrides]  # first, or argparse takes offence
-    for override in overrides:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            raise UserError(f"{override}: not understood ({_explain(error)})") from error
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise here what Hydra would print with a traceback
-    before = sys.argv
-    try:
-        with tempfile.TemporaryDirectory() as folder:  # for the file that --multirun writes
-            own = [_SEARCH_PATH, f"hydra.sweep.dir='{folder}'"]
-            sys.argv = [f"digitlab {command}", *flags, *overrides, *own]
-            with contextlib.redirect_stderr(io.StringIO()):  # argparse's usage, many lines
-                application()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
-    except ValueError as error:  # of Hydra's, and names no key
-        raise UserError(f"{' '.join(overrides)}: {_explain(error)}") from error
-    except SystemExit as end:
-        if end.code:
-            told = f"{' '.join(flags)}: Hydra does not take this: see digitlab {command} --help"
-            raise UserError(told) from end
-        raise
-    finally:
-        sys.argv = before
-    composed = []
-    for plain, used in jobs:
-        space = plain["study"].get("space")
-        if isinstance(space, dict):
-            plain["study"]["space"] = {k: v for k, v in space.items() if k not in fixed}
-        composed.append(Composed(config_from_plain(plain), used))
-    return composed
-
-
-_SEARCH_PATH = f"hydra.searchpath=['file://{ROOT}']"  # makes experiments/ a group
-
-
-def _split_space(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Turn sweep overrides into entries of study.space; also name the keys that are fixed."""
-    parser = OverridesParser.create()
-    kept, fixed = [], []
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
-            kept.append(argument)
-            continue
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise UserError(_explain(error)) from error
-        knob = override.key_or_group
-        if override.is_sweep_override():
-            text = argument.split("=", 1)[1]
-            # Hydra takes a backslash literally but before a quote, where it must be doubled.
-            text = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", text)
-            text = re.sub(r"\\+$", lambda found: found[0] * 2, text)
-            kept.append(f"++study.space={{{knob}:'{text}'}}")
-        else:
-            kept.append(argument)
-            fixed.append(knob)
-    return kept, fixed
+    flags, texts = _flags(command, arguments)
+    parsed = {text: _parse(text) for text in texts}
+    swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
+    kept = [text for text in texts if text not in swept]
+    space = {parsed[text].key_or_group: text.partition("=")[2] for text in swept}
+    fixed = {parsed[text].key_or_group for text in kept if command == "sweep"}
+    jobs = _product(kept, flags.multirun)
+    with _hydra():
+        plains = [_compose([_parse(text) for text in job]) for job in jobs]
+    for plain in plains:
+        if isinstance(plain.get("study"), dict) and isinstance(plain["study"].get("space"), dict):
+            searched = plain["study"]["space"] | space
+            plain["study"]["space"] = {k: v for k, v in searched.items() if k not in fixed}
+    if flags.cfg:
+        print(plain_to_yaml(plains[0]), end="")
+        return []
+    given = [tuple(texts)] if command == "sweep" else jobs
+    return [Composed(config_from_plain(p), job) for p, job in zip(plains, given, strict=True)]
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Dotted keys and values of overrides in Hydra's grammar, for `with_values`.
+    """Return keys and values of overrides in Hydra's grammar, for `with_values`.
 
     Raises:
         UserError: one does not parse, or is more than a value for a key.
     """
     values = {}
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"{text}: not understood ({_explain(error)})") from error
+        override = _parse(text)
         if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-            raise UserError(f"{text}: a recorded configuration takes one value for a key it has")
+            raise UserError(f"{text}: a recorded configuration takes one value for a key it has.")
         values[override.key_or_group] = override.value()
     return values
 
 
-def _explain(error: BaseException) -> str:
-    """One line of an error of Hydra's; the nearest key for one that does not exist."""
-    text = explain(error)
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        key = unknown[1]
-        default = with_values(compose("train", [])[0].config, {"study.space": {}})
-        known = flat(config_to_plain(default))
-        return f"{key}: no such key in the configuration, {nearest(key, known)}"
-    return text
+def _flags(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split arguments into flags and overrides; --help prints and exits."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        flags, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see digitlab {command} --help") from error
+    for text in rest:
+        if text.startswith("-"):
+            raise UserError(f"{text}: no such flag; see digitlab {command} --help")
+    if flags.help:
+        with _hydra():
+            groups = "\n".join(f"  {group:<12} {', '.join(_options(group))}" for group in _GROUPS)
+        print(_HELP.format(command=command, groups=groups, settings=describe_settings()))
+        raise SystemExit(0)
+    return flags, rest
+
+
+def _parse(text: str) -> Override:
+    """Parse an override in Hydra's grammar; the value of a text setting stays as it was typed.
+
+    Hydra reads 2026_11_25, 1.10 and 12e4 as numbers, and takes no '?', '#' or letters such as 'ü'
+    outside quotes. The result's `input_line` is what Hydra is to be given.
+    """
+    key, equals, _ = text.partition("=")
+    require(bool(key) and (bool(equals) or key.startswith("~")), text, "KEY=VALUE")
+    schema = settings().get(key.lstrip("+"), {"type": ""})
+    is_text = "anyOf" in schema or (schema["type"] == "string" and "enum" not in schema)
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+        if not is_text or override.is_sweep_override():
+            return override
+        if override.value() is None or isinstance(override.value(), str):
+            return override
+    except (HydraException, ValueError) as error:
+        if not is_text:
+            raise UserError(f"{text} is invalid: {_reason(error)}.") from error
+    try:
+        return parser.parse_override(_quoted(text))
+    except (HydraException, ValueError) as error:
+        hint = shlex.quote(_quoted(text))
+        raise UserError(f"{text} is invalid: {_reason(error)}. Quote it: {hint}") from error
+
+
+def _quoted(text: str) -> str:
+    """Return `key=value` as `key="value"`, so that Hydra takes the value literally."""
+    key, _, value = text.partition("=")
+    # Hydra takes a backslash literally but before a quote, where it must be doubled.
+    value = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', value)
+    value = re.sub(r"\\+$", lambda found: found[0] * 2, value)
+    return f'{key}="{value}"'
+
+
+def _product(texts: Sequence[str], multirun: bool) -> list[tuple[str, ...]]:
+    """Return the overrides of each job: every combination of the values that are swept."""
+    values = []
+    for text in texts:
+        override = _parse(text)
+        if not override.is_sweep_override():
+            values.append([text])
+            continue
+        if not multirun:
+            raise UserError(
+                f"{text} gives several values: train each with --multirun, or search them with "
+                f"`digitlab sweep`; one text with commas is written {shlex.quote(_quoted(text))}"
+            )
+        require(not override.is_interval_sweep(), text, "a list of values or a range")
+        key = override.get_key_element()
+        values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return list(itertools.product(*values))
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialise Hydra on `conf/`, and leave it as it was."""
+    Plugins.instance().register(_Recipes)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def _compose(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Compose plain containers in Hydra; name the override that does not fit."""
+    try:
+        composed = hydra.compose("config", [str(override.input_line) for override in overrides])
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except _ERRORS as error:
+        _name_culprit(overrides)
+        raise UserError(_reason(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _name_culprit(overrides: Sequence[Override]) -> None:
+    """Raise UserError for an override whose option or key does not exist, if there is one."""
+    groups = [override for override in overrides if override.key_or_group in _GROUPS]
+    for override in groups:
+        group, options = override.key_or_group, _options(override.key_or_group)
+        known = override.is_delete() or override.value() in options
+        require(known, f"{group}={shown(override.value())}", f"one of {', '.join(options)}")
+    if len(groups) == len(overrides):
+        return
+    found = flat(_compose(groups))  # the ranges of a space are no settings
+    keys = {"study.space" if key.startswith("study.space.") else key for key in found}
+    for override in overrides:
+        key = override.key_or_group
+        exists = any(name == key or name.startswith(f"{key}.") for name in keys)
+        if override.type is OverrideType.CHANGE and override not in groups and not exists:
+            raise UserError(f"{key}: no such key in the configuration, {nearest(key, keys)}")
+
+
+def _options(group: str) -> list[str]:
+    """Return the options of a group: the names of its files."""
+    return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")

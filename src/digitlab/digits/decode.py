@@ -1,20 +1,18 @@
-"""Image files of strangers read within bounds of memory and time."""
+"""Decode untrusted image files within bounds of memory and time."""
 
 import io
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
 from digitlab.digits.prepare import Grey
 
-# What Pillow warns of in a file is either told as damage or does not matter.
+# What Pillow warns of in a file is either refused as damage or does not matter.
 warnings.filterwarnings("ignore", module="PIL")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
@@ -30,7 +28,7 @@ _CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparen
 
 
 def read_image(path: Path) -> Grey:
-    """The grey picture of a file, see `decode`.
+    """Return the grey picture of a file, see `decode`.
 
     Raises:
         UserError: it cannot be read, or is no image that is allowed; one line.
@@ -50,10 +48,10 @@ def read_image(path: Path) -> Grey:
 
 
 def decode(content: bytes, name: str) -> Grey:
-    """Grey levels 0 to 255, float32 (H, W), of an image: first frame, upright, on its background.
+    """Return grey levels 0 to 255, float32 (H, W): first frame, upright, on its background.
 
-    Large pictures come reduced by means of whole blocks, to 512 to 1,023 pixels of the longer side;
-    transparent ones on white, or on black where what is opaque is light.
+    Large pictures are reduced by means of whole blocks, to 512 to 1,023 pixels of the longer side;
+    transparent ones stand on white, or on black where what is opaque is light.
 
     Raises:
         UserError: empty, too large, cut short or none of the formats; says which.
@@ -68,7 +66,7 @@ def decode(content: bytes, name: str) -> Grey:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{name}: no image: allowed are {', '.join(FORMATS)}") from error
+        raise UserError(f"{name}: not an image: it must be one of {', '.join(FORMATS)}") from error
     except (MemoryError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: too many pixels: at most {_PIXELS} are read") from error
     except Exception as error:  # Pillow's decoders raise of every kind on files that are damaged
@@ -99,50 +97,39 @@ def _grey(image: Image.Image, name: str) -> Grey:
         opaque = float(light.sum() / max(float(alpha.sum()), 1e-6))
         paper = 255.0 if opaque < 128 or float(alpha.mean()) > 0.99 else 0.0
         light += paper * (1 - alpha)
-    upright = _UPRIGHT.get(image.getexif().get(Base.Orientation, 1), np.asarray)
-    return np.ascontiguousarray(upright(light))
-
-
-# What brings a picture upright, by its EXIF orientation.
-_UPRIGHT: dict[int, Callable[[Grey], Grey]] = {
-    2: np.fliplr,
-    3: lambda grey: np.rot90(grey, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: lambda grey: np.rot90(grey, -1),
-    7: lambda grey: np.rot90(grey, 2).T,
-    8: np.rot90,
-}
+    upright = Image.fromarray(light)
+    with suppress(Exception):  # a damaged EXIF block does not spoil good pixels
+        upright.getexif()[Base.Orientation] = image.getexif()[Base.Orientation]
+        upright = ImageOps.exif_transpose(upright)
+    return np.array(upright, np.float32)
 
 
 def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
-    """Means over blocks of a strip's levels, times its opacity; and of its opacity, 0 to 1."""
+    """Return means over blocks of a strip's levels, times its opacity; and of its opacity, 0 to 1.
+
+    In floats, since Pillow rounds the means of whole numbers.
+    """
+    alpha = None
     if strip.mode in _DEEP:
-        levels = _means(np.asarray(strip).astype(np.float32), block)
+        levels = Image.fromarray(np.asarray(strip).astype(np.float32))
     elif strip.mode in _CLEAR or "transparency" in strip.info:
         strip = strip.convert("RGBA")
-        alpha = np.asarray(strip.getchannel("A"), np.float32) / 255
-        return _means(np.asarray(strip.convert("L")) * alpha, block), _means(alpha, block)
+        opacity = np.asarray(strip.getchannel("A"), np.float32) / 255
+        levels = Image.fromarray(np.asarray(strip.convert("L")) * opacity)
+        alpha = np.asarray(Image.fromarray(opacity).reduce(block))
     else:
-        levels = _means(np.asarray(strip.convert("L")), block)
-    return levels, np.ones_like(levels)
-
-
-def _means(values: NDArray[Any], block: int) -> Grey:
-    """Over blocks of that side; those at the right and lower edges may be smaller."""
-    for axis, side in enumerate(values.shape):
-        starts = np.arange(0, side, block)
-        sizes = np.diff(starts, append=side).astype(np.float32)
-        sums = np.add.reduceat(values, starts, axis, dtype=np.float32)
-        values = sums / np.expand_dims(sizes, 1 - axis)
-    return values
+        levels = strip.convert("L").convert("F")
+    light = np.asarray(levels.reduce(block))
+    return light, np.ones_like(light) if alpha is None else alpha
 
 
 def _scaled(values: Grey, name: str) -> Grey:
-    """Levels of 16 or 32 bits to 0 to 255: what is 8 bits wide stays, 16 bits are scaled by 65535,
-    what is larger or less than 0 by its own range."""
+    """Scale levels of 16 or 32 bits to 0 to 255.
+
+    8 bits stay, 16 bits are divided by 257, others are scaled by their own range.
+    """
     if not np.isfinite(values).all():
-        raise UserError(f"{name}: holds values that are no numbers")
+        raise UserError(f"{name}: contains values that are not finite numbers")
     low, high = min(float(values.min()), 0.0), float(values.max())
     top = 65535.0 if 255 < high <= 65535 else max(high, 255.0)
     return ((values - low) * (255 / (top - low))).astype(np.float32)

@@ -1,67 +1,79 @@
-"""`digitlab explain`: what each layer makes of a digit, and which pixels spoke for the answer."""
+"""`digitlab explain`: what each layer makes of a digit, and which pixels led to the answer."""
 
+import io
 import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients
-from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from digitlab.base.errors import UserError, require
+from digitlab.base.errors import require
+from digitlab.base.files import safe_name, write_output
 from digitlab.config.types import DataConfig
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare
-from digitlab.records.reader import lab_tracking, load_run
+from digitlab.records.reader import lab_tracker, load_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STEPS = 64  # of the integral
 _MAPS = 8  # of a layer, in the picture
+_LAYERS = {"conv2d": "convolution {} ({} filters)", "linear": "dense {} ({} units)"}
+_ACTIVATIONS = ("relu", "relu_", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid")
 
 
-def explain(shown: str, run: str, against: int | None, out: Path | None, lab: Path) -> int:
-    """Say what a run's network reads in an image, and draw why; returns 0.
+def explain(image: str, run: str, against: int | None, out: Path | None, lab: Path) -> int:
+    """Print what a run's network reads in an image, and draw why; returns 0.
 
     Args:
-        shown: the index of a test image, or an image file, prepared as MNIST's were.
-        against: the digit that the answer is held against; the next likely one if None.
+        image: the index of a test image, or an image file, prepared as MNIST's were.
+        against: the digit to compare the answer with; the next likely one where it is None, or
+            where it is the answer itself.
 
     Raises:
         UserError: no such run or image, or the picture cannot be written.
     """
-    tracking = lab_tracking(lab)
-    row, config, network = load_run(tracking, run)
-    if shown.isdecimal():
+    tracker = lab_tracker(lab)
+    row, config, network = load_run(tracker, run)
+    if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
-        allowed = f"a file, or an index of a test image, 0 to {count - 1}"
-        require(int(shown) < count, f"explain {shown}", allowed)
-        pixels = digits.images[int(shown)]
-        what, name = f"test image {shown}, a {int(digits.labels[int(shown)])}", shown
+        rule = f"a file, or an index of a test image, 0 to {count - 1}"
+        require(int(image) < count, f"explain {image}", rule)
+        pixels = digits.images[int(image)]
+        title, name = f"test image {image}, a {int(digits.labels[int(image)])}", image
     else:
-        prepared = prepare(read_image(Path(shown)))
-        require(not prepared.problem, f"{shown}: {prepared.problem}", "an image of one digit")
+        prepared = prepare(read_image(Path(image)))
+        require(not prepared.problem, f"{image}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
-        what, name = shown, Path(shown).stem
-    logits = network(standardise(to_unit(pixels[None, None]), config.data))
+        title, name = image, Path(image).stem
+    with torch.no_grad():
+        logits = network(standardise(to_unit(pixels[None, None]), config.data))
     probabilities = logits.softmax(1)[0]
     ranked = probabilities.argsort(descending=True).tolist()
-    said, other = ranked[0], ranked[1] if against is None else against
-    require(said != other, f"--against {other}", "a digit that the network did not say")
-    told = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
-    print(f"{what}: {row.name} says {told}")
-    target = out or lab / "explained" / f"{row.name}-{name}-{said}-not-{other}.png"
-    draw_reasons(network, config.data, pixels, (said, other), target)
-    print(f"why {said} and not {other}, and what each layer sees: {target}")
+    best = ranked[0]
+    other = next(digit for digit in ranked[1:] if against in (None, best, digit))
+    likely = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
+    print(f"{title}: {row.name} reads {likely}")
+    file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
+    target = out or lab / "explained" / file
+    draw_reasons(network, config.data, pixels, (best, other), target)
+    print(f"why {best} and not {other}, and what each layer sees: {target}")
     return 0
 
 
 def draw_reasons(
     network: nn.Module, data: DataConfig, pixels: Tensor, digits: tuple[int, int], target: Path
 ) -> None:
-    """Draw why a network says the first digit and not the second of uint8 pixels (28, 28).
+    """Draw why a network reads the first digit and not the second in uint8 pixels (28, 28).
 
     Raises:
         UserError: the picture cannot be written.
@@ -69,32 +81,52 @@ def draw_reasons(
     image = standardise(to_unit(pixels[None, None]), data)
     maps, _ = activations(network, image)
     reasons = attribution(network, image, *digits)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _draw(pixels.numpy(), reasons.numpy(), maps, *digits).savefig(target, dpi=110)
-    except OSError as error:
-        raise UserError(f"--out {target}: cannot be written: {error.strerror}") from error
+    file = io.BytesIO()
+    _draw(pixels.numpy(), reasons.numpy(), maps, *digits).savefig(file, dpi=110)
+    write_output(target, file.getvalue(), "--out")
+
+
+class _LayerOutputs(TorchFunctionMode):
+    """Collects what convolutions and linear layers give, after the activation that follows.
+
+    It sees functions, not modules, so that an activation counts however a network calls it; and
+    it is this thread's own, so that two images can be explained at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[tuple[str, Tensor]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _LAYERS:
+            self.outputs.append((name, output))
+        elif name in _ACTIVATIONS and self.outputs:
+            self.outputs[-1] = (self.outputs[-1][0], output)
+        return output
 
 
 def activations(network: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What each layer but the last gives for one image (1, 1, 28, 28), and the logits.
+    """Return what each layer but the last gives for one image (1, 1, 28, 28), and the logits.
 
-    Maps (C, h, w) by the layer's name; the units of a linear layer are one map.
+    Maps (C, h, w) after the activation, by the layer's name in words; the units of a linear layer
+    are one map.
     """
-    maps: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, name=name: maps.update({name: output[0].detach()})
-        )
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), _LayerOutputs() as seen:
         logits = network(image)
-    for hook in hooks:
-        hook.remove()
-    maps.popitem()  # the logits
-    return {name: _as_maps(layer) for name, layer in maps.items()}, logits
+    count: Counter[str] = Counter()
+    maps = {}
+    for kind, output in seen.outputs[:-1]:  # the last are the logits
+        count[kind] += 1
+        maps[_LAYERS[kind].format(count[kind], output.shape[1])] = _as_maps(output[0])
+    return maps, logits
 
 
 def _as_maps(layer: Tensor) -> Tensor:
@@ -104,45 +136,47 @@ def _as_maps(layer: Tensor) -> Tensor:
     return layer.view(1, rows, -1)
 
 
-def liveliest(maps: Tensor) -> Tensor:
-    """The maps (C, h, w) that vary most, eight at most."""
+def most_varied(maps: Tensor) -> Tensor:
+    """Return the maps (C, h, w) that vary most, eight at most."""
     return maps[maps.flatten(1).std(1).argsort(descending=True)[:_MAPS]]
 
 
-def attribution(network: nn.Module, image: Tensor, said: int, other: int) -> Tensor:
-    """How much each pixel (28, 28) speaks for one digit rather than another.
+def attribution(network: nn.Module, image: Tensor, digit: int, other: int) -> Tensor:
+    """Return how much each pixel (28, 28) adds to the evidence for one digit over another.
 
-    Integrated gradients (Sundararajan et al. 2017) of the difference of the two logits, from a
-    black image; their sum is what the image adds to that difference.
+    Integrated gradients (Sundararajan et al. 2017) of the difference of the two logits, along the
+    line from a black image; they add up to the change of that difference (completeness).
     """
     black = torch.full_like(image, float(image.min()))
-
-    def gap(images: Tensor) -> Tensor:
-        logits: Tensor = network(images)
-        return logits[:, said] - logits[:, other]
-
-    pixels: Tensor = IntegratedGradients(gap).attribute(image, black, n_steps=_STEPS)
-    return pixels[0, 0].detach()
+    places, weights = (
+        torch.from_numpy(array / 2).to(image) for array in np.polynomial.legendre.leggauss(_STEPS)
+    )
+    line = black + (places + 0.5)[:, None, None, None] * (image - black)
+    logits = network(line.requires_grad_())
+    [slopes] = torch.autograd.grad((logits[:, digit] - logits[:, other]).sum(), line)
+    mean_slopes: Tensor = torch.tensordot(weights, slopes, 1)
+    return ((image - black) * mean_slopes)[0, 0]
 
 
 def _draw(
-    digit: np.ndarray, reasons: np.ndarray, maps: dict[str, Tensor], said: int, other: int
-) -> Figure:
+    digit: np.ndarray, reasons: np.ndarray, maps: dict[str, Tensor], best: int, other: int
+) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_MAPS * 1.1, 2.6 + 1.3 * len(maps)), layout="constrained")
     heights = [2, *[1] * len(maps)]
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    top, below = parts[0], parts[1:]
-    left, right = top.subplots(1, 2)
+    left, right = parts[0].subplots(1, 2)
     left.imshow(digit, cmap="gray_r")
     left.set_title("the image", fontsize=9)
     reach = float(np.abs(reasons).max()) or 1.0
     drawn = right.imshow(reasons, cmap="RdBu", vmin=-reach, vmax=reach)
-    right.set_title(f"blue speaks for {said}, red for {other}", fontsize=9)
-    top.colorbar(drawn, ax=right, shrink=0.8)
-    for place, (name, layer) in zip(below, maps.items(), strict=True):
-        shown = liveliest(layer).numpy()
-        which = f"{len(layer)} maps, the liveliest" if len(layer) > 1 else "its units"
-        place.suptitle(f"layer {name}: {which}", fontsize=9)
+    right.set_title(f"blue: evidence for {best}, red: for {other}", fontsize=9)
+    parts[0].colorbar(drawn, ax=right, shrink=0.8)
+    for place, (name, layer) in zip(parts[1:], maps.items(), strict=True):
+        shown = most_varied(layer).numpy()
+        some = f": the {len(shown)} that vary most" if len(layer) > len(shown) else ""
+        place.suptitle(f"{name}{some}, after the activation", fontsize=9)
         for axes, image in zip(place.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
             axes.imshow(image, cmap="magma")
             axes.axis("off")

@@ -1,4 +1,4 @@
-"""A new image made what MNIST's are: light on dark, in a box of 20x20, centred by its mass."""
+"""Prepare new images as MNIST's were: light on dark, in a box of 20x20, centred by mass."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,52 +21,60 @@ Grey = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prepared:
-    """`image` uint8 (28, 28), black where nothing was found; `problem` says why, if so."""
+    """`image` uint8 (28, 28), black where nothing was found; `problem` then says why."""
 
     image: NDArray[np.uint8]
     problem: str = ""
 
 
+class _NoDigitError(Exception):
+    """There is no single digit in the picture; the text says why."""
+
+
 def prepare(grey: Grey) -> Prepared:
     """Find one digit in a grey picture (H, W) of 0 to 255, of either polarity.
 
-    Paper and its shading are taken away, specks and what touches the edge left out; the tight box
-    around the rest is brought to 20x20 pixels by area, its aspect kept, strokes that no digit of
-    MNIST has made thinner or thicker, and the centre of mass put into the middle.
+    Paper and its shading are removed, specks and what touches the edge left out; the tight box
+    around the rest is brought to 20x20 pixels by area with its aspect kept, strokes that no digit
+    of MNIST has are made thinner or thicker, and the centre of mass is put into the middle.
     """
+    try:
+        return Prepared(_centred(_boxed(_digit(grey))))
+    except _NoDigitError as error:
+        return Prepared(np.zeros((SIDE, SIDE), np.uint8), str(error))
+
+
+def _digit(grey: Grey) -> Grey:
+    """Return the ink of the one digit, 0 to 1, in its tight box."""
     ink, noise = _ink(grey)
     peak = _peak(ink)
     if peak < max(_LEAST_CONTRAST, 6 * noise):
-        return _nothing("nothing stands out from its background")
+        raise _NoDigitError("nothing stands out from its background")
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
     floor = 0.0 if clean else max(4 * noise, 0.12 * peak)
-    ink = np.clip((ink - floor) / (peak - floor), 0, 1)
-    mask = ink > (0.0 if clean else 0.2)
-    kept, problem = _digit(ink, mask)
-    if problem:
-        return _nothing(problem)
-    ink = np.where(kept, ink, 0).astype(np.float32)
-    ink = _cut(ink)
+    ink = np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32)
+    kept = _shapes(ink, ink > (0.0 if clean else 0.2))
+    ink = _cut(np.where(kept, ink, 0).astype(np.float32))
     if max(ink.shape) < _SMALLEST:
-        return _nothing(f"what there is has fewer than {_SMALLEST} pixels a side")
+        raise _NoDigitError(f"what there is has fewer than {_SMALLEST} pixels a side")
     if ink.shape[1] > _WIDEST * ink.shape[0]:
-        return _nothing("it is wider than any digit")
+        raise _NoDigitError("it is wider than any digit")
+    return ink
+
+
+def _boxed(ink: Grey) -> Grey:
+    """Return a digit, cut tight, of a usual stroke width and reduced by area to 20 pixels."""
     if max(ink.shape) > 1.4 * BOX:  # drawn larger: the box ends where ink is half of full
         ink = _cut(ink, 0.5 * float(ink.max()))
     ink = _stroke(ink)
     height, width = ink.shape
     scale = BOX / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    small = _overlap(height, rows) @ ink @ _overlap(width, columns).T
-    return Prepared(_centred(small))
-
-
-def _nothing(problem: str) -> Prepared:
-    return Prepared(np.zeros((SIDE, SIDE), np.uint8), problem)
+    return (_overlap(height, rows) @ ink @ _overlap(width, columns).T).astype(np.float32)
 
 
 def _ink(grey: Grey) -> tuple[Grey, float]:
-    """How far each pixel stands out from the paper, in grey levels, and the paper's noise.
+    """Return how far each pixel stands out from the paper, in grey levels, and the paper's noise.
 
     The paper is a quadratic surface, fitted to what is left when outliers are set aside.
     """
@@ -95,45 +103,46 @@ def _ink(grey: Grey) -> tuple[Grey, float]:
 
 
 def _peak(ink: Grey) -> float:
-    """The grey level of full ink: what the darkest twentieth of a stroke reaches."""
+    """Return the grey level of full ink: what the darkest tenth of a stroke reaches."""
     top = float(ink.max())
     strong = ink[ink > top / 2]
     return float(np.quantile(strong, 0.9)) if strong.size else 0.0
 
 
-def _digit(ink: Grey, mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], str]:
-    """The pixels of the one digit, or why there is none."""
+def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the pixels of the shapes that make up the one digit."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     if not count:
-        return mask, "nothing stands out from its background"
+        raise _NoDigitError("nothing stands out from its background")
     weights = ndimage.sum_labels(ink, labels, np.arange(1, count + 1))
     boxes = ndimage.find_objects(labels)
-    height, width = ink.shape
     inside = np.array(
         [
-            rows.start > 0 and columns.start > 0 and rows.stop < height and columns.stop < width
-            for rows, columns in boxes
+            all(
+                part.start > 0 and part.stop < side
+                for part, side in zip(box, ink.shape, strict=True)
+            )
+            for box in boxes
         ]
     )
     weights[[_is_line(box, mask.shape) for box in boxes]] = 0
     if not weights.any():
-        return mask, "a line from edge to edge"
+        raise _NoDigitError("a line from edge to edge")
     if inside.any() and weights[inside].max() > 0.1 * weights.max():
         weights = np.where(inside, weights, 0)  # edges of the paper, shadows, fingers
     large = weights > 0.04 * weights.max()
     if large.sum() > 12:
-        return mask, f"{int(large.sum())} shapes, which make no digit"
+        raise _NoDigitError(f"{int(large.sum())} shapes, which make no digit")
     wide = [boxes[i] for i in np.flatnonzero(weights > 0.3 * weights.max())]
     wide.sort(key=lambda box: box[1].start)
     for left, right in pairwise(wide):
-        tall = min(b[0].stop - b[0].start for b in (left, right))
-        most = max(b[0].stop - b[0].start for b in (left, right))
-        if right[1].start >= left[1].stop and tall > 0.6 * most:
-            return mask, "more than one digit: cut them apart"
+        short, tall = sorted(b[0].stop - b[0].start for b in (left, right))
+        if right[1].start >= left[1].stop and short > 0.6 * tall:
+            raise _NoDigitError("more than one digit: cut them apart")
     kept = np.isin(labels, 1 + np.flatnonzero(large))
     if kept.mean() > 0.7:
-        return mask, "more ink than paper"
-    return kept, ""
+        raise _NoDigitError("more ink than paper")
+    return kept
 
 
 def _is_line(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
@@ -143,14 +152,14 @@ def _is_line(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _cut(ink: Grey, least: float = 0.0) -> Grey:
-    """The tight box around all ink above `least`."""
+    """Return the tight box around all ink above `least`."""
     mask = ink > least
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def stroke_width(ink: Grey) -> float:
-    """Of a digit cut tight, in pixels of the 20x20 box.
+    """Return the stroke width of a digit cut tight, in pixels of the 20x20 box.
 
     In a strip, the mean distance to the edge is a quarter of its width.
     """
@@ -164,7 +173,7 @@ def stroke_width(ink: Grey) -> float:
 
 
 def _stroke(ink: Grey) -> Grey:
-    """Strokes that are thinner or thicker than MNIST's, brought to its limits."""
+    """Bring strokes that are thinner or thicker than MNIST's to its limits."""
     side = max(ink.shape)
     if side < 2 * BOX:  # too coarse to be changed by less than a pixel
         return ink
@@ -185,7 +194,7 @@ def _stroke(ink: Grey) -> Grey:
 
 
 def _overlap(given: int, asked: int) -> Grey:
-    """The matrix (asked, given) of a resampling by area: which part of each pixel goes where."""
+    """Return the matrix (asked, given) of a resampling by area; Pillow's BOX takes whole pixels."""
     edges = np.arange(asked + 1) * given / asked
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(given)[None]
@@ -195,13 +204,9 @@ def _overlap(given: int, asked: int) -> Grey:
 
 
 def _centred(small: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """In 28x28, the centre of mass as near to the middle as whole pixels allow."""
+    """Place it in 28x28, its centre of mass as near to the middle as whole pixels allow."""
+    centre, room = np.array(ndimage.center_of_mass(small)), SIDE - np.array(small.shape)
+    top, left = np.clip(np.rint(SIDE / 2 - centre), 0, room).astype(int)
     placed = np.zeros((SIDE, SIDE), np.float32)
-    corner = []
-    for axis, side in enumerate(small.shape):
-        mass = small.sum(1 - axis)
-        centre = float(mass @ np.arange(side)) / float(mass.sum())
-        corner.append(int(np.clip(np.rint(SIDE / 2 - centre), 0, SIDE - side)))
-    top, left = corner
     placed[top : top + small.shape[0], left : left + small.shape[1]] = small
     return np.clip(np.rint(placed * 255), 0, 255).astype(np.uint8)

@@ -1,11 +1,10 @@
-"""`digitlab evaluate --shift`: how a run's network fares on images that are not quite MNIST's."""
+"""`digitlab evaluate --shift`: how accurate a network is on images unlike its training data."""
 
 import io
 import json
-import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,15 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as change
 
-from digitlab.base.console import Board, table
+from digitlab.base import console
+from digitlab.base.console import Board
+from digitlab.base.errors import require
 from digitlab.base.statistics import share_interval
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.digits.decode import decode
 from digitlab.digits.prepare import Grey, prepare
-from digitlab.records.reader import lab_tracking, load_run
+from digitlab.records.reader import lab_tracker, load_run
 from digitlab.training.evaluate import evaluate
 
 
@@ -66,7 +67,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def as_picture(digit: Grey, chance: np.random.Generator) -> Grey:
-    """A digit (28, 28) as a JPEG of 40 to 800 pixels a side, anywhere in it, of either polarity."""
+    """Draw a digit (28, 28) as a JPEG of 40 to 800 pixels a side, somewhere in it."""
     side = int(chance.integers(40, 801))
     size = max(20, int(side * chance.uniform(0.35, 0.95)))
     image = Image.new("L", (side, side), 0)
@@ -81,7 +82,7 @@ def as_picture(digit: Grey, chance: np.random.Generator) -> Grey:
 
 
 def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
-    """Measure a run's network on every change of images, print a table and keep it with the run.
+    """Measure a run's network on every change of images, print a table, save it with the run.
 
     On the test images where the run was tested, else on its validation set; returns 0.
 
@@ -89,10 +90,11 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
         prepared: how many of each go through the preparation of new images too.
 
     Raises:
-        UserError: no such run, or its data are not to be had.
+        UserError: no such run, or its data are not available.
     """
-    tracking = lab_tracking(lab)
-    row, config, network = load_run(tracking, run)
+    require(prepared > 0, f"--prepared {prepared}", "an integer >= 1")
+    tracker = lab_tracker(lab)
+    row, config, network = load_run(tracker, run)
     tested = config.data.evaluate_on is EvaluateOn.test
     files = TEST if tested else TRAIN
     digits = load_digits(lab, config.data.name, files, config.data.allow_unknown)
@@ -100,49 +102,44 @@ def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
     if not tested:
         _, held = stratified_split(labels, config.data.validation_images, config.data.split_seed)
         images, labels = images[held], labels[held]
-    found = []
+    prepared = min(prepared, len(labels))
+
+    def share(guesses: Tensor) -> float:
+        return float((guesses == labels[: len(guesses)]).double().mean())
+
+    table: list[dict[str, Any]] = []
     for name, changed in CHANGES.items():
         pixels = changed(images.float()).round().clamp(0, 255).byte()
-        right = evaluate(network, pixels, config.data).argmax(1) == labels
-        again = [image.float().numpy() for image in pixels[:prepared, 0]]
-        known = _read(network, config.data, again) == labels[: len(again)]
-        found.append((name, _share(right), _share(known)))
+        given = share(evaluate(network, pixels, config.data).argmax(1))
+        pictures = [image.float().numpy() for image in pixels[:prepared, 0]]
+        read = share(_read(network, config.data, pictures))
+        table.append({"change": name, "accuracy": given, "prepared": read})
     chance = np.random.default_rng(0)
     pictures = [as_picture(image.numpy(), chance) for image in images[:prepared, 0]]
-    known = _read(network, config.data, pictures) == labels[: len(pictures)]
-    found.append(("pictures of 40 to 800 pixels", math.nan, _share(known)))
-    folder = Path(tempfile.mkdtemp())
-    keyed = [
-        {"change": name, "accuracy": None if math.isnan(share) else share, "prepared": known_share}
-        for name, share, known_share in found
-    ]
-    document = {"images": len(labels), "prepared_images": len(again), "table": keyed}
-    (folder / "shift.json").write_text(json.dumps(document, indent=1))
-    tracking.resume(row.run_id).keep(folder)
+    read = share(_read(network, config.data, pictures))
+    table.append({"change": "pictures of 40 to 800 pixels", "accuracy": None, "prepared": read})
+    document = {"images": len(labels), "prepared_images": prepared, "table": table}
+    tracker.upload(row.run_id, {"shift.json": json.dumps(document, indent=1).encode()})
     if as_json:
         print(json.dumps(document | {"run_id": row.run_id}, indent=1))
         return 0
-    rows = [
+    lines = [
         [
-            name,
-            "" if math.isnan(share) else str(share_interval(share, len(labels))),
-            str(share_interval(right_of, len(again))),
+            entry["change"],
+            "" if entry["accuracy"] is None else share_interval(entry["accuracy"], len(labels)),
+            share_interval(entry["prepared"], prepared),
         ]
-        for name, share, right_of in found
+        for entry in table
     ]
     which = "test" if tested else "validation"
-    title = f"{row.name}: {len(labels)} {which} images, {len(again)} of them prepared as new ones"
-    Board().print(table(title, ["images", "as given", "prepared first"], rows))
+    title = f"{row.name}: {len(labels)} {which} images, {prepared} of them prepared as new ones"
+    Board().print(console.table(title, ["images", "as given", "prepared first"], lines))
     return 0
 
 
 def _read(network: nn.Module, data: DataConfig, pictures: list[Grey]) -> Tensor:
-    """The digits that are read in pictures, each prepared; -1 where none was found."""
+    """Return the digits that are read in pictures, each prepared; -1 where none was found."""
     prepared = [prepare(picture) for picture in pictures]
     images = torch.from_numpy(np.stack([p.image for p in prepared]))[:, None]
-    refused = torch.tensor([bool(p.problem) for p in prepared])
-    return evaluate(network, images, data).argmax(1).masked_fill(refused, -1)
-
-
-def _share(right: Tensor) -> float:
-    return float(right.double().mean())
+    empty = torch.tensor([bool(p.problem) for p in prepared])
+    return evaluate(network, images, data).argmax(1).masked_fill(empty, -1)

@@ -1,72 +1,10 @@
 """A plain convolutional network with any number of convolutions."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from digitlab.base.errors import UserError, require
+from digitlab.networks.settings import ConvnetConfig
 
-PIXELS = 28
 CLASSES = 10
-
-
-@dataclass
-class ConvnetConfig:
-    """Parameters of `Convnet`. A list of one value holds for every convolution."""
-
-    name: str
-    widths: list[int]  # output channels, one for each convolution
-    kernel_sizes: list[int]  # pixels, odd
-    strides: list[int]  # pixels
-    pools: list[int]  # side of the max-pooling window after the convolution, pixels; 1 is none
-    batch_norm: bool  # after each convolution and the hidden layer
-    dropout: float  # probability, before each linear layer
-    hidden: int  # units of the hidden linear layer; 0 is none
-
-    def __post_init__(self) -> None:
-        widths = f"model.widths={self.widths}"
-        require(_are_positive(self.widths), widths, "one or more integers >= 1")
-        for field in ("kernel_sizes", "strides", "pools"):
-            values: list[int] = getattr(self, field)
-            given = f"model.{field}={values}"
-            require(_are_positive(values), given, "one or more integers >= 1")
-            if len(values) not in (1, len(self.widths)):
-                raise UserError(
-                    f"{given} does not fit {widths}: give one value for all convolutions, "
-                    f"or {len(self.widths)}"
-                )
-        odd = all(size % 2 for size in self.kernel_sizes)
-        require(odd, f"model.kernel_sizes={self.kernel_sizes}", "odd sizes")
-        require(0 <= self.dropout < 1, f"model.dropout={self.dropout}", "0 <= dropout < 1")
-        require(self.hidden >= 0, f"model.hidden={self.hidden}", "an integer >= 0, 0 for none")
-        self.side()
-
-    def layers(self) -> list[tuple[int, int, int, int]]:
-        """(width, kernel size, stride, pool) of each convolution."""
-        n = len(self.widths)
-        lists = (self.kernel_sizes, self.strides, self.pools)
-        full = [values * n if len(values) == 1 else values for values in lists]
-        return list(zip(self.widths, *full, strict=True))
-
-    def side(self) -> int:
-        """Pixels that are left on a side after the last convolution.
-
-        Raises:
-            UserError: strides and pools leave less than one pixel.
-        """
-        side = PIXELS
-        for _, _, stride, pool in self.layers():
-            side = (-(-side // stride)) // pool
-        if side < 1:
-            raise UserError(
-                f"model.pools={self.pools} with model.strides={self.strides} over "
-                f"{len(self.widths)} convolutions leaves no pixel of {PIXELS}: lower one of them"
-            )
-        return side
-
-
-def _are_positive(values: list[int]) -> bool:
-    return bool(values) and all(isinstance(value, int) and value >= 1 for value in values)
 
 
 class FlattenLast(nn.Module):

@@ -1,16 +1,9 @@
 """The network of the article that this project started from."""
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass
-class SeedConfig:
-    """`Seed` has nothing to set: it stays what the article printed."""
-
-    name: str
+from digitlab.networks.settings import SeedConfig
 
 
 class _Unbiased(nn.Conv2d):

@@ -1,12 +1,11 @@
-"""`digitlab draw`: a page to draw digits on, and the networks behind it, on this machine alone."""
+"""`digitlab draw`: a page to draw digits on and its API, served to this machine alone."""
 
 import asyncio
 import base64
-import copy
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -18,16 +17,18 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from starlette.requests import ClientDisconnect
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
-from digitlab.digits.explain import activations, attribution, liveliest
+from digitlab.digits.explain import activations, attribution, most_varied
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
+from digitlab.pages.guard import guarded
 from digitlab.pages.ui import require_free
-from digitlab.records.mlflow import Tracking
-from digitlab.records.reader import accuracy_name, lab_tracking
+from digitlab.records.reader import accuracy_name, lab_tracker
+from digitlab.records.store import Tracker
 
 _BODY = 8 * 2**20  # bytes of an image
 _DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender hears why
@@ -47,8 +48,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Said:
-    """An `Answer`, and what the network saw: 28 rows of 28 pixels, 0 is black, 255 white."""
+class Reading:
+    """An `Answer`, and the 28 rows of 28 pixels that the network sees: 0 is black, 255 white."""
 
     path: str
     status: str
@@ -61,7 +62,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Layer:
-    """The liveliest maps of a layer, 0 to 255 from its least to its greatest number."""
+    """The maps of a layer that vary most, 0 to 255 from the least to the greatest value."""
 
     name: str
     count: int  # of all its maps
@@ -69,8 +70,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Explained(Said):
-    """With reasons: how much each pixel speaks for one digit rather than the next best."""
+class Explanation(Reading):
+    """With reasons: how much each pixel adds to the evidence for one digit over another."""
 
     speaks_for: int | None
     rather_than: int | None
@@ -80,7 +81,7 @@ class Explained(Said):
 
 @dataclass(frozen=True)
 class Problem:
-    """Why there is no answer, in a line."""
+    """Why there is no answer, in one line."""
 
     detail: str
 
@@ -89,16 +90,16 @@ def draw(run: str, lab: Path, port: int) -> int:
     """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C; returns 130.
 
     Raises:
-        UserError: no such run, its data are not to be had, or the port is taken.
+        UserError: no such run, its data are not available, or the port is taken.
     """
     require_free(port, "draw")
-    tracking = lab_tracking(lab)
-    first = Predictor(tracking, run, lab)
+    tracker = lab_tracker(lab)
+    first = Predictor(tracker, run, lab)
     chosen = first.row.run_id
     torch.set_num_threads(1)  # two images are computed at once
     app = application(
-        lambda: finished_runs(tracking, chosen),
-        lambda run_id: first if run_id == chosen else Predictor(tracking, run_id, lab),
+        lambda: finished_runs(tracker, chosen),
+        lambda run_id: first if run_id == chosen else Predictor(tracker, run_id, lab),
     )
     print(f"draw: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     uvicorn.Server(serving(app, port)).run()
@@ -106,7 +107,7 @@ def draw(run: str, lab: Path, port: int) -> int:
 
 
 def serving(app: FastAPI, port: int) -> uvicorn.Config:
-    """How the server is run: quietly, here alone; Ctrl-C waits two seconds for answers."""
+    """Configure a quiet server on this machine; on Ctrl-C it waits two seconds for answers."""
     return uvicorn.Config(
         app,
         "127.0.0.1",
@@ -120,25 +121,25 @@ def serving(app: FastAPI, port: int) -> uvicorn.Config:
     )
 
 
-def finished_runs(tracking: Tracking, chosen: str) -> list[Run]:
-    """All runs that have weights: the chosen one, champions, the others from the newest on."""
-    rows = tracking.find({"digitlab.kind": "champion"})
-    crowned = {row.tags.get("digitlab.weights_run") for row in rows}
+def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
+    """Return all runs that have weights: the chosen one, champions, the others newest first."""
+    rows = tracker.find({"digitlab.kind": "champion"})
+    champions = {row.tags.get("digitlab.weights_run") for row in rows}
     runs = [
         Run(
             row.run_id,
             row.name,
-            "champion" if row.run_id in crowned else row.tags["digitlab.kind"],
+            "champion" if row.run_id in champions else row.tags["digitlab.kind"],
             row.metrics.get(accuracy_name(row)),
         )
-        for row in reversed(tracking.find({"digitlab.state": "finished"}))
+        for row in reversed(tracker.find({"digitlab.state": "finished"}))
         if "digitlab.weights_sha256" in row.tags and row.tags["digitlab.kind"] != "champion"
     ]
     return sorted(runs, key=lambda run: (run.run_id != chosen, run.kind != "champion"))
 
 
 class Networks:
-    """The networks that were asked for, each loaded once, and the threads that compute."""
+    """The networks in use, each loaded once, and the threads that compute."""
 
     def __init__(self, load: Callable[[str], Predictor]) -> None:
         self.load = load
@@ -149,7 +150,7 @@ class Networks:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """One of the places that there are for requests, or 503."""
+        """Hold one of the places for requests; 503 where there is none."""
         if self.requests >= _AT_ONCE + _WAITING:
             raise HTTPException(503, "too many images at once: try again", {"Retry-After": "1"})
         self.requests += 1
@@ -159,7 +160,7 @@ class Networks:
             self.requests -= 1
 
     async def network(self, run_id: str) -> Predictor:
-        """A run's network; 503 where it cannot be loaded."""
+        """Return a run's network; 503 where it cannot be loaded."""
         if run_id not in self.loaded:
             self.loaded[run_id] = self.loader.submit(self.load, run_id)
             if len(self.loaded) > _LOADED:
@@ -168,41 +169,41 @@ class Networks:
         try:
             return await asyncio.shield(asyncio.wrap_future(self.loaded[run_id]))
         except Exception as error:
-            self.loaded.pop(run_id, None)  # it may be mended
+            self.loaded.pop(run_id, None)  # the next request tries again
             raise HTTPException(503, first_line(error)) from error
 
 
-def said(predictor: Predictor, content: bytes) -> Said:
-    """The answer on an image file.
+def read(predictor: Predictor, content: bytes) -> Reading:
+    """Return the answer for an image file.
 
     Raises:
         UserError: it is no image that can be read.
     """
     prepared = prepare(decode(content, "the image"))
     [answer] = predictor.answer([("", prepared)])
-    return Said(**asdict(answer), seen=prepared.image.tolist())
+    return Reading(**asdict(answer), seen=prepared.image.tolist())
 
 
-def explained(predictor: Predictor, content: bytes) -> Explained:
-    """As `said`, with what each layer sees and why; without that where nothing was found."""
-    answer = asdict(said(predictor, content))
+def explain(predictor: Predictor, content: bytes) -> Explanation:
+    """As `read`, with what each layer sees and why; without that where nothing was found."""
+    answer = asdict(read(predictor, content))
     pixels = torch.tensor(answer["seen"], dtype=torch.uint8)[None, None]
     if not pixels.any():
-        return Explained(**answer, speaks_for=None, rather_than=None, attribution=[], layers=[])
-    network = copy.deepcopy(predictor.network)  # on one, hooks of two threads would meet
+        return Explanation(**answer, speaks_for=None, rather_than=None, attribution=[], layers=[])
+    network = predictor.network
     image = standardise(to_unit(pixels), predictor.config.data)
     maps, logits = activations(network, image)
     best, next_best = logits[0].topk(2).indices.tolist()
     reasons = attribution(network, image, best, next_best).numpy().astype(float).round(5)
     layers = [_layer(name, layer) for name, layer in maps.items()]
-    return Explained(**answer, speaks_for=best, rather_than=next_best,
+    return Explanation(**answer, speaks_for=best, rather_than=next_best,
                      attribution=reasons.tolist(), layers=layers)  # fmt: skip
 
 
 def _layer(name: str, maps: torch.Tensor) -> Layer:
-    lively = liveliest(maps)
-    low, high = lively.min(), lively.max()
-    levels = (lively - low) * (255 / (high - low).clamp(min=1e-9))
+    varied = most_varied(maps)
+    low, high = varied.min(), varied.max()
+    levels = (varied - low) * (255 / (high - low).clamp(min=1e-9))
     return Layer(name, len(maps), levels.round().int().tolist())
 
 
@@ -221,34 +222,35 @@ _PROBLEMS = {
 _REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()
 }
-_Asked = TypeVar("_Asked", Said, Explained)
+_Asked = TypeVar("_Asked", Reading, Explanation)
 _RunId = Annotated[
     str | None, Query(max_length=64, description="an id that GET /runs lists; else its first")
 ]
 
 
 def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor]) -> FastAPI:
-    """The page and its JSON API.
+    """Build the page and its JSON API.
 
     Args:
-        runs: all that may be asked for, the one that is chosen at first in front.
-        load: gives the network of a run's id; UserError where it cannot.
+        runs: lists the runs that can be chosen, the first choice first.
+        load: returns the network of a run's id, or raises UserError.
     """
-    text = Path(__file__).with_name("page.html").read_text()
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     app = FastAPI(
         title="digitlab draw",
         docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
         redoc_url=None,
-        responses={403: {"model": Problem, "description": "Asked by another site"}},
+        responses={403: {"model": Problem, "description": "The request comes from another site"}},
     )
-    app.add_middleware(_guarded, policy=_policy(text))
+    app.add_middleware(guarded, headers={
+        "content-security-policy": _policy(text), "cache-control": "no-store"})  # fmt: skip
     app.add_exception_handler(RequestValidationError, _unasked)
     listed = [run.run_id for run in runs()]
     first, known = next(iter(listed), None), set(listed)
     networks = Networks(load)
 
     async def answer(
-        request: Request, run: str | None, say: Callable[[Predictor, bytes], _Asked]
+        request: Request, run: str | None, compute: Callable[[Predictor, bytes], _Asked]
     ) -> _Asked:
         run = first if run is None else run
         if run is None or run not in known:
@@ -258,7 +260,7 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
             predictor = await networks.network(run)
             loop = asyncio.get_running_loop()
             try:
-                return await loop.run_in_executor(networks.threads, say, predictor, content)
+                return await loop.run_in_executor(networks.threads, compute, predictor, content)
             except UserError as error:
                 raise HTTPException(400, str(error)) from error
 
@@ -273,12 +275,12 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
         return found
 
     @app.post("/predict", responses=_REFUSED, openapi_extra=_SENT)
-    async def predict(request: Request, run: _RunId = None) -> Said:
-        return await answer(request, run, said)
+    async def predict(request: Request, run: _RunId = None) -> Reading:
+        return await answer(request, run, read)
 
     @app.post("/explain", responses=_REFUSED, openapi_extra=_SENT)
-    async def explain(request: Request, run: _RunId = None) -> Explained:
-        return await answer(request, run, explained)
+    async def explain_image(request: Request, run: _RunId = None) -> Explanation:
+        return await answer(request, run, explain)
 
     return app
 
@@ -290,24 +292,23 @@ async def _unasked(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _body(request: Request) -> bytes:
-    """The image that is sent, whatever its length is said to be: 408, 413 or 415 otherwise."""
+    """Return the image in the body, whatever Content-Length claims; else 408, 413 or 415."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if not kind.startswith("image/") and kind != "application/octet-stream":
-        allowed = "allowed is the file itself, as image/png and the like"
-        raise HTTPException(415, f"Content-Type {kind[:50] or 'missing'}: {allowed}")
+        rule = "it must be the file itself, as image/png and the like"
+        raise HTTPException(415, f"Content-Type {kind[:50] or 'missing'}: {rule}")
     close = {"Connection": "close"}  # the rest of the body is not waited for
     parts, size = [], 0
     try:
         async with asyncio.timeout(_SECONDS):
-            while size <= _DISCARDED:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise HTTPException(400, "the image: cut short")
-                size += len(message.get("body", b""))
+            async for part in request.stream():
+                size += len(part)
                 if size <= _BODY:
-                    parts.append(message.get("body", b""))
-                if not message.get("more_body"):
+                    parts.append(part)
+                elif size > _DISCARDED:
                     break
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the image: cut short") from error
     except TimeoutError as error:
         raise HTTPException(408, "the image took too long to arrive", close) from error
     if size > _BODY:
@@ -315,47 +316,12 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
-_App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
-_HOST = re.compile(rb"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE)
-
-
-def _guarded(app: _App, policy: str) -> _App:
-    """Answer to this machine's own page and programs, not to sites whose name points here."""
-    headers = [
-        (b"content-security-policy", policy.encode()),
-        (b"cross-origin-resource-policy", b"same-origin"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-        (b"cache-control", b"no-store"),
-    ]
-
-    async def guard(scope: _Message, receive: _Receive, send: _Send) -> None:
-        async def send_with_headers(message: _Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *headers]
-            await send(message)
-
-        host = [value for name, value in scope["headers"] if name == b"host"]
-        origin = [value for name, value in scope["headers"] if name == b"origin"]
-        own = len(host) == 1 and _HOST.fullmatch(host[0])
-        if own and origin in ([], [b"http://" + host[0]]):
-            await app(scope, receive, send_with_headers)
-        else:
-            refused = JSONResponse({"detail": "asked by another site: open the page itself"}, 403)
-            await refused(scope, receive, send_with_headers)
-
-    return guard
-
-
 def _policy(page: str) -> str:
-    """A Content-Security-Policy under which the page's own script and style alone are run."""
-    allowed = ["default-src 'none'", "connect-src 'self'", "img-src 'self' blob: data:"]
-    allowed += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    """Return a Content-Security-Policy that runs the page's own script and style alone."""
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src 'self' blob: data:"]
+    rules += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
     for kind in ("script", "style"):
         [text] = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        allowed.append(f"{kind}-src 'sha256-{digest}'")
-    return "; ".join(allowed)
+        rules.append(f"{kind}-src 'sha256-{digest}'")
+    return "; ".join(rules)

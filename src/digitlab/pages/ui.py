@@ -2,10 +2,14 @@
 
 import os
 import socket
+import socketserver
 import sys
+from contextlib import suppress
 from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from digitlab.base.errors import UserError, first_line
+from digitlab.base.errors import UserError, first_line, require
+from digitlab.pages.guard import guarded_wsgi
 from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import lab_tracker
 from digitlab.records.views import view_addresses
@@ -25,9 +29,9 @@ def serve(lab: Path, port: int) -> int:
     require_free(port, "ui")
     elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
     if elsewhere:
-        given = f"MLFLOW_TRACKING_URI={first_line(elsewhere)}"
         raise UserError(
-            f"{given} is set, so the records are there: open that page, or unset it for the lab's."
+            f"MLFLOW_TRACKING_URI={first_line(elsewhere)} is set, so runs are recorded there: "
+            "open that page, or unset it to see the lab's own"
         )
     page = lab_tracker(lab, ["tracking=mlflow"]).runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")
@@ -46,32 +50,47 @@ def become_mlflow(lab: Path, port: int) -> None:
     _become(sys.executable, "-m", "mlflow", "server", "--workers", "1", *place)
 
 
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Answers each request in a thread that ends with the process."""
+
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Print no line for a request."""
+
+
 def dashboard(lab: Path, port: int) -> int:
-    """Become optuna-dashboard on 127.0.0.1.
+    """Serve Optuna's dashboard on 127.0.0.1 until Ctrl-C; returns 130.
+
+    It runs in this process, so that the storage's address, which may hold a password, is on no
+    command line.
 
     Raises:
         UserError: the port is taken.
     """
     require_free(port, "dashboard")
-    open_storage(lab)  # or it says in many lines that there is none
-    address = os.environ.get("DIGITLAB_STORAGE") or f"sqlite:///{lab / 'optuna.db'}"
-    print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
-    program = str(Path(sys.executable).with_name("optuna-dashboard"))
-    _become(program, "--server", "wsgiref", "--host", "127.0.0.1", "--port", str(port),
-            address)  # fmt: skip
-    return 0
+    from optuna_dashboard import wsgi
+
+    app = guarded_wsgi(wsgi(open_storage(lab)))
+    with make_server("127.0.0.1", port, app, _Server, _QuietHandler) as server:
+        print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return 130
 
 
 def require_free(port: int, target: str) -> None:
-    if not 0 < port < 65536:
-        raise UserError(f"--port={port}: allowed is 1 to 65535")
+    """Raise UserError unless the port is a number that nothing listens on."""
+    require(0 < port < 65536, f"--port={port}", "an integer from 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(
-                f"--port={port}: taken by another program: end it, or give another port "
+                f"--port={port}: taken by another program: stop it, or give another port "
                 f"(make {target} PORT={port + 1})"
             ) from error
 

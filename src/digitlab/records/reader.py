@@ -14,14 +14,26 @@ from digitlab.base.errors import UserError, nearest
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
-from digitlab.networks import build_network
-from digitlab.records.record import SUMS, open_tracker, row_params, seal
+from digitlab.networks.table import build_network
+from digitlab.records.record import (
+    SUMS,
+    Records,
+    open_records,
+    open_tracker,
+    row_params,
+    seal,
+)
 from digitlab.records.store import RunRow, Tracker
 
 
 def lab_tracker(lab: Path, overrides: Sequence[str] = ()) -> Tracker:
     """Open the records of a lab, where the configuration says that they are."""
     return open_tracker(compose("train", overrides)[0].config, lab)
+
+
+def lab_records(lab: Path, overrides: Sequence[str] = ()) -> Records:
+    """Open the records of a lab to write, too."""
+    return open_records(compose("train", overrides)[0].config, lab)
 
 
 def find_run(tracker: Tracker, name: str) -> RunRow:

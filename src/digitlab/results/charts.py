@@ -1,234 +1,273 @@
 """A study in charts: Optuna's own where it has them, plotly's where it lacks them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
+from optuna.distributions import CategoricalDistribution
 from optuna.importance import get_param_importances
 from optuna.trial import create_trial
-from optuna.visualization import (
-    plot_contour,
-    plot_optimization_history,
-    plot_parallel_coordinate,
-    plot_slice,
-    plot_timeline,
-)
+from optuna.visualization import plot_contour, plot_parallel_coordinate, plot_slice
 from torch import Tensor
 
 from digitlab.config.types import Pruner
-from digitlab.study.trials import Search, TrialRow
+from digitlab.study.summary import short
+from digitlab.study.trials import TrialRow, TrialStore
 
-_RESAMPLED = 20  # times, for the spread of the knobs' importance
+_RESAMPLED = 20  # times, for the spread of the importances
 _BINS = 10  # of confidence
+_ACCURACY, _TIME, _SIZE = "validation accuracy (%)", "training time (s)", "parameters"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with what it says in words; `figure` is None where something is missing."""
+    """A figure, its message in a sentence, and its data; `figure` is None where it is missing."""
 
     title: str
-    says: str
+    message: str
     figure: Any = None
+    data: Any = None  # a pandas table
 
 
-def study_charts(search: Search, epochs: int) -> list[Chart]:
-    """All charts of a study's trials; `epochs` is of those that do not search it."""
-    study = optuna.load_study(study_name=search.config.name, storage=search.storage)
-    rows = search.rows()
-    judged, measure = _judged(search, rows)
-    knobs = [knob.name for knob in search.knobs]
-    important = _importance(judged, knobs)
-    top = list(important)[:2] or knobs[:2]
-    weights = ", ".join(f"{knob} {median:.0%}" for knob, (_, median, _) in important.items())
-    drawers: list[tuple[str, str, Callable[[], Any]]] = [
-        ("History", "Each finished trial, and the best so far.",
-         lambda: plot_optimization_history(study, target_name="validation accuracy")),
-        ("Learning curves", "Holdout accuracy by epoch; pruned trials are dashed.",
-         lambda: _curves(rows, epochs)),
-        ("Parallel coordinates", f"A line a trial, from its knobs to {measure}.",
-         lambda: plot_parallel_coordinate(judged, knobs, target_name=measure)),
-        ("What mattered", f"Importance of each knob for {measure} (PED-ANOVA), median and 10 to "
-         f"90 % of {_RESAMPLED} resamplings of the trials: {weights or 'not to be told'}.",
-         lambda: _importance_bars(important)),
-        ("Slices", f"One knob at a time against {measure}.",
-         lambda: plot_slice(judged, knobs, target_name=measure)),
-        ("Contours", f"The two knobs that mattered most ({' and '.join(top)}) against {measure}.",
-         lambda: plot_contour(judged, top, target_name=measure)),
-        ("Accuracy against seconds", "Finished trials; on the line, none is both better and "
-         "faster (Pareto front).", lambda: _pareto(rows, "seconds")),
-        ("Accuracy against parameters", "Finished trials; on the line, none is both better and "
-         "smaller (Pareto front).", lambda: _pareto(rows, "model_parameters")),
-        ("Timeline", "When each trial ran, and how it ended.", lambda: plot_timeline(study)),
-    ]  # fmt: skip
-    return [_chart(title, says, draw, rows) for title, says, draw in drawers]
+def in_words(keys: Iterable[str]) -> dict[str, str]:
+    """Return a label for each key: `optim.learning_rate` is 'learning rate' where that is clear."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    names = {key: name if count[name] == 1 else key for key, name in last.items()}
+    return {key: name.replace(".", " ").replace("_", " ") for key, name in names.items()}
 
 
-def _chart(title: str, says: str, draw: Callable[[], Any], rows: Sequence[TrialRow]) -> Chart:
-    """Draw, or say why not: a study may have one trial, or none that finished."""
-    ended = sum(row.value is not None for row in rows)
-    if ended < 2:
-        return Chart(title, f"Missing: two trials with a result are needed, there are {ended}.")
-    try:
-        figure = draw()
-    except (ValueError, RuntimeError) as error:
-        return Chart(title, f"Missing: {str(error).splitlines()[0]}")
-    return Chart(title, says if figure.data else f"Missing: {says} No trial has it.", figure)
+class _Trials:
+    """What the charts are drawn from: accuracies in per cent, hyperparameters in words.
 
-
-def _judged(search: Search, rows: Sequence[TrialRow]) -> tuple[optuna.Study, str]:
-    """The trials with a measure that all of them have, and what it is.
-
-    Where trials were pruned the few that finished say little of the knobs, and a last accuracy
-    does not compare with one at a rung: the first rung's is taken, which every trial reached.
+    Where trials were pruned the few that finished show little of the hyperparameters, and a last
+    accuracy does not compare with one at a rung: the first rung's is the measure, which all have.
     """
-    pruning = search.config.pruner is not Pruner.none
-    trials = search.storage.get_all_trials(search.id, deepcopy=False)
-    judged = optuna.create_study(direction="maximize")
-    for trial, row in zip(trials, rows, strict=False):  # more may have begun meanwhile
-        value = trial.intermediate_values.get(0) if pruning else row.value
-        if value is not None and len(trial.params) == len(search.knobs):
-            judged.add_trial(
-                create_trial(params=trial.params, distributions=trial.distributions, value=value)
-            )
-    rung = (
-        f"accuracy at {search.config.rungs[0]:g} of the steps" if pruning else "validation accuracy"
+
+    def __init__(self, store: TrialStore, rows: Sequence[TrialRow], epochs: int) -> None:
+        labels = in_words(store.config.space)
+        self.rows, self.epochs, self.names = rows, epochs, list(labels.values())
+        pruning = store.config.pruner is not Pruner.none
+        rung = f"accuracy at {store.config.rungs[0]:g} of the steps (%)" if pruning else ""
+        self.measure = rung or _ACCURACY
+        self.study, lines = optuna.create_study(direction="maximize"), []
+        stored = store.study.get_trials(deepcopy=False)
+        for trial, row in zip(stored, rows, strict=False):  # more may have started meanwhile
+            metrics = row.notes.get("metrics", {})
+            finished = row.value if row.state == "finished" else None
+            value = trial.intermediate_values.get(0) if pruning else finished
+            params = {label: row.values.get(key) for key, label in labels.items()}
+            params = {k: short(v) if isinstance(v, list) else v for k, v in params.items()}
+            line = {"trial": row.number, "outcome": row.state, **params}
+            line |= {_ACCURACY: None if finished is None else 100 * finished}
+            line |= {self.measure: None if value is None else 100 * value}
+            line |= {_TIME: metrics.get("seconds"), _SIZE: metrics.get("model_parameters")}
+            lines.append(line | {"start": trial.datetime_start, "end": trial.datetime_complete})
+            if value is not None and None not in params.values():
+                ranges = {label: trial.distributions[key] for key, label in labels.items()}
+                for label, found in ranges.items():
+                    if isinstance(found, CategoricalDistribution):
+                        choices = [c.strip("[]").replace(" ", "") if isinstance(c, str) else c
+                                   for c in found.choices]  # lists are JSON text  # fmt: skip
+                        ranges[label] = CategoricalDistribution(choices)
+                self.study.add_trial(
+                    create_trial(params=params, distributions=ranges, value=100 * value)
+                )
+        self.table = pd.DataFrame(lines)
+        self.comparable = self.table.dropna(subset=self.measure) if lines else self.table
+        self.finished = self.table.dropna(subset=_ACCURACY) if lines else self.table
+
+    def by_measure(self, *names: str) -> pd.DataFrame:
+        columns = ["trial", *(names or self.names), self.measure]
+        return self.comparable[columns].sort_values(self.measure, ascending=False)
+
+    def best_ranges(self) -> str:
+        """Say where the best quarter of the trials lies."""
+        best = self.by_measure().head(max(2, len(self.comparable) // 4))
+        ranges = []
+        for name in self.names:
+            low, high = (best[name].min(), best[name].max())
+            ranges.append(f"{name} {short(low)}" + f" to {short(high)}" * bool(low != high))
+        return f"The best {len(best)} of {len(self.comparable)} have {', '.join(ranges)}."
+
+
+def study_charts(store: TrialStore, epochs: int) -> list[Chart]:
+    """Draw all charts of a study's trials; `epochs` is of those that do not search it."""
+    rows = store.rows()
+    trials, ended = _Trials(store, rows, epochs), sum(row.value is not None for row in rows)
+    charts = []
+    for title, draw in _DRAWERS.items():
+        try:
+            if ended < 2:
+                raise ValueError(f"two trials with a result are needed, there are {ended}.")
+            message, figure, data = draw(trials)
+            if not figure.data or data.empty:
+                raise ValueError("no trial has what this chart shows.")
+            charts.append(Chart(title, message, figure, data))
+        except (ValueError, RuntimeError) as error:
+            charts.append(Chart(title, f"Missing: {str(error).splitlines()[0]}"))
+    return charts
+
+
+_Drawn = tuple[str, go.Figure, pd.DataFrame]  # the message, the figure and its data
+
+
+def _history(trials: _Trials) -> _Drawn:
+    data = trials.finished[["trial", _ACCURACY]]
+    data = data.assign(**{"best so far (%)": data[_ACCURACY].cummax()})
+    figure = px.scatter(data, x="trial", y=_ACCURACY)
+    figure.add_scatter(x=data["trial"], y=data["best so far (%)"], line_shape="hv", name="best")
+    better = data["best so far (%)"].nunique() - 1
+    if data.empty:
+        return "", figure, data
+    best = data.loc[data[_ACCURACY].idxmax()]
+    message = (
+        f"Trial {best['trial']:.0f} is the best with {best[_ACCURACY]:.2f} %; the best so far "
     )
-    return judged, rung
+    return f"{message}improved {better} times after the first trial.", figure, data
 
 
-def _importance(judged: optuna.Study, knobs: list[str]) -> dict[str, tuple[float, float, float]]:
-    """Low, median and high importance of each knob over resamplings, most important first."""
-    trials = judged.get_trials(deepcopy=False)
-    if len(trials) < 4 or len({trial.value for trial in trials}) < 2:
-        return {}
-    chance = np.random.default_rng(0)
-    found: dict[str, list[float]] = {knob: [] for knob in knobs}
+def _curves(trials: _Trials) -> _Drawn:
+    points: list[dict[str, Any]] = []
+    for row in trials.rows:
+        curve = list(enumerate(row.notes.get("curve", []), 1))
+        rung = row.notes.get("metrics", {}).get("rung")
+        if row.state == "pruned" and rung and row.value is not None:
+            end = rung * row.values.get("trainer.epochs", trials.epochs)
+            curve = [point for point in curve if point[0] < end] + [(end, row.value)]
+        line = {"trial": f"{row.number}", "outcome": row.state}
+        points += [line | {"epoch": float(x), _ACCURACY: 100 * y} for x, y in curve]
+    data = pd.DataFrame(points, columns=["trial", "outcome", "epoch", _ACCURACY])
+    dashes = {"pruned": "dot", "finished": "solid"}
+    figure = px.line(
+        data, x="epoch", y=_ACCURACY, color="trial", line_dash="outcome", line_dash_map=dashes,
+        markers=True, render_mode="svg",
+    )  # fmt: skip
+    figure.update_layout(showlegend=False)
+    pruned = sum(row.state == "pruned" for row in trials.rows)
+    message = f"{pruned} of {len(trials.rows)} trials were pruned (dotted lines), since they were "
+    return f"{message}behind others at the same fraction of their training.", figure, data
+
+
+def _parallel(trials: _Trials) -> _Drawn:
+    figure = plot_parallel_coordinate(trials.study, trials.names, target_name=trials.measure)
+    message = f"One line a trial, to its {trials.measure}. {trials.best_ranges()}"
+    return message, figure, trials.by_measure()
+
+
+def _slices(trials: _Trials) -> _Drawn:
+    figure = plot_slice(trials.study, trials.names, target_name=trials.measure)
+    message = f"One hyperparameter at a time. {trials.best_ranges()}"
+    return message, figure, trials.by_measure()
+
+
+def _contours(trials: _Trials) -> _Drawn:
+    top = list(_importance(trials).index[:2]) or trials.names[:2]
+    figure = plot_contour(trials.study, top, target_name=trials.measure)
+    data = trials.by_measure(*top)
+    place = " and ".join(f"{name} {short(data[name].iloc[0])}" for name in top)
+    return f"The best trial is at {place}; darker is better.", figure, data
+
+
+def _mattered(trials: _Trials) -> _Drawn:
+    data = _importance(trials)
+    if data.empty:
+        raise ValueError("four trials with different results are needed.")
+    figure = px.bar(
+        data, x="importance (%)", y=data.index, orientation="h",
+        error_x=data["90 %"] - data["importance (%)"],
+        error_x_minus=data["importance (%)"] - data["10 %"],
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", title="")
+    shares = ", ".join(f"{name} {share:.0f} %" for name, share in data["importance (%)"].items())
+    message = f"Importance for {trials.measure.removesuffix(' (%)')}: {shares} (PED-ANOVA, median "
+    message += f"and 10 to 90 % of {_RESAMPLED} resamplings of the trials)."
+    return message, figure, data.rename_axis("hyperparameter").reset_index()
+
+
+def _importance(trials: _Trials) -> pd.DataFrame:
+    """Return median, 10 and 90 % quantile of each importance over resamplings, best first."""
+    columns = ["importance (%)", "10 %", "90 %"]
+    known = trials.study.get_trials(deepcopy=False)
+    if len(known) < 4 or len({trial.value for trial in known}) < 2:
+        return pd.DataFrame(columns=columns)
+    chance, found = np.random.default_rng(0), []
     for _ in range(_RESAMPLED):
         sample = optuna.create_study(direction="maximize")
-        sample.add_trials([trials[i] for i in chance.integers(len(trials), size=len(trials))])
+        sample.add_trials([known[i] for i in chance.integers(len(known), size=len(known))])
         try:
-            importance = get_param_importances(sample)
+            found.append(get_param_importances(sample))
         except (ValueError, RuntimeError):  # a resampling without any variation
             continue
-        for knob in knobs:
-            found[knob].append(importance.get(knob, 0.0))
-    spread = {
-        knob: tuple(float(q) for q in np.quantile(values, (0.1, 0.5, 0.9)))
-        for knob, values in found.items()
-        if values
-    }
-    ranked = sorted(spread.items(), key=lambda item: -item[1][1])
-    return {knob: (low, median, high) for knob, (low, median, high) in ranked}
+    shares = 100 * pd.DataFrame(found).fillna(0).quantile([0.5, 0.1, 0.9]).T
+    return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
 
 
-def _importance_bars(important: Mapping[str, tuple[float, float, float]]) -> go.Figure:
-    if not important:
-        raise ValueError("four trials with different results are needed")
-    low, median, high = (list(values) for values in zip(*important.values(), strict=True))
-    error = {
-        "array": [h - m for h, m in zip(high, median, strict=True)],
-        "arrayminus": [m - w for m, w in zip(median, low, strict=True)],
-    }
-    figure = go.Figure(go.Bar(x=median, y=list(important), orientation="h", error_x=error))
-    return figure.update_layout(
-        xaxis_title="importance (share)", yaxis={"autorange": "reversed"}, title="Importance"
-    )
+def _pareto(trials: _Trials, cost: str, cheaper: str) -> _Drawn:
+    data = trials.finished[["trial", cost, _ACCURACY]].dropna()
+    data = data.sort_values([cost, _ACCURACY], ascending=[True, False])
+    front = data[data[_ACCURACY] > data[_ACCURACY].cummax().shift(fill_value=-1.0)]
+    figure = px.scatter(data, x=cost, y=_ACCURACY, hover_name="trial")
+    figure.add_scatter(x=front[cost], y=front[_ACCURACY], mode="lines", name="Pareto front")
+    numbers = ", ".join(map(str, front["trial"]))
+    message = f"On the line (Pareto front: trials {numbers}), no other trial is both more accurate "
+    return f"{message}and {cheaper}.", figure, data
 
 
-def _curves(rows: Sequence[TrialRow], epochs: int) -> go.Figure:
-    figure = go.Figure()
-    for row in rows:
-        curve = row.notes.get("curve", [])
-        metrics = row.notes.get("metrics", {})
-        points = [(float(epoch), value) for epoch, value in enumerate(curve, 1)]
-        if row.state == "pruned" and "rung" in metrics and row.value is not None:
-            place = metrics["rung"] * row.values.get("trainer.epochs", epochs)
-            points = [point for point in points if point[0] < place] + [(place, row.value)]
-        if points:
-            pruned = row.state == "pruned"
-            x, y = zip(*points, strict=True)
-            figure.add_scatter(
-                x=x,
-                y=y,
-                name=f"trial {row.number}" + (" (pruned)" if pruned else ""),
-                mode="lines+markers",
-                opacity=0.4 if pruned else 0.9,
-                line={"dash": "dot" if pruned else "solid", "width": 1.5},
-            )
-    return figure.update_layout(
-        title="Learning curves",
-        xaxis_title="epoch",
-        yaxis_title="validation accuracy",
-        showlegend=False,
-    )
+def _timeline(trials: _Trials) -> _Drawn:
+    data = trials.table[["trial", "outcome", "start", "end"]].dropna()
+    figure = px.timeline(data, x_start="start", x_end="end", y="trial", color="outcome")
+    minutes = (data["end"].max() - data["start"].min()).total_seconds() / 60
+    counts = ", ".join(f"{n} {state}" for state, n in data["outcome"].value_counts().items())
+    return f"{len(data)} trials in {minutes:.1f} minutes: {counts}.", figure, data
 
 
-def _pareto(rows: Sequence[TrialRow], cost: str) -> go.Figure:
-    points = sorted(
-        (row.notes["metrics"][cost], -(row.value or 0.0), row.number)
-        for row in rows
-        if row.state == "finished" and cost in row.notes.get("metrics", {})
-    )
-    figure = go.Figure()
-    front: list[tuple[float, float, int]] = []
-    for point in points:
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    for name, shown, mode in (("trials", points, "markers"), ("Pareto front", front, "lines")):
-        figure.add_scatter(
-            x=[x for x, _, _ in shown],
-            y=[-y for _, y, _ in shown],
-            text=[f"trial {number}" for _, _, number in shown],
-            name=name,
-            mode=mode,
-        )
-    return figure.update_layout(
-        title=f"Accuracy against {cost}", xaxis_title=cost, yaxis_title="validation accuracy"
-    )
+_DRAWERS: dict[str, Callable[[_Trials], _Drawn]] = {
+    "History": _history,
+    "Learning curves": _curves,
+    "Parallel coordinates": _parallel,
+    "What mattered": _mattered,
+    "Slices": _slices,
+    "Contours": _contours,
+    "Accuracy against time": lambda trials: _pareto(trials, _TIME, "faster"),
+    "Accuracy against size": lambda trials: _pareto(trials, _SIZE, "smaller"),
+    "Timeline": _timeline,
+}
 
 
 def champion_charts(logits: Tensor, labels: Tensor) -> list[Chart]:
-    """What the champion's weights make of the test images, (M, 10) and (M,)."""
-    guesses, truths = logits.argmax(1).numpy(), labels.numpy()
-    counts = np.zeros((10, 10), int)
-    np.add.at(counts, (truths, guesses), 1)
+    """Draw what the champion's weights make of the test images, (M, 10) and (M,)."""
+    confidence, guesses = (part.numpy() for part in logits.softmax(1).max(1))
+    tested = pd.DataFrame({"true digit": labels.numpy(), "read as": guesses})
+    counts = pd.crosstab(tested["true digit"], tested["read as"])
+    counts = counts.reindex(index=range(10), columns=range(10), fill_value=0)
     wrong = counts * (1 - np.eye(10, dtype=int))
-    most = np.unravel_index(wrong.argmax(), wrong.shape)
-    matrix = go.Figure(
-        go.Heatmap(z=wrong, text=counts, texttemplate="%{text}", colorscale="Reds", showscale=False)
+    matrix = px.imshow(wrong, color_continuous_scale="Reds")
+    matrix.update_traces(text=counts, texttemplate="%{text}").update_coloraxes(showscale=False)
+    matrix.update_xaxes(dtick=1).update_yaxes(dtick=1)
+    message = f"{wrong.sum().sum()} of {len(tested)} test images are misread"
+    if wrong.any(axis=None):
+        true, read = wrong.stack().idxmax()
+        message += f", most often a {true} as a {read} ({wrong.loc[true, read]} times)"
+    confusion = Chart("Confusion", f"{message}.", matrix, counts.reset_index())
+
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    tested = tested.assign(given=100 * confidence, hit=100.0 * (guesses == labels.numpy()))
+    bins = tested.groupby(place).agg(
+        images=("hit", "size"), given=("given", "mean"), hit=("hit", "mean")
     )
-    ticks = {"tickmode": "array", "tickvals": list(range(10))}
-    matrix.update_layout(
-        title="Confusion", xaxis=ticks | {"title": "read as"}, yaxis=ticks | {"title": "is"}
-    )
-    matrix.update_yaxes(autorange="reversed")
-    said = (
-        f"{wrong.sum()} of {counts.sum()} misread; most often a {most[0]} as a {most[1]} "
-        f"({wrong.max()} times)."
-    )
-    confidence = logits.softmax(1).max(1).values.numpy()
-    right = guesses == truths
-    places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    bins = [place for place in range(_BINS) if (places == place).any()]
-    sure = [float(confidence[places == place].mean()) for place in bins]
-    hit = [float(right[places == place].mean()) for place in bins]
-    sizes = [int((places == place).sum()) for place in bins]
-    gaps = [abs(s - h) * n for s, h, n in zip(sure, hit, sizes, strict=True)]
-    calibration = go.Figure(
-        [
-            go.Scatter(x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"dash": "dot"}),
-            go.Scatter(x=sure, y=hit, text=[f"{n} images" for n in sizes], name="champion"),
-        ]
-    )
-    calibration.update_layout(
-        title="Calibration", xaxis_title="probability it gave", yaxis_title="how often it was right"
-    )
-    error = sum(gaps) / len(right)
-    return [
-        Chart("Confusion", said, matrix),
-        Chart("Calibration", f"Expected calibration error {error:.4f} (Guo et al. 2017), "
-              f"{_BINS} bins.", calibration),
-    ]  # fmt: skip
+    error = ((bins["given"] - bins["hit"]).abs() * bins["images"]).sum() / len(tested)
+    bins.columns = pd.Index(["images", "mean probability (%)", "correct (%)"])
+    figure = px.line(bins, x="mean probability (%)", y="correct (%)", text="images", markers=True)
+    figure.update_traces(textposition="top left")
+    start = min(99.0, float(bins[bins.columns[1:]].min(axis=None)))
+    figure.add_scatter(x=[start, 100], y=[start, 100], mode="lines", line_dash="dot", name="ideal")
+    message = "The network's own probabilities (without the temperature of `predict`) are "
+    message += f"{error:.2f} percentage points off on average (expected calibration error)."
+    return [confusion, Chart("Calibration", message, figure, bins)]

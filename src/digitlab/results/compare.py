@@ -1,138 +1,148 @@
-"""What differs between runs, and whether one is right more often than another."""
+"""`digitlab compare`: what differs between runs, and whether that may be chance."""
 
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from digitlab.base.console import table
 from digitlab.base.errors import UserError
-from digitlab.base.statistics import mcnemar, mean_interval
-from digitlab.records.mlflow import RunRow, Tracking
+from digitlab.base.files import write_output
+from digitlab.base.statistics import holm, mcnemar, mean_interval
 from digitlab.records.reader import (
     accuracy_name,
-    lab_tracking,
+    lab_tracker,
     over_seeds,
     recorded_config,
     recorded_environment,
     recorded_guesses,
     trained,
 )
-from digitlab.results.reproduce import differences
+from digitlab.records.store import RunRow, Tracker
+from digitlab.results.verdict import differences
 
 _LISTED = 12  # images that are named on the terminal; --json has all
+_SIGNIFICANT = 0.05
 
 
 def compare(
-    names: Sequence[str], overrides: Sequence[str], lab: Path, as_json: bool, page: Path | None
+    names: Sequence[str], overrides: Sequence[str], lab: Path, as_json: bool, out: Path | None
 ) -> int:
     """Print what differs between two or more runs, or write it as JSON or a page; returns 0.
 
     Raises:
         UserError: a run is not found or did not finish.
     """
-    tracking = lab_tracking(lab, overrides)
-    rows = [trained(tracking, name) for name in names]
+    tracker = lab_tracker(lab, overrides)
+    rows = [trained(tracker, name) for name in names]
     if len({row.run_id for row in rows}) < 2:
-        raise UserError(f"{' '.join(names)}: two different runs or more are needed")
-    document = {
+        raise UserError(f"{' '.join(names)} names one run: give two different runs or more")
+    tests = [_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
+    done = [test for test in tests if "p" in test]
+    for test, p in zip(done, holm([test["p"] for test in done]), strict=True):
+        test["p_holm"] = p
+    document: dict[str, Any] = {
         "runs": [{"name": row.name, "run_id": row.run_id} for row in rows],
         "differences": {
             "parameters": _unlike([row.params for row in rows]),
-            "environment": _environments(tracking, rows),
-            "metrics": _metrics(tracking, rows),
+            "environment": _environments(tracker, rows),
+            "metrics": _metrics(tracker, rows),
         },
-        "tests": [_test(tracking, first, second) for first, second in _pairs(rows)],
+        "tests": tests,
     }
+    columns = ["", *(f"{row.name} ({row.run_id[:8]})" for row in rows)]
+    tables = {
+        kind: [[key, *map(_short, values)] for key, values in found.items()]
+        for kind, found in document["differences"].items()
+    }
+    label = {row.run_id: name for row, name in zip(rows, columns[1:], strict=True)}
+    sentences = [_sentence(test, [label[run] for run in test["runs"]], len(done)) for test in tests]
     if as_json:
         print(json.dumps(document, indent=1))
-        return 0
-    group = Group(*_tables(document))
-    Console(highlight=False, soft_wrap=True).print(group)
-    if page is not None:
-        recorded = Console(record=True, file=io.StringIO(), width=40 + 40 * len(rows))
-        recorded.print(group)
-        try:
-            recorded.save_html(str(page))
-        except OSError as error:
-            raise UserError(f"--page {page}: cannot be written: {error.strerror}") from error
-        print(f"written: {page}")
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for kind, lines in tables.items():
+            console.print(table(kind, columns, lines) if lines else f"{kind}: no difference")
+        console.print("\n".join(sentences), markup=False)
+    if out is not None:
+        write_output(out, _page(columns, tables, sentences), "--out")
+        if not as_json:
+            print(f"written: {out}")
     return 0
 
 
-def _pairs(rows: Sequence[RunRow]) -> list[tuple[RunRow, RunRow]]:
-    return list(itertools.combinations(rows, 2))
+def _page(
+    columns: Sequence[str], tables: Mapping[str, Sequence[Sequence[str]]], sentences: Sequence[str]
+) -> str:
+    from digitlab.results.page import Section, render
+
+    sections = [
+        Section(kind.capitalize(), "" if lines else "No difference.", columns=columns, lines=lines)
+        for kind, lines in tables.items()
+    ]
+    tests = Section("Tests", code="\n".join(sentences))
+    return render("page.html", " against ".join(columns[1:]), [tests, *sections])
 
 
 def _unlike(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The keys that have not one value on all sides, with the value on each."""
+    """Return the keys whose values differ between the sides, with the value on each."""
     keys = sorted({key for side in sides for key in side})
     values = {key: [side.get(key) for side in sides] for key in keys}
-    return {key: told for key, told in values.items() if any(v != told[0] for v in told)}
+    return {key: found for key, found in values.items() if any(v != found[0] for v in found)}
 
 
-def _environments(tracking: Tracking, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
-    """What the first run's environment and the others' say differently."""
-    first, *others = (recorded_environment(tracking, row) for row in rows)
+def _environments(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
+    """Return what differs between the first run's environment and the others'."""
+    first, *others = (recorded_environment(tracker, row) for row in rows)
     found: dict[str, list[Any]] = {}
     for place, other in enumerate(others, 1):
         for item in differences(first, other):
-            told = found.setdefault(item.name, [item.was] * len(rows))
-            told[place] = item.now
+            found.setdefault(item.name, [item.was] * len(rows))[place] = item.now
     return found
 
 
-def _metrics(tracking: Tracking, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
-    """The last metrics that differ; where seeds were tried, also the mean accuracy over them."""
+def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
+    """Return the last metrics that differ, and the mean accuracy over seeds where there are any."""
     found: dict[str, list[Any]] = dict(_unlike([row.metrics for row in rows]))
-    seeds = [over_seeds(tracking, row) for row in rows]
+    seeds = [over_seeds(tracker, row) for row in rows]
     if any(len(values) > 1 for values in seeds):
         found["accuracy over seeds"] = [str(mean_interval(values)) for values in seeds]
     return found
 
 
-def _test(tracking: Tracking, first: RunRow, second: RunRow) -> dict[str, Any]:
-    """McNemar's test on the images that both were measured on."""
-    told: dict[str, Any] = {"runs": [first.run_id, second.run_id]}
-    data = [recorded_config(tracking, row).data for row in (first, second)]
-    same = [(d.name, d.evaluate_on, d.validation_images, d.split_seed) for d in data]
-    digests = [row.tags["digitlab.data_sha256"] for row in (first, second)]
-    if same[0] != same[1] or digests[0] != digests[1]:
-        return told | {"none": "they were measured on different images"}
+def _test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
+    """Return McNemar's test on the images that both runs were measured on."""
+    pair = (first, second)
+    result: dict[str, Any] = {"runs": [row.run_id for row in pair]}
+    data = [recorded_config(tracker, row).data for row in pair]
+    images = [
+        (
+            d.name,
+            d.evaluate_on,
+            d.validation_images,
+            d.split_seed,
+            r.tags.get("digitlab.data_sha256"),
+        )
+        for d, r in zip(data, pair, strict=True)
+    ]
+    if images[0] != images[1] or images[0][-1] is None:
+        return result | {"none": "they were measured on different images"}
     try:
-        rights = [g == y for g, y in (recorded_guesses(tracking, row) for row in (first, second))]
+        right = [g == y for g, y in (recorded_guesses(tracker, row) for row in pair)]
     except UserError as error:
-        return told | {"none": str(error)}
-    only = [(rights[i] & ~rights[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]
-    p = mcnemar(len(only[0]), len(only[1]))
-    return told | {
+        return result | {"none": str(error)}
+    only = [(right[i] & ~right[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]
+    return result | {
         "test": "McNemar, exact, two-sided",
         "accuracy": accuracy_name(first),
-        "images": len(rights[0]),
+        "images": len(right[0]),
         "only_first": only[0],
         "only_second": only[1],
-        "p": p,
+        "p": mcnemar(len(only[0]), len(only[1])),
     }
-
-
-def _tables(document: Mapping[str, Any]) -> list[Table | Text]:
-    names = [f"{run['name']} ({run['run_id'][:8]})" for run in document["runs"]]
-    shown: list[Table | Text] = []
-    for kind, found in document["differences"].items():
-        if found:
-            lines = [[key, *(_short(value) for value in told)] for key, told in found.items()]
-            shown.append(table(kind, ["", *names], lines))
-        else:
-            shown.append(Text(f"{kind}: no difference"))
-    known = {run["run_id"]: name for run, name in zip(document["runs"], names, strict=True)}
-    shown += [_sentence(test, [known[run] for run in test["runs"]]) for test in document["tests"]]
-    return shown
 
 
 def _short(value: Any) -> str:
@@ -142,15 +152,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sentence(test: Mapping[str, Any], names: Sequence[str]) -> Text:
+def _sentence(test: Mapping[str, Any], names: Sequence[str], tests: int) -> str:
     if "none" in test:
-        return Text(f"{names[0]} and {names[1]}: no paired test: {test['none']}")
+        return f"{names[0]} and {names[1]}: no paired test: {test['none']}"
     sides = []
     for name, places in zip(names, (test["only_first"], test["only_second"]), strict=True):
         listed = ", ".join(map(str, places[:_LISTED])) + (", ..." if len(places) > _LISTED else "")
         sides.append(f"{len(places)} only by {name}" + (f" (images {listed})" if places else ""))
-    judged = "could well be chance" if test["p"] >= 0.05 else "is hardly chance"
-    return Text(
+    chance = "could well be chance" if test["p_holm"] >= _SIGNIFICANT else "is hardly chance"
+    corrected = f", {test['p_holm']:.3g} after Holm's correction for {tests} tests" * (tests > 1)
+    return (
         f"of {test['images']} images, right: {'; '.join(sides)}\n"
-        f"  McNemar's exact test: p = {test['p']:.3g}, the difference {judged}"
+        f"  McNemar's exact test: p = {test['p']:.3g}{corrected}; the difference {chance}"
     )

@@ -13,7 +13,7 @@ import torch
 
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config, DataConfig, Tracker
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import save_servable
 from digitlab.records.record import RunRecorder, trial_tags
 from digitlab.records.store import RunRow
@@ -22,24 +22,26 @@ from digitlab.study.session import StudySession
 from digitlab.study.summary import champion_text, describe_study
 
 
-def publish(session: StudySession, summary: Mapping[str, Any]) -> None:
+def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Register the champion, and put its figures and the report on the study's own run.
 
     An earlier champion of the study stays, marked as superseded; the alias moves.
     """
     if session.config.tracking.name is Tracker.none or session.parent is None:
-        return
-    register_champion(session, summary)
+        return {}
+    summary = {**summary, "run_id": register_champion(session, summary)}
     text = champion_text(session.config, summary, session.overrides)
     note = describe_study(session.config, session.overrides, text)
     session.parent.log(test_metrics(summary), tags={"mlflow.note.content": note})
-    from digitlab.results.report import log_report  # plotly, after all else has run
+    from digitlab.results.report import report  # plotly, after all else has run
 
-    log_report(session.store, session.config, session.records, session.lab)
+    page = report(session.store, session.config, session.records.tracker, session.lab)
+    session.parent.add_files({"report.html": page.encode()})
+    return {"run_id": summary["run_id"]}
 
 
-def register_champion(session: StudySession, summary: Mapping[str, Any]) -> None:
-    """Record the champion's run, with a model that MLflow serves, and register it."""
+def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str | None:
+    """Record the champion's run, with a model that MLflow serves; return its id."""
     tracker, config = session.records.tracker, session.config
     study_id, study = session.store.study_id, config.study.name
     row = session.store.rows()[summary["trial"]]
@@ -71,6 +73,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> None
             tracker.tag(run.run_id, {"digitlab.superseded_by": run_id})
         card = _model_card(config, summary, fit.config)
         tracker.register(study, run_id, {"trial": str(row.number)}, card)
+    return run_id
 
 
 def _final_run(session: StudySession, fit: Fit) -> RunRow:

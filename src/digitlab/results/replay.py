@@ -1,8 +1,7 @@
-"""Run a whole study again from its record, by one worker, and say where the two part."""
+"""`digitlab reproduce --study`: run a whole study again by one worker, and compare the two."""
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,10 +12,10 @@ from digitlab.base.errors import UserError
 from digitlab.config.compose import Composed
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
-from digitlab.records.mlflow import Tracking, open_tracking
 from digitlab.records.reader import recorded_environment
-from digitlab.records.record import Identity, begin_record
-from digitlab.results.reproduce import (
+from digitlab.records.record import Identity, Records, RunRecorder, open_records
+from digitlab.records.store import RunRow
+from digitlab.results.verdict import (
     IDENTICAL,
     INCOMPARABLE,
     NOT,
@@ -25,111 +24,118 @@ from digitlab.results.reproduce import (
     differences,
 )
 from digitlab.study.driver import sweep
-from digitlab.study.fingerprint import begun_study
-from digitlab.study.trials import Search, TrialRow
+from digitlab.study.storage import study_names
+from digitlab.study.trials import TrialRow, TrialStore, load_study
 
+_DELIVERY_S = 30.0  # to wait for the tracker at the end
 _TIMES = ("seconds", "images_per_second", "done")  # metrics that no two runs share
 
 
 def replay(study: str, lab: Path, as_json: bool) -> int:
-    """Run the study anew under another name, unrecorded but for the verdict; its exit status.
+    """Run the study again under another name; returns the exit status of the verdict.
 
-    A replay that was stopped goes on when it is asked for again.
+    Only the verdict is recorded. A replay that was stopped goes on when it is called again.
 
     Raises:
         UserError: there is no such study, or it has no champion yet.
     """
-    original, recorded = begun_study(lab, study)
-    known = original.names()
+    original, recorded = load_study(lab, study)
     notes = original.notes()
     if "champion" not in notes:
-        raise UserError(f"{study} has no champion yet: go on with `make sweep` first")
-    config = with_values(recorded, _as_it_ended(original, notes) | {"study.workers": 1})
-    names = (f"{study}-replay{number or ''}" for number in range(len(known) + 1))
-    name = next(n for n in names if n not in known or "champion" not in original.notes(n))
-    # The total counts the trials that failed, as they are all run again.
-    own = {"study.name": name, "study.count_failed": True}
+        raise UserError(f"{study} has no champion yet: finish it with `make sweep` first")
+    config = _replay_config(original, recorded, notes)
+    with open_records(recorded, lab) as records:
+        tracker = records.tracker
+        row = tracker.get(str(notes["run_id"])) if notes.get("run_id") else None
+        now = describe_environment()
+        found = differences(recorded_environment(tracker, row), now) if row else []
+        if notes.get("workers", 0) != 1:
+            found.append(Difference("study.workers", notes.get("workers", "not recorded"), 1))
+        if recorded.study.minutes:
+            found.append(Difference("study.minutes", recorded.study.minutes, "another machine's"))
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            print(f"replaying study {study} as {config.study.name}, by one worker")
+            for difference in found:
+                print(f"  {difference}")
+            command = f"digitlab reproduce --study {study}"
+            status = sweep(Composed(config, ()), lab, again=command)
+        if status == 130:
+            raise KeyboardInterrupt
+        parted = compare_studies(original, TrialStore(original.storage, config))
+        is_harmless = all(difference.is_harmless for difference in found)
+        verdict = IDENTICAL if not parted else NOT if is_harmless else INCOMPARABLE
+        run_id = _record(records, config, row, verdict, parted, now)
+    reasons = [*map(str, found), *parted]
+    original_id = row.run_id if row else study
+    return Verdict(verdict, reasons, run_id, original_id).report(as_json, f"study {study}")
+
+
+def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, Any]) -> Config:
+    """Return the configuration of the replay: the first that is not finished, or a new one."""
+    name, number = f"{original.config.name}-replay", 0
+    storage = original.storage
+    while name in study_names(storage):
+        if "champion" not in storage.get_study_user_attrs(storage.get_study_id_from_name(name)):
+            break
+        number += 1
+        name = f"{original.config.name}-replay{number}"
+    # The total counts the trials that failed, since all are run again.
+    own = {"study.name": name, "study.count_failed": True, "study.workers": 1}
     own |= {"tracking.name": "none", "launcher.name": "processes"}
-    config = with_values(config, own)
-
-    tracking = open_tracking(recorded, lab)
-    row = tracking.get(str(notes["run_id"])) if notes.get("run_id") else None
-    now = describe_environment()
-    found = differences(recorded_environment(tracking, row) if row else {}, now) if row else []
-    if notes.get("workers", 0) != 1:
-        found.append(Difference("study.workers", notes.get("workers", "not recorded"), 1))
-    if recorded.study.minutes:
-        found.append(Difference("study.minutes", recorded.study.minutes, "another machine's time"))
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):
-        print(f"replaying study {study} as {name}, by one worker")
-        for difference in found:
-            print(f"  {difference}")
-        status = sweep(Composed(config, ()), lab, f"digitlab reproduce --study {study}")
-    if status == 130:
-        raise KeyboardInterrupt
-    again = Search(original.storage, config)
-    parted = where_they_part(original, again)
-    harmless = all(difference.harmless for difference in found)
-    verdict = IDENTICAL if not parted else NOT if harmless else INCOMPARABLE
-    run_id = _record(tracking, config, row.run_id if row else "", verdict, parted, now)
-    told = Verdict(verdict, [*map(str, found), *parted], run_id, row.run_id if row else study)
-    return told.tell(as_json, f"study {study}")
+    return with_values(recorded, _as_it_ended(notes) | own)
 
 
-def _as_it_ended(search: Search, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a study may change while it goes on, as its champion was chosen by them."""
+def _as_it_ended(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a study may change meanwhile, as they were at its champion."""
     names = ("trials", "confirm", "confirm_seeds", "final_seeds")
     asked = dict(zip(names, notes["champion"]["asked"], strict=True))
     return {f"study.{name}": value for name, value in asked.items()}
 
 
-def where_they_part(original: Search, again: Search) -> list[str]:
-    """What two studies have otherwise, trial by trial and in their champions."""
+def compare_studies(original: TrialStore, again: TrialStore) -> list[str]:
+    """Return what differs between two studies, trial by trial and in their champions."""
+    results = []
+    for search in (original, again):
+        found = {f"trial {row.number}": _result(row) for row in search.rows()}
+        champion = search.notes().get("champion", {})
+        kept = ("trial", "values", "val_accuracy", "test_accuracy")
+        results.append(found | {"champion": {k: champion.get(k) for k in kept}})
+    first, second = results
+    missing = {"state": "missing"}
     parted = []
-    rows, others = original.rows(), again.rows()
-    for number in range(max(len(rows), len(others))):
-        pair = [
-            _told(r[number]) if number < len(r) else {"state": "missing"} for r in (rows, others)
-        ]
-        keys = sorted(key for key in pair[0].keys() | pair[1].keys())
+    for name in sorted(first | second, key=lambda n: (n == "champion", len(n), n)):
+        was, now = (side.get(name, missing) for side in (first, second))
         changed = [
-            f"{key} was {pair[0].get(key)}, is {pair[1].get(key)}"
-            for key in keys
-            if pair[0].get(key) != pair[1].get(key)
+            f"{key} was {was.get(key)}, is {now.get(key)}"
+            for key in sorted(was | now)
+            if was.get(key) != now.get(key)
         ]
         if changed:
-            parted.append(f"trial {number}: {'; '.join(changed)}")
-    champions = [search.notes().get("champion", {}) for search in (original, again)]
-    for key in ("trial", "values", "val_accuracy", "test_accuracy"):
-        was, now = (champion.get(key) for champion in champions)
-        if was != now:
-            parted.append(f"champion: {key} was {was}, is {now}")
+            parted.append(f"{name}: {'; '.join(changed)}")
     return parted
 
 
-def _told(row: TrialRow) -> dict[str, Any]:
+def _result(row: TrialRow) -> dict[str, Any]:
     metrics = {k: v for k, v in row.notes.get("metrics", {}).items() if k not in _TIMES}
     return {"state": row.state, "value": row.value, **row.values, **metrics}
 
 
 def _record(
-    tracking: Tracking,
+    records: Records,
     config: Config,
-    original: str,
+    original: RunRow | None,
     verdict: str,
     parted: Sequence[str],
     environment: Mapping[str, Any],
 ) -> str | None:
-    """A run that keeps the verdict, and tags on it and on the study's own run."""
-    tags = {"digitlab.reproduction_of": original, "digitlab.verdict": verdict}
+    """Record a run that has the verdict, and tag it and the study's own run; returns its id."""
+    tags = {"digitlab.reproduction_of": original.run_id if original else ""}
+    tags["digitlab.verdict"] = verdict
     identity = Identity(config.study.name, "reproduction", tags, None, (), environment)
-    record = begin_record(tracking, config, identity)
-    with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "replay"
-        kept.mkdir()
-        (kept / "replay.json").write_text(json.dumps(list(parted), indent=1))
-        record.keep(kept)
-    record.end("finished")
+    recorder = RunRecorder(records.outbox, config, identity)
+    recorder.spool.add_files({"replay.json": json.dumps(list(parted), indent=1).encode()})
+    recorder.end("finished")
+    records.outbox.flush(_DELIVERY_S)
     if original:
-        tracking.resume(original).log(tags={"digitlab.reproduced": verdict})
-    return record.run_id
+        records.tracker.tag(original.run_id, {"digitlab.reproduced": verdict})
+    return recorder.run_id()

@@ -31,19 +31,19 @@ from digitlab.study.settle import settle
 from digitlab.study.storage import STORE_ERRORS
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow, best_first
-from digitlab.study.workers.base import Workers, WorkerSetup
+from digitlab.workers.base import Workers, WorkerSetup
 
 _SHOW_INTERVAL_S = 0.2  # between two pictures of the board
 _NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
 
-# What is done with a study that has just selected its champion: registered, reported.
-Publish = Callable[[StudySession, Mapping[str, Any]], None]
+# Registers and reports a study that has just selected its champion; returns what to note of it.
+Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
 
 
 def sweep(
     composed: Composed,
     lab: Path,
-    publish: Publish = lambda _session, _summary: None,
+    publish: Publish = lambda _session, _summary: {},
     again: str | None = None,
 ) -> int:
     """Run a study, or go on with it; return the exit status.
@@ -131,7 +131,8 @@ class StudyDriver:
             return 130
         if self.store.notes().get("published") != asked:
             self.session.deliver()  # a champion is published from complete records
-            self.publish(self.session, summary)
+            summary |= self.publish(self.session, summary)
+            self.store.note("champion", summary)
             self.store.note("published", asked)
         self._show_result(rows, unpruned, summary)
         return 0
@@ -164,10 +165,10 @@ class StudyDriver:
         config, session = self.session.config, self.session
         setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
         if config.launcher.name is Launcher.ray:
-            from digitlab.study.workers.ray import RayWorkers  # which imports Ray
+            from digitlab.workers.ray import RayWorkers  # which imports Ray
 
             return RayWorkers(setup, config.launcher)
-        from digitlab.study.workers.processes import ProcessWorkers
+        from digitlab.workers.processes import ProcessWorkers
 
         count = _count_workers(config, self.board)
         self.store.note("workers", max(count, self.store.notes().get("workers", 0)))

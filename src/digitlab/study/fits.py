@@ -6,7 +6,7 @@ from typing import Any
 from digitlab.study.champion import Fit, Results
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
-from digitlab.study.workers.base import Job
+from digitlab.workers.base import Job
 
 
 class FitPhase:

@@ -7,7 +7,7 @@ from typing import Any
 
 from digitlab.base.stop import StopSignal
 from digitlab.records.record import RunRecorder
-from digitlab.study.workers.base import (
+from digitlab.workers.base import (
     Answer,
     Epoch,
     Event,

@@ -10,8 +10,8 @@ from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.study.loop import Ending, JobLoop, Task
-from digitlab.study.workers.base import Job, WorkerSetup
-from digitlab.study.workers.inline import InlineWorkers
+from digitlab.workers.base import Job, WorkerSetup
+from digitlab.workers.inline import InlineWorkers
 
 _DELIVERY_S = 30.0  # to wait at the end for a tracker that is slow or away
 

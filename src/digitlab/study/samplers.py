@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Pruner, Sampler, StudyConfig
-from digitlab.study.space import Knob as Hyperparameter
+from digitlab.study.space import Hyperparameter
 
 _ETA = 3  # successive halving keeps the best third at each rung
 

@@ -12,7 +12,7 @@ from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
 from digitlab.study.storage import study_names
 from digitlab.study.trials import TrialRow, best_first, load_study
-from digitlab.study.workers.base import Job
+from digitlab.workers.base import Job
 
 
 class TrialSearch:

@@ -23,26 +23,26 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest, require
 from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config
 
-# What decides how a trial is measured, or belongs to the study as a whole.
-_FIXED = (
-    *("study.", "tracking.", "launcher.", "trainer.seed", "trainer.threads"),
-    *(
-        "data.name",
-        "data.evaluate_on",
-        "data.validation_images",
-        "data.split_seed",
-        "data.allow_unknown",
-    ),
-)
+# Keys that decide how a trial is measured, and groups that belong to the study as a whole.
+_FIXED_KEYS = {
+    "data.name",
+    "data.evaluate_on",
+    "data.validation_images",
+    "data.split_seed",
+    "data.allow_unknown",
+    "trainer.seed",
+    "trainer.threads",
+}
+_FIXED_GROUPS = {"study", "tracking", "launcher"}
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"
 
 
 @dataclass(frozen=True)
-class Knob:
+class Hyperparameter:
     """One searched key of the configuration and the values that it may take.
 
     A list cannot be a category of Optuna's, so a choice of lists is kept as JSON text.
@@ -53,15 +53,15 @@ class Knob:
     as_json: bool = False
 
     def decode(self, value: Any) -> Any:
-        """The configuration's value of one of the distribution's."""
+        """Return the configuration's value for one of the distribution's."""
         return json.loads(value) if self.as_json else value
 
     def encode(self, value: Any) -> Any:
-        """The distribution's value of one of the configuration's."""
+        """Return the distribution's value for one of the configuration's."""
         return json.dumps(value) if self.as_json else value
 
     def holds(self, value: Any) -> bool:
-        """Whether the configuration's value lies in the range."""
+        """Return whether the configuration's value lies in the range."""
         try:
             return self.distribution._contains(
                 self.distribution.to_internal_repr(self.encode(value))
@@ -70,97 +70,100 @@ class Knob:
             return False
 
     def extremes(self) -> list[Any]:
-        """The values that decide whether the whole range is allowed."""
+        """Return the values that decide whether the whole range is valid."""
         if isinstance(self.distribution, CategoricalDistribution):
             return [self.decode(choice) for choice in self.distribution.choices]
         assert isinstance(self.distribution, IntDistribution | FloatDistribution)
         return [self.distribution.low, self.distribution.high]
 
 
-def read_space(config: Config) -> list[Knob]:
-    """The knobs of `config.study.space`, each checked against the typed configuration.
+def read_space(config: Config) -> list[Hyperparameter]:
+    """Read the hyperparameters of `config.study.space`, each checked against the configuration.
 
     Raises:
-        UserError: a knob that does not exist or may not be searched, a text that is not in the
-            grammar, or a range that reaches outside what the configuration allows.
+        UserError: a key that does not exist or may not be searched, a text that is not in the
+            grammar, or a range that reaches outside the limits of its setting.
     """
     keys = flat(config_to_plain(config))
     return [_checked(_read(name, text, keys), config) for name, text in config.study.space.items()]
 
 
-def _read(name: str, text: str, keys: Mapping[str, Any]) -> Knob:
+def _read(name: str, text: str, keys: Mapping[str, Any]) -> Hyperparameter:
     given = f"study.space: {name}={text}"
-    if name.startswith(_FIXED):
-        raise UserError(f"{given}: it is the same for all trials, set it instead")
+    if _is_fixed(name):
+        raise UserError(
+            f"{given} is invalid: {name} is the same for all trials. Give it one value instead."
+        )
     if name not in keys:
-        searched = [key for key in keys if not key.startswith(_FIXED)]
+        searched = [key for key in keys if not _is_fixed(key)]
         raise UserError(f"{given}: no such key, {nearest(name, searched)}")
     try:
         sweep = OverridesParser.create().parse_override(f"{name}={text}").value()
     except HydraException as error:
-        raise UserError(f"{given}: not understood, allowed is {_GRAMMAR}") from error
+        raise UserError(f"{given} is invalid: it must be {_GRAMMAR}.") from error
     if isinstance(sweep, ChoiceSweep):
-        if sweep.tags:
-            raise UserError(f"{given}: a choice takes no tag")
+        require(not sweep.tags, given, "a choice without a tag")
         return _choice(name, sweep, given)
     if not isinstance(sweep, IntervalSweep | RangeSweep):
-        raise UserError(f"{given}: one value is no range, allowed is {_GRAMMAR}")
+        raise UserError(f"{given} is invalid: it must be {_GRAMMAR}.")
     log = "log" in sweep.tags
-    if set(sweep.tags) - {"log"}:
-        raise UserError(f"{given}: unknown tag, allowed is tag(log,...)")
+    require(set(sweep.tags) <= {"log"}, given, "a range without a tag, or with tag(log,...)")
     if isinstance(sweep, RangeSweep):
-        return Knob(name, _range(sweep, log, given))
+        return Hyperparameter(name, _range(sweep, log, given))
     low, high = sweep.start, sweep.end
     whole = isinstance(low, int) and isinstance(high, int)
     if isinstance(keys[name], int) and not whole:
-        raise UserError(f"{given} gives fractions, {name} takes whole numbers: write int(...)")
+        raise UserError(f"{given} gives fractions, but {name} is an integer: write int(...).")
     if low is None or high is None or low >= high or (log and low <= 0):
-        raise UserError(f"{given}: allowed is low < high, and low > 0 with tag(log,...)")
+        raise UserError(f"{given} is invalid: it must have low < high, and low > 0 if logarithmic.")
     if whole:
-        return Knob(name, IntDistribution(int(low), int(high), log=log))
-    return Knob(name, FloatDistribution(float(low), float(high), log=log))
+        return Hyperparameter(name, IntDistribution(int(low), int(high), log=log))
+    return Hyperparameter(name, FloatDistribution(float(low), float(high), log=log))
 
 
-def _choice(name: str, sweep: ChoiceSweep, given: str) -> Knob:
+def _choice(name: str, sweep: ChoiceSweep, given: str) -> Hyperparameter:
     values = [item.text if isinstance(item, QuotedString) else item for item in sweep.list]
     if all(isinstance(value, list) for value in values):
         texts = [json.dumps(value) for value in values]
-        return Knob(name, CategoricalDistribution(texts), as_json=True)
+        return Hyperparameter(name, CategoricalDistribution(texts), as_json=True)
     if not all(value is None or isinstance(value, bool | int | float | str) for value in values):
-        raise UserError(f"{given}: allowed are numbers, words, or lists only")
-    return Knob(name, CategoricalDistribution(values))  # type: ignore[arg-type]
+        raise UserError(f"{given} is invalid: it must be a choice of words and numbers, or lists.")
+    return Hyperparameter(name, CategoricalDistribution(values))  # type: ignore[arg-type]
 
 
 def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
     start, stop, step = sweep.start, sweep.stop, sweep.step
     if start is None or stop is None or not step or step <= 0 or log:
-        raise UserError(f"{given}: allowed is range(low,high,step) with step > 0 and no tag")
+        raise UserError(f"{given} is invalid: it must be range(low,high,step), step > 0, no tag.")
     # In decimals, as written: in binary 0.1 + 3 * 0.1 is not the 0.4 to be left out.
     first, end, each = (Decimal(str(number)) for number in (start, stop, step))
     count = math.ceil((end - first) / each)
-    if count < 2:
-        raise UserError(f"{given}: allowed is a range of two or more values")
+    require(count >= 2, given, "a range of two or more values")
     last = first + (count - 1) * each
     if all(isinstance(number, int) for number in (start, stop, step)):
         return IntDistribution(int(start), int(last), step=int(step))
     return FloatDistribution(float(start), float(last), step=float(step))
 
 
-def _checked(knob: Knob, config: Config) -> Knob:
-    for value in knob.extremes():
+def _checked(hyperparameter: Hyperparameter, config: Config) -> Hyperparameter:
+    name = hyperparameter.name
+    for value in hyperparameter.extremes():
         try:
-            with_values(config, {knob.name: value})
+            with_values(config, {name: value})
         except UserError as error:
-            space = config.study.space[knob.name]
-            raise UserError(f"study.space: {knob.name}={space} allows {error}") from error
-    return knob
+            raise UserError(f"study.space: {name}={config.study.space[name]}: {error}") from error
+    return hyperparameter
 
 
-def suggest(trial: optuna.Trial, knobs: list[Knob]) -> dict[str, Any]:
-    """A value for each knob, in the configuration's terms."""
+def _is_fixed(key: str) -> bool:
+    return key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_GROUPS
+
+
+def suggest(trial: optuna.Trial, space: list[Hyperparameter]) -> dict[str, Any]:
+    """Suggest a value for each hyperparameter, in the configuration's terms."""
     values = {}
-    for knob in knobs:
-        name, of = knob.name, knob.distribution
+    for hyperparameter in space:
+        name, of = hyperparameter.name, hyperparameter.distribution
         value: Any
         if isinstance(of, IntDistribution):
             value = trial.suggest_int(name, of.low, of.high, step=of.step, log=of.log)
@@ -169,5 +172,5 @@ def suggest(trial: optuna.Trial, knobs: list[Knob]) -> dict[str, Any]:
         else:
             assert isinstance(of, CategoricalDistribution)
             value = trial.suggest_categorical(name, of.choices)
-        values[name] = knob.decode(value)
+        values[name] = hyperparameter.decode(value)
     return values

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from digitlab.config.types import Config, OptimConfig, Optimizer, Precision, Schedule
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.training.evaluate import measure
 
 _EMA_STEPS = 4  # the average takes the weights of every fourth step, which costs a quarter

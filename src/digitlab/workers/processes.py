@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
-from digitlab.study.workers.base import Event, Lost, Order, Pool, WorkerSetup
+from digitlab.workers.base import Event, Lost, Order, Pool, WorkerSetup
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _DEATH_S = 2.0  # from a closed pipe to the end of its process
@@ -25,7 +25,7 @@ def preload(*modules: str) -> None:
     It has imported and not computed, so that a fork of it is ready in a moment.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's; each run sets torch's own
-    _CONTEXT.set_forkserver_preload(["digitlab.study.workers.job", *modules])
+    _CONTEXT.set_forkserver_preload(["digitlab.workers.job", *modules])
     # It inherits what is ignored, and leaves Ctrl-C and a closed terminal to the driver.
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
     multiprocessing.forkserver.ensure_running()
@@ -107,6 +107,6 @@ class ProcessWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     # Blocked, not ignored: Lightning installs a handler of SIGTERM for each fit.
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_DRIVER)
-    from digitlab.study.workers.job import serve
+    from digitlab.workers.job import serve
 
     serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})

@@ -6,8 +6,8 @@ import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from digitlab.study.workers.base import WorkerSetup
-from digitlab.study.workers.processes import PipePool
+from digitlab.workers.base import WorkerSetup
+from digitlab.workers.processes import PipePool
 
 
 class InlineWorkers(PipePool):
@@ -30,7 +30,7 @@ class InlineWorkers(PipePool):
 
 
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
-    from digitlab.study.workers.job import serve
+    from digitlab.workers.job import serve
 
     with pipe:
         serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})

@@ -10,7 +10,11 @@ from digitlab.base import faults
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
 from digitlab.data.datasets import TRAIN, load_digits
-from digitlab.study.workers.base import (
+from digitlab.training.fit import fit
+from digitlab.training.module import Diverged
+from digitlab.training.observer import StopTraining, TrainingObserver
+from digitlab.training.outputs import output_files
+from digitlab.workers.base import (
     PROGRESS_INTERVAL_S,
     Answer,
     Channel,
@@ -28,10 +32,6 @@ from digitlab.study.workers.base import (
     Stopped,
     WorkerSetup,
 )
-from digitlab.training.fit import fit
-from digitlab.training.module import Diverged
-from digitlab.training.observer import StopTraining, TrainingObserver
-from digitlab.training.outputs import output_files
 
 
 def serve(
@@ -49,6 +49,7 @@ def serve(
         if reason:
             channel.send(Refused(reason))
             return
+        gc.freeze()  # imported modules are never garbage: a collection after each job skips them
         channel.send(Ready(machine))
         while True:
             number, order = channel.recv()

@@ -1,0 +1,139 @@
+"""How certain a network's answers are, and which images are like nothing that it has learned."""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from digitlab.base.files import write_synced
+from digitlab.config.types import Config, EvaluateOn
+from digitlab.data.datasets import TRAIN, load_digits, stratified_split
+from digitlab.data.images import to_unit
+from digitlab.records.store import RunRow, Tracker
+from digitlab.training.evaluate import evaluate
+
+_VERSION = "3"  # of what is fitted here: a cache of another version is not used
+_WITHIN = 0.99  # of the validation images lie within each limit
+_COMPONENTS = 48  # hold nine tenths of the variance of MNIST's images
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Turns logits into probabilities, and detects images that are out of distribution.
+
+    All of it is fitted on validation images: `temperature` divides the logits such that the
+    probabilities match how often they are right (Guo et al. 2017); 99 of 100 of these images lie
+    within each of `limits` (4,), one for each of four out-of-distribution scores.
+    """
+
+    temperature: float
+    limits: Tensor
+    basis: Tensor  # (784, K), principal components of the training images
+    known: list[Tensor]  # for each digit (N, K), the training images in them
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return (logits / self.temperature).softmax(1)
+
+    def scores(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Return out-of-distribution scores (N, 4) of uint8 (N, 1, 28, 28) with logits (N, 10).
+
+        They are one less the largest probability; the distance to the nearest training images of
+        that digit; the same over the distance to those of the next digit; and how little all
+        logits rise together (the energy of Liu et al. 2020).
+        """
+        probabilities = self.probabilities(logits)
+        best = probabilities.argmax(1, keepdim=True)
+        places = to_unit(images).flatten(1) @ self.basis
+        near = [torch.cdist(places, k).topk(3, largest=False).values.mean(1) for k in self.known]
+        distances = torch.stack(near, 1)
+        own = distances.gather(1, best)[:, 0]
+        others = distances.scatter(1, best, torch.inf).min(1).values
+        energy = logits.logsumexp(1)
+        return torch.stack([1 - probabilities.max(1).values, own, own / others, -energy], 1)
+
+
+def load_calibration(
+    tracker: Tracker, row: RunRow, config: Config, network: nn.Module, lab: Path
+) -> Calibration:
+    """Return the calibration of a run's weights, fitted once and then kept in the lab."""
+    source = row if config.data.evaluate_on is EvaluateOn.validation else _trial(tracker, row)
+    # The run that the temperature is fitted on belongs to the key: of two runs with the same
+    # weights, one may have a trial behind it and the other not.
+    key = [_VERSION, row.tags["digitlab.weights_sha256"], asdict(config.data), bool(source)]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    file = lab / "calibrations" / f"{digest}.safetensors"
+    try:
+        return _from_tensors(safetensors.torch.load(file.read_bytes()))
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        pass  # not there yet, or damaged: fit it
+    tensors = _fitted(tracker, source, config, network, lab)
+    with suppress(OSError):  # a lab that cannot be written: fit it again the next time
+        file.parent.mkdir(exist_ok=True)
+        write_synced(file, safetensors.torch.save(tensors))
+    return _from_tensors(tensors)
+
+
+def _from_tensors(tensors: dict[str, Tensor]) -> Calibration:
+    known = [tensors[f"known{digit}"] for digit in range(10)]
+    return Calibration(float(tensors["temperature"]), tensors["limits"], tensors["basis"], known)
+
+
+def _trial(tracker: Tracker, row: RunRow) -> RunRow | None:
+    """Return the trial behind a final fit, which has kept validation images to be measured on.
+
+    A reproduction of a final fit has its weights, and so its trial.
+    """
+    weights = {"digitlab.weights_sha256": row.tags["digitlab.weights_sha256"]}
+    for fit in [row, *tracker.find(weights)]:
+        tags = {key: fit.tags.get(f"digitlab.{key}") for key in ("study", "trial", "study_id")}
+        if tags["study"] and tags["trial"]:
+            wanted = {f"digitlab.{key}": value for key, value in tags.items() if value}
+            trials = tracker.find({"digitlab.kind": "trial", "digitlab.state": "finished"} | wanted)
+            for trial in trials:
+                if "digitlab.weights_sha256" in trial.tags:
+                    return trial
+    return None
+
+
+def _fitted(
+    tracker: Tracker, source: RunRow | None, config: Config, network: nn.Module, lab: Path
+) -> dict[str, Tensor]:
+    """Fit a calibration; `source` is the run that has predicted the validation images unlearned.
+
+    Where there is none, every image may have been learned from: the temperature stays 1.
+    """
+    data = config.data
+    digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
+    learn, held = stratified_split(digits.labels, data.validation_images, data.split_seed)
+    images, labels = digits.images[:, None], digits.labels
+    logits, temperature = evaluate(network, images[held], data), 1.0
+    if source is not None:
+        if data.evaluate_on is not EvaluateOn.validation:
+            predictions = tracker.artifact(source.run_id, "predictions.safetensors")
+            logits = safetensors.torch.load(predictions)["logits"]  # of the same images, in order
+        temperature = fit_temperature(logits, labels[held])
+    flat = to_unit(images[learn]).flatten(1)
+    basis = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -_COMPONENTS:].contiguous()
+    known = [(flat[labels[learn] == digit] @ basis).contiguous() for digit in range(10)]
+    sample = torch.arange(0, len(held), max(1, len(held) // 2000))
+    unlimited = Calibration(temperature, torch.zeros(4), basis, known)
+    limits = unlimited.scores(images[held][sample], logits[sample]).quantile(_WITHIN, 0)
+    fitted = {"temperature": torch.tensor(temperature), "limits": limits, "basis": basis}
+    return fitted | {f"known{digit}": known[digit] for digit in range(10)}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Return the number above 0 by which to divide logits (N, 10) for the least cross-entropy."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(logarithm: float) -> float:
+        scaled = logits / float(np.exp(logarithm))
+        return float(nn.functional.cross_entropy(scaled, labels))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))

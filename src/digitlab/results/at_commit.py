@@ -1,0 +1,87 @@
+"""`digitlab reproduce --at-commit`: the recorded code on its own run, in a temporary work tree."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from digitlab.base.environment import source_digest
+from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
+from digitlab.records.store import RunRow
+from digitlab.results.verdict import Verdict
+
+_COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"
+
+
+def verdict_at_commit(
+    row: RunRow, then: Mapping[str, Any], overrides: Sequence[str], lab: Path
+) -> Verdict:
+    """Return the verdict of the recorded code on its own run.
+
+    Raises:
+        UserError: the code is not available any more.
+    """
+    commit, name = str(then.get("commit") or ""), f"--at-commit: {row.name}"
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+        raise UserError(f"{name} was recorded outside a repository: its commit is not known")
+    untracked = then.get("untracked") or {}
+    if not isinstance(untracked, dict) or not all(isinstance(t, str) for t in untracked.values()):
+        raise UserError(f"{name} had untracked files that are not in its record")
+    name = f"{name} at {commit[:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder).resolve() / "tree"
+        try:
+            _restore(tree, commit, str(then.get("diff") or ""), untracked, name)
+            package = tree / "src" / "digitlab"
+            if not package.is_dir() or source_digest(package) != then.get("source"):
+                raise UserError(f"{name}: its code is not all in its record")
+            command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, "--json"]
+            place = os.environ | {"PYTHONPATH": str(tree / "src"), "DIGITLAB_HOME": str(lab)}
+            done = subprocess.run(
+                [*command, *overrides], cwd=tree, env=place, capture_output=True, check=False
+            )
+        except subprocess.CalledProcessError as error:
+            raise UserError(f"{name}: {_last_line(error.stderr) or error}") from error
+        except OSError as error:
+            raise UserError(f"{name}: {error}") from error
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+            with suppress(OSError, subprocess.CalledProcessError):
+                _git("worktree", "prune")
+    try:
+        answer = json.loads(done.stdout)
+        return Verdict(**{key: answer[key] for key in Verdict.__annotations__})
+    except (ValueError, KeyError, TypeError) as error:
+        reason = _last_line(done.stderr) or f"it ended with status {done.returncode}"
+        raise UserError(f"{name}: its code failed: {reason}") from error
+
+
+def _restore(tree: Path, commit: str, diff: str, untracked: Mapping[str, str], name: str) -> None:
+    """Check out a commit with the uncommitted changes of its time."""
+    _git("worktree", "add", "--detach", str(tree), commit)
+    if diff:
+        _git("-C", str(tree), "apply", "--whitespace=nowarn", "-", given=diff)
+    for path, text in untracked.items():
+        target = (tree / path).resolve()
+        if not target.is_relative_to(tree):
+            raise UserError(f"{name}: its untracked file {path} lies outside the checkout")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text.encode())
+
+
+def _git(*arguments: str, given: str = "") -> None:
+    command = ["git", "-C", str(ROOT), *arguments]
+    content = given.encode(errors="surrogateescape")
+    subprocess.run(command, input=content, capture_output=True, check=True)
+
+
+def _last_line(output: bytes) -> str:
+    return (output.decode(errors="replace").strip().splitlines() or [""])[-1]

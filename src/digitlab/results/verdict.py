@@ -1,0 +1,145 @@
+"""What differs between two trainings of one configuration, and the verdict on a reproduction."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from digitlab.records.reader import accuracy_name, over_seeds, recorded_guesses
+from digitlab.records.store import RunRow, Tracker
+
+IDENTICAL, WITHIN = "identical", "within tolerance"
+NOT, INCOMPARABLE = "not reproduced", "not comparable"
+STATUS = {IDENTICAL: 0, WITHIN: 0, NOT: 1, INCOMPARABLE: 3}
+_COMPARED = ("train_", "val_", "test_")  # metrics; the others are times
+
+# What a difference is expected to do to a result.
+_NOTHING = "should change nothing"
+_ROUNDING = "can change floating-point rounding, and so the weights"
+_ANYTHING = "can change anything"
+_EFFECTS = {
+    "source": _ANYTHING,
+    "data": _ANYTHING,
+    "study.workers": "gives trials another history to learn from",
+    "study.minutes": "ends the study at another trial",
+    "trainer.threads": _ROUNDING,
+    "python": _ROUNDING,
+    "platform": _ROUNDING,
+    "processor": _ROUNDING,
+    **{f"libraries.{name}": _ROUNDING for name in ("torch", "torchvision", "numpy")},
+    "libraries.pytorch-lightning": _ANYTHING,
+    "libraries.optuna": _ANYTHING,
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that has changed since the run was recorded, and its expected effect."""
+
+    name: str
+    was: Any
+    now: Any
+
+    @property
+    def effect(self) -> str:
+        if self.name.startswith(("numerics.", "libraries.nvidia", "libraries.cuda")):
+            return _ROUNDING
+        return _EFFECTS.get(self.name, _NOTHING)
+
+    @property
+    def is_harmless(self) -> bool:
+        return self.effect == _NOTHING
+
+    def __str__(self) -> str:
+        if self.name in ("diff", "untracked"):
+            return f"uncommitted changes ({self.name}) differ: {self.effect}"
+        return f"{self.name} was {self.was}, is {self.now}: {self.effect}"
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Return what differs between two environments; libraries and numerics one by one."""
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        was, is_now = then.get(key), now.get(key)
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping) and key != "untracked":
+            inner = differences(was, is_now)
+            found += [replace(item, name=f"{key}.{item.name}") for item in inner]
+        elif was != is_now:
+            found.append(Difference(key, was, is_now))
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of training a run again."""
+
+    verdict: str
+    differences: list[str]
+    run_id: str | None
+    original_run_id: str
+
+    def report(self, as_json: bool, name: str) -> int:
+        """Print it; returns the exit status."""
+        if as_json:
+            print(json.dumps(asdict(self), indent=1))
+        else:
+            for difference in self.differences:
+                print(f"  {difference}")
+            again = f" and its reproduction {self.run_id}" if self.run_id else ""
+            print(f"{self.verdict}: {name} ({self.original_run_id}){again}")
+        return STATUS[self.verdict]
+
+
+def reach_verdict(
+    tracker: Tracker, row: RunRow, again: RunRow, found: Sequence[Difference]
+) -> tuple[str, list[str]]:
+    """Return the verdict on two runs of one configuration, and the reasons for it.
+
+    Where nothing differs that can change a bit, a changed bit means that the run is not reproduced.
+    Where something does, accuracies may lie as far apart as those of two seeds; beyond that the two
+    runs cannot be compared, since the difference may well be the cause.
+    """
+    changed = compare_runs(tracker, row.run_id, again.run_id)
+    if not changed:
+        return IDENTICAL, []
+    if all(difference.is_harmless for difference in found):
+        return NOT, changed
+    name = accuracy_name(row)
+    distance = abs(row.metrics[name] - again.metrics.get(name, 0.0))
+    tolerance, reason = _tolerance(tracker, row, again)
+    text = f"{name} is {distance:.4f} off; {tolerance:.4f} is tolerated: {reason}"
+    return (WITHIN if distance <= tolerance else INCOMPARABLE), [*changed, text]
+
+
+def _tolerance(tracker: Tracker, row: RunRow, again: RunRow) -> tuple[float, str]:
+    """Return how far the accuracies of two runs may lie apart by chance, in 95 of 100 cases."""
+    seeds = over_seeds(tracker, row)
+    if len(seeds) >= 3:
+        deviation = float(np.std(seeds, ddof=1))
+        reason = f"two seeds differ so, from a deviation of {deviation:.5f} over {len(seeds)} seeds"
+        return 1.96 * 2**0.5 * deviation, reason
+    first, second = (g == y for g, y in (recorded_guesses(tracker, run) for run in (row, again)))
+    disagree = int((first != second).sum())
+    reason = f"{disagree} images are right in one alone, which is chance for each (McNemar)"
+    return 1.96 * disagree**0.5 / len(first), reason
+
+
+def compare_runs(tracker: Tracker, original: str, again: str) -> list[str]:
+    """Return what differs in the results: metrics of every epoch, weights, predictions, data."""
+    found = []
+    was, now = (
+        {(n, step): value for n, step, value in tracker.history(run) if n.startswith(_COMPARED)}
+        for run in (original, again)
+    )
+    for name, step in sorted(was.keys() | now.keys()):
+        before, after = was.get((name, step)), now.get((name, step))
+        if before != after:
+            found.append(f"{name} of epoch {step} was {before}, is {after}")
+    tags = [tracker.get(run).tags for run in (original, again)]
+    for name in ("weights", "predictions", "data"):
+        digests = [tag.get(f"digitlab.{name}_sha256") for tag in tags]
+        if digests[0] != digests[1]:
+            found.append(f"SHA-256 of the {name} was {digests[0]}, is {digests[1]}")
+    return found

@@ -1,0 +1,180 @@
+"""Workers that a Ray cluster places; one that is lost is placed again, wherever there is room."""
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from digitlab.base.errors import UserError, first_line
+from digitlab.config.types import LauncherConfig
+from digitlab.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a node: each run sets torch's own
+_PROBE_S = 60.0  # Ray takes half as long to notice that a node is lost
+
+
+class RayWorkers(Pool):
+    """Ray actors that each train one job at a time.
+
+    Whether a lost actor is charged to its job: a task is sent to the node that the actor was on. If
+    it runs there, the node lives, and the actor's process died by itself.
+    """
+
+    def __init__(self, setup: WorkerSetup, launcher: LauncherConfig) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError(
+                "launcher=ray needs Ray, which is not installed: pip install -e '.[cluster]'"
+            ) from error
+        super().__init__(setup, launcher.workers)
+        self.ray: Any = ray
+        self.launcher = launcher
+        self._actors: dict[int, Any] = {}
+        self._streams: dict[Any, int] = {}  # generators of events
+        self._nodes: dict[int, str] = {}
+        self._probes: dict[Any, tuple[int, float]] = {}  # worker, and until when to wait
+
+    def start(self) -> None:
+        """Connect to the cluster and ask it for the actors.
+
+        Raises:
+            UserError: no such cluster is reached.
+        """
+        launcher, ray = self.launcher, self.ray
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(launcher.address, log_to_driver=False, configure_logging=False)
+            free = ray.cluster_resources().get("CPU", 0) / launcher.cpus
+        except Exception as error:  # Ray's own, of gRPC and of many kinds: one cause for the user
+            raise UserError(
+                f"launcher.address={launcher.address}: no Ray cluster is reached "
+                f"({first_line(error)}). Start one with `ray start --head`, and set "
+                "RAY_AUTH_MODE=token and its token as on the cluster."
+            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
+        self.count = launcher.workers or max(1, int(free))
+        super().start()
+
+    def close(self) -> None:
+        super().close()
+        self.ray.shutdown()
+
+    def _launch(self, worker: int) -> None:
+        # No restart by Ray itself: the pool sees each death, and asks for a new actor.
+        options = {"num_cpus": self.launcher.cpus, "max_restarts": 0, "max_task_retries": 0}
+        groups = {"control": 1}
+        actor = self.ray.remote(**options, concurrency_groups=groups)(_Actor).remote()
+        self._actors[worker] = actor
+        events = actor.serve.options(num_returns="streaming").remote(self.setup)
+        self._streams[events] = worker
+
+    def _discard(self, worker: int) -> None:
+        self._streams = {s: w for s, w in self._streams.items() if w != worker}
+        self._probes = {p: found for p, found in self._probes.items() if found[0] != worker}
+        self._nodes.pop(worker, None)
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            with suppress(Exception):  # it is gone already
+                self.ray.kill(actor)
+
+    def _send(self, worker: int, message: tuple[int, Order]) -> None:
+        self._actors[worker].put.options(concurrency_group="control").remote(message)
+
+    def _receive(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
+        waiting = [*self._streams, *self._probes]
+        deadline = min(
+            [timeout_s, *(until - time.monotonic() for _, until in self._probes.values())]
+        )
+        self.ray.wait(waiting, timeout=max(0.0, deadline), fetch_local=False)
+        there, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        for source in there:
+            yield from self._probed(source) if source in self._probes else self._next(source)
+        for probe, (worker, until) in list(self._probes.items()):
+            if time.monotonic() > until:
+                yield self._lost_node(probe, worker)
+
+    def _next(self, stream: Any) -> Iterator[tuple[int, Event]]:
+        worker = self._streams[stream]
+        try:
+            event: Event = self.ray.get(next(stream))
+        except Exception as error:  # noqa: BLE001  the actor, its node, or the object that it sent
+            del self._streams[stream]
+            if worker not in self._nodes:
+                yield worker, Lost(str(error).strip().splitlines()[-1], False)
+                return
+            probe = self.ray.remote(num_cpus=0, max_retries=0)(_probe).options(
+                scheduling_strategy=self._on(self._nodes[worker])
+            )
+            self._probes[probe.remote()] = (worker, time.monotonic() + _PROBE_S)
+            return
+        if isinstance(event, Ready):
+            self._nodes[worker] = event.machine["node"]
+        yield worker, event
+
+    def _on(self, node: str) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node, soft=False)
+
+    def _probed(self, probe: Any) -> Iterator[tuple[int, Event]]:
+        worker, _ = self._probes[probe]
+        try:
+            host = self.ray.get(probe)
+        except Exception:  # noqa: BLE001  Ray's, of many kinds
+            yield self._lost_node(probe, worker)
+            return
+        del self._probes[probe]
+        yield worker, Lost(f"its process on {host} died", True)
+
+    def _lost_node(self, probe: Any, worker: int) -> tuple[int, Event]:
+        del self._probes[probe]
+        return worker, Lost("its node was lost", False)
+
+
+def _probe() -> str:
+    return socket.gethostname()
+
+
+class _Actor:
+    """The process on a node, and the worker's channel: orders come in, events go out."""
+
+    def __init__(self) -> None:
+        self.orders: queue.Queue[tuple[int, Order]] = queue.Queue()
+        self.events: queue.Queue[Event | None] = queue.Queue()
+        self.send, self.recv = self.events.put, self.orders.get
+
+    def poll(self) -> bool:
+        return not self.orders.empty()
+
+    def put(self, order: tuple[int, Order]) -> None:
+        self.orders.put(order)
+
+    def serve(self, setup: WorkerSetup) -> Iterator[Event]:
+        """Yield what the worker sends; it ends with the driver, whose actor this is."""
+        threading.Thread(target=self._serve, args=(setup,), daemon=True).start()
+        while (event := self.events.get()) is not None:
+            yield event
+
+    def _serve(self, setup: WorkerSetup) -> None:
+        import ray
+
+        from digitlab.base.environment import describe_environment
+        from digitlab.workers.job import serve
+
+        lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
+        node = ray.get_runtime_context().get_node_id()
+        machine = {"host": socket.gethostname(), "pid": os.getpid(), "node": node}
+        try:
+            serve(replace(setup, lab=lab), self, machine, describe_environment())
+        finally:
+            self.events.put(None)
