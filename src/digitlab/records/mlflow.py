@@ -94,6 +94,16 @@ def _open_experiment(client: MlflowClient, uri: str, name: str) -> tuple[MlflowC
     return client, experiment
 
 
+def _require_active(experiment: Experiment, uri: str) -> None:
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        command = f"{sys.executable} -m mlflow experiments restore --experiment-id"
+        raise TrackerRefused(
+            f"MLflow's experiment '{experiment.name}' was deleted, and takes no runs. Restore it "
+            f"with `MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} {command} "
+            f"{experiment.experiment_id}`, or use another with tracking.experiment=NAME."
+        )
+
+
 def _shown(uri: str) -> str:
     """Return an address without password and options."""
     return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
@@ -157,18 +167,9 @@ class MlflowTracker(Tracker):
                 "database. Correct it, or record nothing with tracking=none."
             ) from error
         self.experiment: str = self.opened.experiment_id
-        self._require_active(self.opened)
+        _require_active(self.opened, self.uri)
         # MLflow's server handles these artifacts for its clients; without one, they are files here.
         self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
-
-    def _require_active(self, experiment: Experiment) -> None:
-        if experiment.lifecycle_stage == LifecycleStage.DELETED:
-            command = f"{sys.executable} -m mlflow experiments restore --experiment-id"
-            raise TrackerRefused(
-                f"MLflow's experiment '{experiment.name}' was deleted, and takes no runs. Restore "
-                f"it with `MLFLOW_TRACKING_URI={shlex.quote(_shown(self.uri))} {command} "
-                f"{experiment.experiment_id}`, or use another with tracking.experiment=NAME."
-            )
 
     @_translated
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
@@ -232,7 +233,7 @@ class MlflowTracker(Tracker):
 
     @_translated
     def is_deleted(self, run_id: str) -> bool:
-        self._require_active(self.client.get_experiment(self.experiment))
+        _require_active(self.client.get_experiment(self.experiment), self.uri)
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:
