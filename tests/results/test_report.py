@@ -203,7 +203,7 @@ class Page(HTMLParser):
         elif self.inside[-1:] == ["script"]:
             self.drawn[self.title] = json.loads(data)
         elif self.title:
-            self.sections[self.title] += data + " "
+            self.sections[self.title] += " ".join(data.split()) + " "
 
     def missing(self) -> set[str]:
         """The sections that say so."""

@@ -1,7 +1,9 @@
 """A study in charts: Optuna's own where it has them, plotly's where it lacks them."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,10 +203,8 @@ def _importance(trials: _Trials) -> pd.DataFrame:
     for _ in range(_RESAMPLED):
         sample = optuna.create_study(direction="maximize")
         sample.add_trials([known[i] for i in chance.integers(len(known), size=len(known))])
-        try:
-            found.append(get_param_importances(sample))
-        except (ValueError, RuntimeError):  # a resampling without any variation
-            continue
+        with suppress(ValueError, RuntimeError), warnings.catch_warnings(action="ignore"):
+            found.append(get_param_importances(sample))  # fails where nothing varies
     shares = 100 * pd.DataFrame(found).fillna(0).quantile([0.5, 0.1, 0.9]).T
     return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
 
