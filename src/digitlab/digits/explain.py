@@ -29,7 +29,7 @@ _LAYERS = {"conv2d": "convolution {} ({} filters)", "linear": "dense {} ({} unit
 _ACTIVATIONS = ("relu", "relu_", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid")
 
 
-def explain(image: str, run: str, against: int | None, out: Path | None, lab: Path) -> int:
+def explain(image: str, run: str | None, against: int | None, out: Path | None, lab: Path) -> int:
     """Print what a run's network reads in an image, and draw why; returns 0.
 
     Args:

@@ -85,7 +85,7 @@ class Problem:
     detail: str
 
 
-def draw(run: str, lab: Path, port: int) -> int:
+def draw(run: str | None, lab: Path, port: int) -> int:
     """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C; returns 130.
 
     Raises:

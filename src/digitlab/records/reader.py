@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,27 @@ def recorded_config(tracker: Tracker, row: RunRow) -> Config:
         ) from error
 
 
-def load_run(tracker: Tracker, name: str) -> tuple[RunRow, Config, nn.Module]:
-    """Return a trained run that a person names as for `find_run`, with its network."""
-    row = trained(tracker, name)
+def load_run(tracker: Tracker, name: str | None) -> tuple[RunRow, Config, nn.Module]:
+    """Return a trained run and its network.
+
+    Args:
+        name: as for `find_run`; None for the champion or, where no study has one, the run that was
+            trained last, which is then said.
+    """
+    row = trained(tracker, name or _default_run(tracker))
     config = recorded_config(tracker, row)
     return row, config, load_network(tracker, row, config)
+
+
+def _default_run(tracker: Tracker) -> str:
+    if tracker.find({"digitlab.kind": "champion"}):
+        return "champion"
+    runs = tracker.find({"digitlab.kind": "train", "digitlab.state": "finished"})
+    if not runs:
+        return "champion"  # which says what is missing
+    newest = runs[-1]
+    print(f"no study has a champion yet: using {newest.name} ({newest.run_id})", file=sys.stderr)
+    return newest.run_id
 
 
 def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:

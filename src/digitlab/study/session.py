@@ -93,7 +93,7 @@ def open_session(
     storage = open_storage(lab, config.study.storage)
     with (
         open_records(config, lab) as records,
-        leader_lock(storage, lab, name) as lock,
+        leader_lock(storage, lab, name, stop) as lock,
     ):
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         study_id = None
@@ -122,7 +122,7 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
         raise UserError(
             f"study.name={name} is taken: this tracker holds the runs of another study of that "
             f"name (run {foreign[-1].run_id}). Start yours with study.name=NEW; if that one is "
-            "yours, restore the optuna.db (or study.storage) that it was kept in"
+            "yours, give it its name back in Optuna, or restore the optuna.db that it was kept in"
         )
 
 

@@ -4,7 +4,7 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,13 @@ def is_away(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderLock"]:
+def leader_lock(
+    storage: RDBStorage, lab: Path, study: str, stopped: Callable[[], bool] = lambda: False
+) -> Iterator["LeaderLock"]:
     """Hold a study, so that one driver alone writes to it.
+
+    Args:
+        stopped: ends the retries while a server is away.
 
     Raises:
         UserError: another driver, or an audit, holds it.
@@ -138,7 +143,7 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
         with file_lock(lab / "locks" / f"{study}.leader", problem):
             yield LeaderLock()
         return
-    lock = ServerLock(storage, f"digitlab/{study}", problem)
+    lock = ServerLock(storage, f"digitlab/{study}", problem, stopped)
     try:
         yield lock
     finally:
@@ -157,8 +162,11 @@ class ServerLock(LeaderLock):
 
     _CHECK_INTERVAL_S = 10.0
 
-    def __init__(self, storage: RDBStorage, name: str, problem: str) -> None:
+    def __init__(
+        self, storage: RDBStorage, name: str, problem: str, stopped: Callable[[], bool]
+    ) -> None:
         self.engine, self.name, self.problem = storage.engine, name, problem
+        self.stopped = stopped
         self.connection: Connection | None = None
         self.checked = 0.0
         self._acquire()
@@ -170,7 +178,7 @@ class ServerLock(LeaderLock):
             UserError: another process has acquired it meanwhile.
         """
         if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
-            retry(self._acquire, is_away, OUTAGE_S)
+            retry(self._acquire, is_away, OUTAGE_S, self.stopped)
 
     def _acquire(self) -> None:
         try:
