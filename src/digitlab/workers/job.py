@@ -49,7 +49,6 @@ def serve(
         if reason:
             channel.send(Refused(reason))
             return
-        gc.freeze()  # imported modules are never garbage: a collection after each job skips them
         channel.send(Ready(machine))
         while True:
             number, order = channel.recv()

@@ -1,6 +1,7 @@
 """Workers in processes of this machine, forked from one that has imported what they need."""
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -111,4 +112,5 @@ def _main(pipe: Connection, setup: WorkerSetup) -> None:
     from digitlab.workers.job import serve
 
     keep_training_digits()
+    gc.freeze()  # imported modules are never garbage: a collection after each job skips them
     serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
