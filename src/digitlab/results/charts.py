@@ -164,13 +164,16 @@ def _curves(trials: _Trials) -> _Drawn:
             curve = [point for point in curve if point[0] < end] + [(end, row.value)]
         line = {"trial": f"{row.number}", "outcome": row.state}
         points += [line | {"epoch": float(x), _ACCURACY: 100 * y} for x, y in curve]
+        points += [line]  # without values: a gap between two lines
     data = pd.DataFrame(points, columns=["trial", "outcome", "epoch", _ACCURACY])
-    dashes = {"pruned": "dot", "finished": "solid"}
-    figure = px.line(
-        data, x="epoch", y=_ACCURACY, color="trial", line_dash="outcome", line_dash_map=dashes,
-        markers=True, render_mode="svg",
-    )  # fmt: skip
-    figure.update_layout(showlegend=False)
+    figure = go.Figure()  # one trace an outcome: a trace a trial makes large studies slow
+    for outcome, lines in data.groupby("outcome", sort=False):
+        x, y, text = lines["epoch"], lines[_ACCURACY], "trial " + lines["trial"]
+        dash = "dot" if outcome == "pruned" else "solid"
+        style = {"mode": "lines+markers", "line": {"dash": dash, "width": 1.5}, "opacity": 0.6}
+        figure.add_scatter(x=x, y=y, text=text, name=outcome, **style)
+    figure.update_layout(xaxis_title="epoch", yaxis_title=_ACCURACY)
+    data = data.dropna()
     pruned = sum(row.state == "pruned" for row in trials.rows)
     message = f"{pruned} of {len(trials.rows)} trials were pruned (dotted lines), as they "
     message += "were behind others at the same fraction of their training."
