@@ -184,6 +184,19 @@ _RunId = Annotated[
 ]
 
 
+def _guarded_app(page: str) -> FastAPI:
+    app = FastAPI(
+        title="digitlab draw",
+        docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
+        redoc_url=None,
+        responses={403: {"model": Problem, "description": "The request comes from another site"}},
+    )
+    app.add_middleware(guarded, headers={
+        "content-security-policy": _policy(page), "cache-control": "no-store"})  # fmt: skip
+    app.add_exception_handler(RequestValidationError, _unasked)
+    return app
+
+
 def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor]) -> FastAPI:
     """Build the page and its JSON API.
 
@@ -192,15 +205,7 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
         load: returns the network of a run's id, or raises UserError.
     """
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    app = FastAPI(
-        title="digitlab draw",
-        docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
-        redoc_url=None,
-        responses={403: {"model": Problem, "description": "The request comes from another site"}},
-    )
-    app.add_middleware(guarded, headers={
-        "content-security-policy": _policy(text), "cache-control": "no-store"})  # fmt: skip
-    app.add_exception_handler(RequestValidationError, _unasked)
+    app = _guarded_app(text)
     listed = [run.run_id for run in runs()]
     first, known = next(iter(listed), None), set(listed)
     # One thread loads, so that many requests for a network load it once; a failure is not kept.
