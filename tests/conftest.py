@@ -22,13 +22,13 @@ if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked f
     hypothesis.settings.register_profile("fixed", derandomize=True)
     hypothesis.settings.load_profile("fixed")
 
-pytest_plugins = ["parts"]  # PostgreSQL, MLflow, Ray
+pytest_plugins = ["parts", "browsing"]  # PostgreSQL, MLflow, Ray; a browser
 DATA = Path(__file__).parent / "support" / "digits"
 
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
-os.environ["PYTHONPATH"] = str(
-    Path(__file__).parent / "support"
-)  # where the fork server finds `hooks`
+# Where processes that tests start find this checkout's code, and the fork server `hooks`.
+HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = f"{HERE.parent / 'src'}:{HERE / 'support'}"
 
 
 @pytest.fixture

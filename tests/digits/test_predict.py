@@ -11,48 +11,41 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
+from samples import readers, studies
 
 from digitlab.base.errors import UserError
-from digitlab.cli import main
 from digitlab.digits.calibration import fit_temperature
 from digitlab.digits.decode import decode
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
-from digitlab.records.mlflow import MlflowTracking
-from digitlab.records.reader import _flattened_last, damage
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.reader import damage
 
-DATA = Path(__file__).parents[1] / "support" / "digits"
 DIGITS = np.fromfile(DATA / "t10k-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
 TRUE = np.fromfile(DATA / "t10k-labels-idx1-ubyte", np.uint8)[8:]
-RUN = ["experiments=smoke", "data=sample", "model.widths=[16,32]", "trainer.epochs=12"]
-RUN += ["data.augment.shift=1.5", "data.augment.rotate=10", "data.augment.scale=0.1"]
-RUN += ["data.batch_size=64"]
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def trained_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(DATA, folder / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIGITLAB_HOME", str(folder))
-        assert main(["train", *RUN]) == 0
-        yield folder
+def trained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return readers(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def predictor(trained_lab: Path) -> Predictor:
-    return Predictor(MlflowTracking(None, "digitlab", trained_lab), "smoke-seed-0", trained_lab)
+    return Predictor(MlflowTracker(None, "digitlab", trained_lab), "read-seed-0", trained_lab)
 
 
 Predict = Callable[..., tuple[int, str, str]]
@@ -62,7 +55,7 @@ Predict = Callable[..., tuple[int, str, str]]
 def predict(trained_lab: Path, call_in: Any, tmp_path: Path) -> Predict:
     """`digitlab predict` on the trained run."""
     call = call_in(trained_lab)
-    return lambda *arguments: call("predict", "--run", "smoke-seed-0", *arguments)
+    return lambda *arguments: call("predict", "--run", "read-seed-0", *arguments)
 
 
 def picture(digit: np.ndarray, side: int = 140, dark_on_light: bool = True) -> Image.Image:
@@ -269,7 +262,7 @@ def test_what_is_no_digit_is_seldom_called_one(predictor: Predictor) -> None:
     assert len(wrong) < 60  # known are 1,600 digits here; with MNIST's it is one in ten
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=8)
 @given(st.floats(0.2, 5), st.integers(0, 1000))
 def test_temperature_is_found_again(temperature: float, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
@@ -278,23 +271,29 @@ def test_temperature_is_found_again(temperature: float, seed: int) -> None:
     assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.15)
 
 
+@pytest.fixture
+def champion_lab(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+    """A copy of the lab with a finished study."""
+    return shutil.copytree(studies(tmp_path_factory), tmp_path / "copied")
+
+
 def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
-    lab: Path, run_sweep: Any, call_in: Any, tmp_path: Path
+    champion_lab: Path, call_in: Any, tmp_path: Path
 ) -> None:
-    assert run_sweep("study.workers=1").wait() == 0
-    predictor = Predictor(MlflowTracking(None, "digitlab", lab), "champion", lab)
+    tracker = MlflowTracker(None, "digitlab", champion_lab)
+    predictor = Predictor(tracker, "champion", champion_lab)
     assert predictor.config.data.evaluate_on == "test"
     assert predictor.calibration.temperature != 1  # which stands for a run without a trial
     picture(DIGITS[0]).save(tmp_path / "new.png")
-    status, out, _ = call_in(lab)("predict", str(tmp_path / "new.png"))
+    status, out, _ = call_in(champion_lab)("predict", str(tmp_path / "new.png"))
     assert (status, out.count("\n")) == (0, 1)
 
 
 def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: Path) -> None:
     [kept] = (trained_lab / "calibrations").iterdir()
     before = kept.stat().st_mtime_ns
-    tracking = MlflowTracking(None, "digitlab", trained_lab)
-    again = Predictor(tracking, "smoke-seed-0", trained_lab)
+    tracker = MlflowTracker(None, "digitlab", trained_lab)
+    again = Predictor(tracker, "read-seed-0", trained_lab)
     assert again.calibration.temperature == predictor.calibration.temperature
     assert kept.stat().st_mtime_ns == before
 
@@ -302,39 +301,37 @@ def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: 
 def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
     predictor: Predictor, trained_lab: Path
 ) -> None:
-    tracking = MlflowTracking(None, "digitlab", trained_lab)
+    tracker = MlflowTracker(None, "digitlab", trained_lab)
     [kept] = (trained_lab / "calibrations").iterdir()
     kept.write_bytes(kept.read_bytes()[:1000])
-    again = Predictor(tracking, "smoke-seed-0", trained_lab)
+    again = Predictor(tracker, "read-seed-0", trained_lab)
     assert again.calibration.temperature == predictor.calibration.temperature
     shutil.rmtree(kept.parent)
     kept.parent.touch()  # no folder can be made there
     try:
-        again = Predictor(tracking, "smoke-seed-0", trained_lab)
+        again = Predictor(tracker, "read-seed-0", trained_lab)
         assert torch.equal(again.calibration.limits, predictor.calibration.limits)
     finally:
         kept.parent.unlink()
-        Predictor(tracking, "smoke-seed-0", trained_lab)
+        Predictor(tracker, "read-seed-0", trained_lab)
 
 
 def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
-    lab: Path, run_sweep: Any, call_in: Any
+    champion_lab: Path, call_in: Any
 ) -> None:
     """Whichever of the two is asked first: their weights are the same."""
-    assert run_sweep("study.workers=1").wait() == 0
-    call = call_in(lab)
-    status, out, _ = call("reproduce", "champion", "--json")
+    status, out, _ = call_in(champion_lab)("reproduce", "champion", "--json")
     assert (status, json.loads(out)["verdict"]) == (0, "identical")
-    tracking = MlflowTracking(None, "digitlab", lab)
-    again = Predictor(tracking, json.loads(out)["run_id"], lab)
-    first = Predictor(tracking, "champion", lab)
+    tracker = MlflowTracker(None, "digitlab", champion_lab)
+    again = Predictor(tracker, json.loads(out)["run_id"], champion_lab)
+    first = Predictor(tracker, "champion", champion_lab)
     assert again.calibration.temperature == first.calibration.temperature != 1
 
 
 def test_prepared_must_be_a_number_of_images(trained_lab: Path, call_in: Any) -> None:
     for count in ("0", "-5"):
         status, out, err = call_in(trained_lab)(
-            "evaluate", "--shift", "--run", "smoke-seed-0", "--prepared", count
+            "evaluate", "--shift", "--run", "read-seed-0", "--prepared", count
         )
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert f"--prepared {count}" in err
@@ -350,7 +347,8 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     trained_lab: Path, call_in: Any
 ) -> None:
     call = call_in(trained_lab)
-    status, out, _ = call("evaluate", "--shift", "--run", "smoke-seed-0", "--json")
+    some = ("--run", "read-seed-0", "--prepared", "60")
+    status, out, _ = call("evaluate", "--shift", *some, "--json")
     document = json.loads(out)
     assert status == 0
     accuracy = {entry["change"]: entry["accuracy"] for entry in document["table"]}
@@ -361,20 +359,12 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     assert accuracy["inverted"] < 0.5 < 0.9 < prepared["inverted"]
     assert prepared["pictures of 40 to 800 pixels"] > 0.9
     assert prepared["scaled to 70 %"] > accuracy["scaled to 70 %"]
-    tracking = MlflowTracking(None, "digitlab", trained_lab)
-    kept = json.loads(tracking.artifact(document["run_id"], "shift.json"))
+    tracker = MlflowTracker(None, "digitlab", trained_lab)
+    kept = json.loads(tracker.artifact(document["run_id"], "shift.json"))
     assert kept["table"] == document["table"]
-    assert damage(tracking, tracking.get(document["run_id"])) == []
-    status, out, _ = call("evaluate", "--shift", "--run", "smoke-seed-0")
+    assert damage(tracker, tracker.get(document["run_id"])) == []
+    status, out, _ = call("evaluate", "--shift", "--run", "read-seed-0", "--prepared", "1")
     assert "400 validation images" in out
-
-
-def test_weights_of_earlier_versions_are_read_in_the_order_they_had(predictor: Predictor) -> None:
-    weights = predictor.network.state_dict()
-    layer = next(name for name, value in predictor.network.named_parameters() if value.ndim == 2)
-    columns = weights[layer].unflatten(1, (7, 7, 32)).permute(0, 3, 1, 2).flatten(1)
-    older = _flattened_last(weights | {layer: columns}, predictor.network)
-    assert all(torch.equal(older[name], value) for name, value in weights.items())
 
 
 # ---- rubbish -------------------------------------------------------------------------------------
@@ -423,8 +413,8 @@ def hammer(predictor: Predictor, count: int, seed: int) -> tuple[int, int]:
 def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
     predictor: Predictor,
 ) -> None:
-    read, made_up = hammer(predictor, 400, 1)
-    assert 30 < read < 390
+    read, made_up = hammer(predictor, 150, 1)
+    assert 30 < read < 140
     assert made_up <= read // 25  # by a network and a calibration that know 1,600 digits
 
 
@@ -456,8 +446,10 @@ print(most() - before, time.process_time() - begun, prepared.problem)
 @pytest.mark.parametrize(
     ("kind", "mode", "side"),
     [
-        *[("PNG", mode, 7000) for mode in ("L", "P", "RGB", "RGBA", "I;16")],
-        *[("JPEG", "L", 7000), ("TIFF", "RGB", 7000), ("GIF", "P", 7000), ("WEBP", "RGB", 4000)],
+        *[("PNG", "L", 7000), ("JPEG", "L", 7000)],
+        *[pytest.param("PNG", mode, 7000, marks=LONG) for mode in ("P", "RGB", "RGBA", "I;16")],
+        *[pytest.param(kind, "RGB", 4000, marks=LONG) for kind in ("TIFF", "WEBP")],
+        pytest.param("GIF", "P", 7000, marks=LONG),
     ],
 )
 def test_large_pictures_are_read_within_bounds(

@@ -1,7 +1,6 @@
 """What differs between runs, and whether that may be chance: against scipy, as JSON, as a page."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import DATA
+from browsing import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser
-from test_report import Page, open_browser
+from samples import copy_digits
 
 from digitlab.base.statistics import holm, mcnemar, share_interval
 from digitlab.cli import main
-from digitlab.records.mlflow import MlflowTracking
+from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
 from digitlab.results.page import render
 
@@ -75,8 +74,7 @@ def test_holm_corrects_by_rank_and_never_turns_the_order_round() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("compared") / "lab"
-    shutil.copytree(DATA, folder / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
+    folder = copy_digits(tmp_path_factory.mktemp("compared") / "lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIGITLAB_HOME", str(folder))
         for overrides in RUNS.values():
@@ -94,8 +92,8 @@ def compare(trained: Path, call_in: Any) -> Compare:
 
 
 def right(lab: Path, name: str) -> np.ndarray:
-    tracking = MlflowTracking(None, "digitlab", lab)
-    guesses, labels = recorded_guesses(tracking, tracking.get(name))
+    tracker = MlflowTracker(None, "digitlab", lab)
+    guesses, labels = recorded_guesses(tracker, tracker.get(name))
     return (guesses == labels).numpy()
 
 
@@ -204,11 +202,6 @@ def test_names_are_text_in_the_page_and_never_markup() -> None:
     page = render("compare.html", evil, sentences=[evil], **content)
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    yield from open_browser()
 
 
 def test_page_fits_a_telephone_and_asks_the_network_for_nothing(

@@ -6,18 +6,13 @@ import json
 import os
 import pickletools
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,193 +20,22 @@ import mlflow
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import DATA, TINY, Parent
-from filelock import FileLock
+from browsing import Page, look
+from conftest import Call, CallIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from optuna.storages import InMemoryStorage
-from playwright.sync_api import Browser, sync_playwright
-from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import Browser
+from samples import METRICS, Study, add_trials, fail, new_study, prune, recorded, studies
+from serving import HOST, free_port, served
 
 from digitlab.base.statistics import Interval, mean_interval
-from digitlab.cli import main
-from digitlab.config.compose import compose
-from digitlab.config.recorded import config_to_yaml
-from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.records.mlflow import Tracking, open_tracking, sqlite_uri
-from digitlab.records.record import Identity, begin_record, stage, trial_tags
+from digitlab.records.local import sqlite_uri
 from digitlab.results.charts import in_words, study_charts
-from digitlab.results.report import report
-from digitlab.study.fingerprint import begun_config
 from digitlab.study.storage import open_storage
 from digitlab.study.summary import short
-from digitlab.study.trials import Search
-
-HALF = ["study.pruner=median", "study.startup_trials=2", "study.workers=1"]  # so the same each time
-WHOLE = [*TINY, *HALF, "study.trials=6", "trainer.epochs=2", "study.confirm=2"]
-WHOLE += ["study.final_seeds=2", "study.retries=1"]
-
-
-# ---- studies -------------------------------------------------------------------------------------
-
-
-def studies(factory: pytest.TempPathFactory) -> Path:
-    """A lab with a study that was run to its end, `smoke`, and one that was not, `stopped`.
-
-    The test process that needs it first makes it; nobody may change it but for reports.
-    """
-    mine = factory.getbasetemp()
-    place = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
-    lab = place / "studies"
-    with FileLock(place / "studies.lock"):
-        if not lab.exists():
-            ignore = shutil.ignore_patterns("*.md")
-            shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore)
-            if Parent(lab, WHOLE).wait() == 0:
-                stop(lab)
-                (lab / "made").touch()
-        assert (lab / "made").exists(), (lab / "log.txt").read_text()
-    return lab
-
-
-def stop(lab: Path) -> None:
-    """A study of which one trial has finished, one still runs, and no champion is known."""
-    composed = compose("sweep", [*TINY, "study.name=stopped", "study.pruner=none"])[0]
-    config = composed.config
-    tracking = open_tracking(config, lab)
-    search = Search(open_storage(lab), config)
-    overrides, environment = composed.overrides, {"commit": "c0ffee", "libraries": {"torch": "1"}}
-    whole = Identity("stopped", "study", {}, None, overrides, environment)
-    record = begin_record(tracking, config, whole)
-    record.keep(stage(lab, config, whole))
-    search.note("run_id", record.run_id)
-    search.note("config", config_to_yaml(config))
-    for number in range(2):
-        search.claim(3)
-        search.ask(number)
-        tags = trial_tags("stopped", number)
-        run = begin_record(
-            tracking, config, Identity(f"stopped-{number}", "trial", tags, record.run_id)
-        )
-        if number == 0:
-            run.log({"val_accuracy": 0.5}, step=1)
-            run.end("finished")
-            search.tell(number, "finished", 0.5, {"metrics": METRICS, "curve": [0.5]})
-    record.end("interrupted")
-
-
-METRICS = {"model_parameters": 1234.0, "seconds": 2.5, "val_accuracy": 0.5, "training_flops": 1e9}
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What a report is made from."""
-
-    search: Search
-    config: Config
-    tracking: Tracking
-    lab: Path
-
-    def report(self) -> str:
-        return report(self.search, self.config, self.tracking, self.lab)
-
-
-def recorded(lab: Path, name: str) -> Study:
-    """A study of a lab, as `digitlab report` opens it."""
-    storage = open_storage(lab)
-    config = begun_config(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
-    search = Search(storage, config)
-    return Study(search, config, open_tracking(config, lab), lab)
-
-
-@cache
-def configure(*overrides: str) -> Config:
-    return compose("sweep", [*TINY, "tracking=none", *overrides])[0].config
-
-
-def new_study(*overrides: str, storage: Any = None) -> Study:
-    """A study that nothing is known of yet, in memory, its runs recorded nowhere."""
-    config = configure(*overrides)
-    search = Search(storage or InMemoryStorage(), config)
-    return Study(search, config, Tracking(), Path("/nonexistent"))
-
-
-def add_trials(search: Search, accuracies: Sequence[float], **notes: Any) -> None:
-    """Finished trials, the better the larger the learning rate, whatever the hidden layer is."""
-    for number, accuracy in enumerate(accuracies):
-        values = {
-            "model.hidden": 16 + 7 * number % 40,
-            "optim.learning_rate": 0.003 + accuracy / 50,
-        }
-        metrics = METRICS | {"seconds": 1.0 + number, "model_parameters": 100 + number}
-        told = {"metrics": metrics, "curve": [accuracy / 2, accuracy], **notes}
-        search.add(values, accuracy, told)
-
-
-def fail(search: Search, reason: str) -> None:
-    number = search.claim(1000)
-    assert number is not None
-    search.ask(number)
-    search.tell(number, "failed", None, {"reason": reason})
-
-
-def prune(search: Search, accuracy: float, rung: float = 0.5, curve: Sequence[float] = ()) -> None:
-    """A trial that ended at a rung; the curve is of the epochs before."""
-    number = search.claim(1000)
-    assert number is not None
-    trial, *_ = search.ask(number)
-    trial.report(accuracy, 0)
-    metrics = METRICS | {"rung": rung, "done": rung}
-    search.tell(number, "pruned", accuracy, {"metrics": metrics, "curve": list(curve)})
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """The text of each section by its heading, and the attributes of all that is in the page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.sections: dict[str, str] = {}
-        self.headings: list[int] = []  # in each section
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inside: list[str] = []
-        self.drawn: dict[str, Any] = {}  # what the charts are drawn from
-        self.title = ""
-        self.feed(page.split("</main>", maxsplit=1)[0])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("img", "br", "meta", "link"):
-            self.inside.append(tag)
-        if tag == "section":
-            self.headings.append(0)
-        if tag == "h2":
-            self.headings[-1] += 1
-            self.title = ""
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.inside.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.inside[-1:] == ["h2"]:
-            self.title += data
-            self.sections[self.title] = ""
-        elif self.inside[-1:] == ["script"]:
-            self.drawn[self.title] = json.loads(data)
-        elif self.title:
-            self.sections[self.title] += " ".join(data.split()) + " "
-
-    def missing(self) -> set[str]:
-        """The sections that say so."""
-        return {title for title, text in self.sections.items() if "Missing:" in text}
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
+from digitlab.study.trials import TrialStore
 
 CHARTS = {
     "History",
@@ -278,12 +102,12 @@ def test_every_section_has_one_heading_and_every_picture_says_what_it_shows(page
 
 
 def test_champions_figures_are_those_that_are_stored(whole: Study, page: Page) -> None:
-    champion = whole.search.notes()["champion"]
-    finals = whole.tracking.find({"digitlab.study": "smoke", "digitlab.kind": "final"})
+    champion = whole.store.notes()["champion"]
+    finals = whole.runs(kind="final")
     interval = mean_interval([run.metrics["test_accuracy"] for run in finals])
     assert dataclasses.asdict(interval) == pytest.approx(champion["test_accuracy"])
     assert interval.n == 2
-    row = whole.search.rows()[champion["trial"]]
+    row = whole.store.rows()[champion["trial"]]
     told = page.sections["Result"]
     assert f"The champion, trial {row.number}, reads {interval} of the test images" in told
     assert str(interval) in told
@@ -295,18 +119,18 @@ def test_champions_figures_are_those_that_are_stored(whole: Study, page: Page) -
     assert f"It has {int(metrics['model_parameters']):,} parameters" in told
     assert f"took {metrics['seconds']:.1f} s" in told
     assert f"make reproduce RUN={champion['run_id']}" in page.sections["Commands"]
-    states = [row.state for row in whole.search.rows()]
+    states = [row.state for row in whole.store.rows()]
     assert f"6 of 6 trials: {states.count('finished')} finished" in told
     assert f"{states.count('pruned')} pruned" in told
 
 
 def test_best_trials_stand_first_with_their_new_seeds(whole: Study, page: Page) -> None:
-    finished = [row for row in whole.search.rows() if row.state == "finished"]
+    finished = [row for row in whole.store.rows() if row.state == "finished"]
     best = sorted(finished, key=lambda row: -row.value)
     told = page.sections["Best trials"]
     places = [told.index(f"{row.value:.2%}") for row in best]
     assert places == sorted(places)
-    champion = whole.search.notes()["champion"]
+    champion = whole.store.notes()["champion"]
     assert f" {champion['trial']} (champion) " in told
     assert told.count("(champion)") == 1
     assert len(champion["val_accuracy"]) == 2
@@ -315,9 +139,9 @@ def test_best_trials_stand_first_with_their_new_seeds(whole: Study, page: Page) 
 
 
 def test_misread_digits_are_those_of_the_champions_predictions(whole: Study, page: Page) -> None:
-    champion = whole.tracking.find({"digitlab.study": "smoke", "digitlab.kind": "champion"})[0]
+    champion = whole.runs(kind="champion")[0]
     weights_run = champion.tags["digitlab.weights_run"]
-    kept = safetensors.torch.load(whole.tracking.artifact(weights_run, "predictions.safetensors"))
+    kept = safetensors.torch.load(whole.tracker.artifact(weights_run, "predictions.safetensors"))
     guesses, labels = kept["predictions"], kept["labels"]
     misread = {
         (place, int(labels[place]), int(guesses[place]))
@@ -334,11 +158,11 @@ def test_misread_digits_are_those_of_the_champions_predictions(whole: Study, pag
     assert len(told) == len(misread) + 1  # the film
     assert f"{len(misread)} of {len(labels)} test images are misread" in page.sections["Confusion"]
     right = 1 - len(misread) / len(labels)
-    assert right == pytest.approx(whole.tracking.get(weights_run).metrics["test_accuracy"])
+    assert right == pytest.approx(whole.tracker.get(weights_run).metrics["test_accuracy"])
 
 
 def test_pruned_trials_are_counted_drawn_and_accounted_for(whole: Study, page: Page) -> None:
-    rows = whole.search.rows()
+    rows = whole.store.rows()
     pruned = [row for row in rows if row.state == "pruned"]
     assert pruned
     assert len(pruned) < len(rows)
@@ -378,7 +202,7 @@ def test_page_of_a_study_that_was_stopped_says_what_is_missing(lab: Path) -> Non
 
 def test_page_of_a_study_of_one_trial_says_that_charts_need_two() -> None:
     study = new_study()
-    add_trials(study.search, [0.75])
+    add_trials(study.store, [0.75])
     page = Page(study.report())
     assert page.missing() == CHARTS | UNKNOWN | {"Environment"}
     assert "75.00%" in page.sections["Best trials"]
@@ -389,7 +213,7 @@ def test_page_of_a_study_of_one_trial_says_that_charts_need_two() -> None:
 def test_page_of_a_study_whose_trials_failed_says_why() -> None:
     study = new_study()
     for reason in ("Diverged: the loss is not finite", "RuntimeError: out of memory"):
-        fail(study.search, reason)
+        fail(study.store, reason)
     page = Page(study.report())
     assert page.missing() == CHARTS | UNKNOWN | {"Environment"}
     assert "2 of 3 trials: 2 failed." in page.sections["Result"]
@@ -407,11 +231,11 @@ def test_page_of_a_study_without_a_trial_comes_too() -> None:
 
 def test_page_of_a_study_that_was_not_recorded_lacks_what_runs_hold() -> None:
     study = new_study("study.pruner=none")
-    add_trials(study.search, [0.5, 0.75, 0.625, 0.7])
+    add_trials(study.store, [0.5, 0.75, 0.625, 0.7])
     interval = {"mean": 0.875, "low": 0.8, "high": 0.95, "n": 2}
     champion = {"trial": 1, "values": {"model.hidden": 23, "optim.learning_rate": 0.018}}
     champion |= {"val_accuracy": {"1": interval}, "tied": [1], "test_accuracy": interval}
-    study.search.note("champion", champion | {"run_id": None})
+    study.store.note("champion", champion | {"run_id": None})
     page = Page(study.report())
     assert page.missing() == UNKNOWN | {"Environment"}
     assert "87.50 % (80.00 to 95.00, n=2)" in page.sections["Result"]
@@ -422,37 +246,20 @@ def test_page_of_a_study_that_was_not_recorded_lacks_what_runs_hold() -> None:
 def test_page_of_a_study_with_one_hyperparameter_comes_too() -> None:
     study = new_study("optim.learning_rate=0.01", "study.pruner=none")
     for hidden in (16, 20, 24, 32, 64):
-        study.search.add({"model.hidden": hidden}, hidden / 100, {"metrics": METRICS})
+        study.store.add({"model.hidden": hidden}, hidden / 100, {"metrics": METRICS})
     page = Page(study.report())
     assert "hidden 100 %" in page.sections["What mattered"]
     assert "Contours" in page.missing()
 
 
-def test_page_of_a_study_that_grows_meanwhile_comes_too() -> None:
-    class Growing(InMemoryStorage):
-        """Each time that its trials are read, another process has begun one more."""
-
-        begun = 0
-
-        def get_all_trials(self, study_id: int, *arguments: Any, **named: Any) -> Any:
-            self.create_new_trial(study_id)
-            return super().get_all_trials(study_id, *arguments, **named)
-
-    study = new_study("study.pruner=none", storage=Growing())
-    for hidden, accuracy in ((16, 0.5), (20, 0.6), (24, 0.7)):
-        values = {"model.hidden": hidden, "optim.learning_rate": 0.01}
-        study.search.add(values, accuracy, {"metrics": METRICS})
-    assert "70.00%" in Page(study.report()).sections["Best trials"]
-
-
 def test_what_a_trial_says_is_text_in_the_page_and_never_markup() -> None:
     reason = "Bad: </script><script>document.title='owned'</script><!--<script> \"&' <img src=x>"
     study = new_study("study.pruner=none")
-    fail(study.search, reason)
+    fail(study.store, reason)
     page = Page(study.report())
     assert " ".join(reason.split()) in " ".join(page.sections["Best trials"].split())
     assert page.all("script") == page.all("img") == []
-    add_trials(study.search, [0.5, 0.75])
+    add_trials(study.store, [0.5, 0.75])
     text = study.report()
     assert (
         "owned" not in text.split("</main>")[0]
@@ -467,15 +274,15 @@ def test_what_a_trial_says_is_text_in_the_page_and_never_markup() -> None:
 SOME = st.floats(0, 1, width=16)  # of few bits, so that equal ones come about
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.tuples(SOME, SOME), min_size=2, max_size=12))
 def test_nothing_dominates_the_front_and_all_else_is_dominated(points) -> None:
     study = new_study("study.pruner=none")
     for cost, accuracy in points:
         values = {"model.hidden": 16, "optim.learning_rate": 0.01}
-        study.search.add(values, accuracy, {"metrics": METRICS | {"seconds": cost}})
-    study.search.add(values, 1.0, {})  # taken over without its metrics
-    chart = next(c for c in study_charts(study.search, 1) if c.title == "Accuracy against time")
+        study.store.add(values, accuracy, {"metrics": METRICS | {"seconds": cost}})
+    study.store.add(values, 1.0, {})  # taken over without its metrics
+    chart = next(c for c in study_charts(study.store, 1) if c.title == "Accuracy against time")
     trials, line = chart.figure.data
     points = [(cost, 100 * accuracy) for cost, accuracy in points]
     assert sorted(zip(trials.x, trials.y, strict=True)) == sorted(points)
@@ -508,8 +315,8 @@ def test_importance_has_a_spread_and_finds_what_matters() -> None:
     for accuracy in chance.uniform(0, 1, 24):
         values = {"model.hidden": int(chance.integers(16, 64)), "optim.learning_rate": 0.003}
         values["optim.learning_rate"] += accuracy * 0.027
-        study.search.add(values, float(accuracy), {"metrics": METRICS})
-    chart = next(c for c in study_charts(study.search, 1) if c.title == "What mattered")
+        study.store.add(values, float(accuracy), {"metrics": METRICS})
+    chart = next(c for c in study_charts(study.store, 1) if c.title == "What mattered")
     bars = chart.figure.data[0]
     assert list(bars.y) == ["learning rate", "hidden"]
     assert bars.x[0] > 70 > 30 > bars.x[1] >= 0
@@ -520,20 +327,18 @@ def test_importance_has_a_spread_and_finds_what_matters() -> None:
         -1e-9 <= x - b <= x + a <= 100 + 1e-9 for x, a, b in zip(bars.x, above, below, strict=True)
     )
     assert f"learning rate {bars.x[0]:.0f} %, hidden {bars.x[1]:.0f} %" in chart.message
-    again = next(c for c in study_charts(study.search, 1) if c.title == "What mattered")
+    again = next(c for c in study_charts(study.store, 1) if c.title == "What mattered")
     assert again.figure == chart.figure
 
 
 def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
     study = new_study("study.pruner=halving")
     for accuracy in (0.3, 0.4, 0.5, 0.6):
-        prune(study.search, accuracy)
-    number = study.search.claim(1000)
-    assert number is not None
-    trial, *_ = study.search.ask(number)
-    trial.report(0.7, 0)
-    study.search.tell(number, "finished", 0.9, {"metrics": METRICS, "curve": [0.9]})
-    charts = {chart.title: chart for chart in study_charts(study.search, 1)}
+        prune(study.store, accuracy)
+    number = study.store.ask().number
+    study.store.report(number, 0, 0.7)
+    study.store.tell(number, "finished", 0.9, {"metrics": METRICS, "curve": [0.9]})
+    charts = {chart.title: chart for chart in study_charts(study.store, 1)}
     assert "accuracy at 0.3 of the steps" in charts["Parallel coordinates"].message
     shown = {round(y, 6) for line in charts["Slices"].figure.data for y in line.y}
     assert shown == {30, 40, 50, 60, 70}
@@ -541,19 +346,16 @@ def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
 
 
 def curves(study: Study) -> list[tuple[list[float], list[float]]]:
-    """Epochs and accuracies of each trial."""
-    charts = {c.title: c for c in study_charts(study.search, study.config.trainer.epochs)}
-    chart = charts["Learning curves"]
-    lines = [part for _, part in chart.data.groupby("trial", sort=False)]
-    drawn = [x for trace in chart.figure.data for x in trace.x if x == x]
-    assert len(drawn) == len(chart.data)
-    return [(list(part["epoch"]), list(part["validation accuracy (%)"])) for part in lines]
+    charts = {
+        chart.title: chart for chart in study_charts(study.store, study.config.trainer.epochs)
+    }
+    return [(list(line.x), list(line.y)) for line in charts["Learning curves"].figure.data]
 
 
 def test_curve_of_a_pruned_trial_ends_where_it_was_pruned() -> None:
     study = new_study("study.pruner=halving", "trainer.epochs=5", "study.rungs=[0.2,0.5]")
-    prune(study.search, 0.25, rung=0.2)
-    prune(study.search, 0.75, rung=0.5, curve=[0.5, 0.625])
+    prune(study.store, 0.25, rung=0.2)
+    prune(study.store, 0.75, rung=0.5, curve=[0.5, 0.625])
     assert curves(study) == [
         ([1.0], [25]),
         ([1.0, 2.0, 2.5], [50, 62.5, 75]),
@@ -561,35 +363,14 @@ def test_curve_of_a_pruned_trial_ends_where_it_was_pruned() -> None:
     # Where the epochs are searched too, it is the trial's own that count.
     study = new_study("study.pruner=halving", "trainer.epochs=choice(10,20)", "study.rungs=[0.2]")
     for accuracy in (0.25, 0.5, 0.75):
-        prune(study.search, accuracy, rung=0.2)
-    asked = [row.values["trainer.epochs"] for row in study.search.rows()]
+        prune(study.store, accuracy, rung=0.2)
+    asked = [row.values["trainer.epochs"] for row in study.store.rows()]
     assert [x for x, _ in curves(study)] == [[epochs / 5] for epochs in asked]
 
 
 # ---- in a browser --------------------------------------------------------------------------------
 
 
-def open_browser() -> Iterator[Browser]:
-    """A real one; without it the tests that need one are skipped, by name."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"NO BROWSER, SO NO PAGE WAS LOOKED AT: install one of {', '.join(names)}")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=options, timeout=90_000)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    yield from open_browser()
-
-
-DRAWN = (
-    """() => [...document.querySelectorAll('.chart')].every(c => c.querySelector('.main-svg'))"""
-)
 # Text of the charts of which a part lies outside of its picture.
 CUT = """() => [...document.querySelectorAll('.chart')].flatMap(chart => {
   const frame = chart.getBoundingClientRect();
@@ -598,29 +379,6 @@ CUT = """() => [...document.querySelectorAll('.chart')].flatMap(chart => {
     return box.width && (box.left < frame.left - 1 || box.right > frame.right + 1);
   }).map(text => text.textContent);
 })"""
-
-
-@dataclasses.dataclass
-class Seen:
-    """A page of ours in the browser, and what it did."""
-
-    page: BrowserPage
-    requests: list[str]
-    errors: list[str]
-
-
-def look(browser: Browser, text: str, folder: Path, width: int = 1200) -> Seen:
-    file = folder / "page.html"
-    file.write_text(text, encoding="utf-8")
-    context = browser.new_context(offline=True, viewport={"width": width, "height": 900})
-    page = context.new_page()
-    seen = Seen(page, [], [])
-    page.on("request", lambda request: seen.requests.append(request.url))
-    page.on("pageerror", lambda error: seen.errors.append(str(error)))
-    page.on("console", lambda line: seen.errors.extend([line.text] * (line.type == "error")))
-    page.goto(file.as_uri())
-    page.wait_for_function(DRAWN, timeout=90_000)
-    return seen
 
 
 def test_page_draws_every_chart_and_asks_the_network_for_nothing(
@@ -650,8 +408,8 @@ def test_page_fits_a_telephone(browser: Browser, text: str, tmp_path: Path) -> N
 
 def test_what_a_trial_says_runs_nowhere_in_the_page(browser: Browser, tmp_path: Path) -> None:
     study = new_study("study.pruner=none")
-    fail(study.search, "</script><script>document.title='owned'</script><img src=x onerror=x>")
-    add_trials(study.search, [0.5, 0.75])
+    fail(study.store, "</script><script>document.title='owned'</script><img src=x onerror=x>")
+    add_trials(study.store, [0.5, 0.75])
     seen = look(browser, study.report(), tmp_path)
     assert seen.page.title() == "Study smoke"
     assert seen.page.locator("img").count() == 0
@@ -664,65 +422,62 @@ def test_what_a_trial_says_runs_nowhere_in_the_page(browser: Browser, tmp_path: 
 
 
 @pytest.fixture
-def digitlab(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command, in this process, on a lab."""
-
-    def run(lab: Path, *arguments: str) -> int:
-        monkeypatch.setenv("DIGITLAB_HOME", str(lab))
-        return main(list(arguments))
-
-    return run
+def call(lab: Path, call_in: CallIn) -> Call:
+    return call_in(lab)
 
 
 def test_sweep_leaves_the_report_on_the_studys_own_run(whole: Study) -> None:
-    run = whole.search.notes()["run_id"]
-    kept = Page(whole.tracking.artifact(run, "report.html").decode())
+    run = whole.store.notes()["run_id"]
+    kept = Page(whole.tracker.artifact(run, "report.html").decode())
     assert kept.missing() == set()
     assert "The champion, trial" in kept.sections["Result"]
 
 
 def test_report_is_written_where_it_is_asked_for_and_kept_on_the_run(
-    lab: Path, tmp_path: Path, digitlab, capsys: pytest.CaptureFixture[str]
+    lab: Path, tmp_path: Path, call: Call
 ) -> None:
     target = tmp_path / "new" / "page.html"
     study = recorded(lab, "stopped")
-    run = study.search.notes()["run_id"]
-    study.tracking.resume(run).log(tags={"mark": "of the test"})
-    assert digitlab(lab, "report", "stopped", "--out", str(target)) == 0
-    assert capsys.readouterr() == (f"written: {target}\n", "")
+    run = study.store.notes()["run_id"]
+    study.tracker.tag(run, {"mark": "of the test"})
+    assert call("report", "stopped", "--out", str(target)) == (0, f"written: {target}\n", "")
     assert "Study stopped" in target.read_text(encoding="utf-8")
-    assert study.tracking.artifact(run, "report.html") == target.read_bytes()
-    assert study.tracking.get(run).tags["digitlab.state"] == "interrupted"
-    # Without a name it is the study that was begun last, and its place is in the lab.
-    assert digitlab(lab, "report") == 0
-    assert capsys.readouterr().out == f"written: {lab / 'reports' / 'stopped.html'}\n"
+    assert study.tracker.artifact(run, "report.html") == target.read_bytes()
+    assert study.tracker.get(run).tags["digitlab.state"] == "interrupted"
+    assert study.tracker.get(run).tags["mark"] == "of the test"
+    # Without a name it is the study that was created last, and its place is in the lab.
+    page = lab / "reports" / "stopped.html"
+    assert call("report") == (0, f"written: {page}\n", "")
 
 
 def test_report_of_an_unknown_study_is_refused_in_one_line(
-    lab: Path, tmp_path: Path, digitlab, capsys: pytest.CaptureFixture[str]
+    call: Call, call_in: CallIn, tmp_path: Path
 ) -> None:
-    assert digitlab(lab, "report", "smoek") == 2
-    told = capsys.readouterr()
-    assert told.err == "digitlab: smoek: no such study, did you mean smoke?\n"
+    line = "digitlab: study smoek does not exist: did you mean smoke?\n"
+    assert call("report", "smoek") == (2, "", line)
     (tmp_path / "file").touch()
-    assert digitlab(lab, "report", "stopped", "--out", str(tmp_path / "file" / "page")) == 2
-    told = capsys.readouterr()
-    assert told.err.count("\n") == 1
-    assert "--out" in told.err
-    assert "Traceback" not in told.err
-    assert digitlab(tmp_path / "empty", "report") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    status, out, err = call("report", "stopped", "--out", str(tmp_path / "file" / "page"))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--out" in err
 
 
-def test_report_of_a_study_that_never_began_is_refused_in_one_line(
-    tmp_path: Path, digitlab, capsys: pytest.CaptureFixture[str]
+def test_report_of_a_lab_without_a_study_is_refused_in_one_line(
+    call_in: CallIn, tmp_path: Path
 ) -> None:
-    """Its tracker was away, say: the storage knows its name and nothing else."""
-    lab = tmp_path / "lab"
-    assert digitlab(lab, "sweep", *TINY, "tracking.uri=http://127.0.0.1:1") == 2
-    assert "http://127.0.0.1:1" in capsys.readouterr().err
-    assert digitlab(lab, "report") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    status, out, err = call_in(tmp_path / "empty")("report")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "make sweep" in err
+
+
+def test_report_of_a_study_that_never_started_is_refused_in_one_line(
+    call_in: CallIn, lab: Path, tmp_path: Path
+) -> None:
+    """Its first call was killed early: the storage knows its name and nothing else."""
+    storage = open_storage(tmp_path)
+    TrialStore(storage, recorded(lab, "stopped").config)
+    status, out, err = call_in(tmp_path)("report")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "study stopped has not started yet" in err
 
 
 # ---- the champion in the registry ----------------------------------------------------------------
@@ -738,8 +493,8 @@ def registry(lab: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 def pixels_and_probabilities(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """The test images, and what the champion's network made of them when it was tested."""
-    champion = study.tracking.find({"digitlab.study": "smoke", "digitlab.kind": "champion"})[0]
-    kept = study.tracking.artifact(champion.tags["digitlab.weights_run"], "predictions.safetensors")
+    champion = study.runs(kind="champion")[0]
+    kept = study.tracker.artifact(champion.tags["digitlab.weights_run"], "predictions.safetensors")
     logits = safetensors.torch.load(kept)["logits"]
     images = load_digits(study.lab, "sample", TEST, False).images
     return images[:, None].float().numpy(), logits.softmax(1).numpy()
@@ -747,31 +502,33 @@ def pixels_and_probabilities(study: Study) -> tuple[np.ndarray, np.ndarray]:
 
 def test_registered_champion_tells_what_it_is(whole: Study, registry: MlflowClient) -> None:
     version = registry.get_model_version_by_alias("smoke", "champion")
-    champion = whole.search.notes()["champion"]
+    champion = whole.store.notes()["champion"]
     assert version.run_id == champion["run_id"]
     assert version.tags["trial"] == str(champion["trial"])
     assert str(Interval(**champion["test_accuracy"])) in version.description
     assert "convnet" in version.description
     assert "Not for" in version.description
-    for knob, value in champion["values"].items():
-        assert f"`{knob}={value}`" in version.description
-    signature = mlflow.models.get_model_info("models:/smoke@champion").signature
+    for name, value in champion["values"].items():
+        assert f"`{name}={value}`" in version.description
+    folder = whole.lab / "artifacts" / champion["run_id"] / "artifacts" / "model"
+    signature = mlflow.models.get_model_info(str(folder)).signature
     assert [(s.shape, s.type) for s in signature.inputs.inputs] == [((-1, 1, 28, 28), np.float32)]
     assert [s.shape for s in signature.outputs.inputs] == [(-1, 10)]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's export, when it is loaded
 def test_registered_champion_predicts_as_the_tested_network_did(
-    whole: Study, registry: MlflowClient, tmp_path: Path
+    whole: Study, registry: MlflowClient
 ) -> None:
     pixels, probabilities = pixels_and_probabilities(whole)
-    model = mlflow.pyfunc.load_model("models:/smoke@champion")
+    run = whole.store.notes()["champion"]["run_id"]
+    folder = str(whole.lab / "artifacts" / run / "artifacts" / "model")
+    model = mlflow.pyfunc.load_model(folder)
     for first, last in ((0, 1), (1, 4), (0, 500)):
         told = model.predict(pixels[first:last])
         assert told.shape == (last - first, 10)
         assert (told.argmax(1) == probabilities[first:last].argmax(1)).all()
         np.testing.assert_allclose(told, probabilities[first:last], atol=1e-5)
-    folder = mlflow.artifacts.download_artifacts("models:/smoke@champion", dst_path=str(tmp_path))
     example = mlflow.models.Model.load(folder).load_input_example(folder)
     assert example.shape[1:] == (1, 28, 28)
     assert model.predict(example).sum() == pytest.approx(len(example))
@@ -792,7 +549,7 @@ def pickles(content: bytes, name: str) -> dict[str, bytes]:
 
 def test_registered_champion_holds_no_pickle_but_of_plain_tensors(whole: Study) -> None:
     """torch's export keeps the inputs that it was made with; MLflow refuses it without them."""
-    run = whole.search.notes()["champion"]["run_id"]
+    run = whole.store.notes()["champion"]["run_id"]
     folder = whole.lab / "artifacts" / run / "artifacts" / "model"
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {"MLmodel", "model.pt2"} <= {path.name for path in files}
@@ -813,45 +570,45 @@ def test_registered_champion_holds_no_pickle_but_of_plain_tensors(whole: Study) 
 @pytest.mark.timeout(300)
 def test_registered_champion_can_be_served(lab: Path, whole: Study, tmp_path: Path) -> None:
     pixels, probabilities = pixels_and_probabilities(whole)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    place = ["--host", "127.0.0.1", "--port", port, "--env-manager", "local", "--workers", "1"]
+    port = str(free_port())
+    place = ["--host", HOST, "--port", port, "--env-manager", "local", "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/smoke@champion"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": sqlite_uri(lab)}
-    environment |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    # `mlflow models serve` starts `uvicorn` by its name.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen(
-            [*command, *place],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations",
+        f"http://{HOST}:{port}/invocations",
         json.dumps({"inputs": pixels[:3].tolist()}).encode(),
         {"Content-Type": "application/json"},
     )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    told = json.load(answer)["predictions"]
-                break
-            except ConnectionError as error:
-                away = error
-            except urllib.error.URLError as error:
-                if isinstance(error, urllib.error.HTTPError):
-                    raise AssertionError(error.read().decode()) from error
-                away = error
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, f"{away}: {(tmp_path / 'log').read_text()}"
-            time.sleep(0.5)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-    np.testing.assert_allclose(told, probabilities[:3], atol=1e-5)
+    with served("ui", lab, "/health", tmp_path / "ui.log") as ui:
+        environment = os.environ | {"MLFLOW_TRACKING_URI": f"http://{HOST}:{ui.port}"}
+        environment |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        # `mlflow models serve` starts `uvicorn` by its name.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        with open(tmp_path / "log", "wb") as log:
+            server = subprocess.Popen(
+                [*command, *place],
+                cwd=tmp_path,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            answer = answer_of(request, server, tmp_path / "log")
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait()
+    np.testing.assert_allclose(answer["predictions"], probabilities[:3], atol=1e-5)
+
+
+def answer_of(request: urllib.request.Request, server: subprocess.Popen[bytes], log: Path) -> Any:
+    """Ask a server that may still be starting."""
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        except OSError:
+            if server.poll() is not None:
+                raise AssertionError(log.read_text()) from None
+            time.sleep(0.2)

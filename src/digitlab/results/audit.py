@@ -7,7 +7,7 @@ from pathlib import Path
 
 from digitlab.base.errors import UserError, nearest
 from digitlab.config.types import Config, Tracker
-from digitlab.records.reader import damage
+from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
 from digitlab.records.store import RunRow
 from digitlab.study.settle import has_result, settle, trial_value
@@ -24,6 +24,8 @@ class Problem:
     run_id: str | None
     detail: str
 
+
+_DELIVERY_S = 60.0  # to wait for a tracker that is slow or away
 
 # The kinds that can be repaired: what waits is delivered, what nobody runs is ended or requeued,
 # what is surplus is deleted.
@@ -142,6 +144,11 @@ def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> in
     known = study_names(storage)
     found: list[Problem] = []
     left: list[Problem] = []
+    checked: set[str] = set()  # trackers whose records in the outbox were looked for
+    if not studies and (lab / "outbox").is_dir():  # runs outside a study wait there, too
+        with lab_records(lab) as records:
+            found += _find_pending(records, checked, is_repair, as_json)
+        left += [] if is_repair else found
     for name in studies or known:
         if name not in known:
             raise UserError(f"study {name} does not exist: {nearest(name, known)}")
@@ -151,7 +158,8 @@ def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> in
                 print(f"skipped: {name!r} is no study of digitlab's, or has not started")
             continue
         with leader_lock(storage, lab, name):
-            problems, rest = _audit_study(*load_study(lab, name), lab, is_repair, as_json)
+            opened = load_study(lab, name)
+            problems, rest = _audit_study(*opened, lab, checked, is_repair, as_json)
             found, left = found + problems, left + rest
     if as_json:
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
@@ -161,24 +169,46 @@ def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> in
     return 1 if left else 0
 
 
+def _find_pending(
+    records: Records, checked: set[str], is_repair: bool, as_json: bool
+) -> list[Problem]:
+    """Return that records of ended processes wait in the outbox; a repair sends them."""
+    waiting = 0 if records.tracker.identity in checked else records.outbox.leftovers()
+    checked.add(records.tracker.identity)
+    if not waiting:
+        return []
+    if is_repair:
+        records.outbox.adopt()
+        records.outbox.flush(_DELIVERY_S)
+        records.outbox.check()
+    problem = Problem(
+        PENDING, None, None, f"{waiting} records of ended processes wait in the lab's outbox"
+    )
+    _print([problem], as_json)
+    return [problem]
+
+
+def _print(problems: Iterable[Problem], as_json: bool) -> None:
+    for problem in () if as_json else problems:
+        print(f"{problem.kind}: {problem.detail}")
+
+
 def _audit_study(
-    store: TrialStore, config: Config, lab: Path, is_repair: bool, as_json: bool
+    store: TrialStore,
+    config: Config,
+    lab: Path,
+    checked: set[str],
+    is_repair: bool,
+    as_json: bool,
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems that were found, and those that are left."""
     with open_records(config, lab) as records:
-        problems = []
-        waiting = records.outbox.leftovers()
-        if waiting:
-            detail = f"{waiting} records of ended processes wait in the lab's outbox"
-            problems.append(Problem(PENDING, None, None, detail))
-            if is_repair:
-                records.outbox.adopt()
-                records.outbox.flush(60)
+        pending = _find_pending(records, checked, is_repair, as_json)
+        problems: list[Problem] = []
         if config.tracking.name is not Tracker.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
-            problems += find_problems(store.rows(), runs) + find_damage(records, runs)
-        if not as_json:
-            for problem in problems:
-                print(f"{problem.kind}: {problem.detail}")
+            problems = find_problems(store.rows(), runs) + find_damage(records, runs)
+        _print(problems, as_json)
+        problems = pending + problems
         left = repair(problems, store, records) if is_repair else problems
     return problems, left

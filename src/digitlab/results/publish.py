@@ -30,6 +30,7 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]
     if session.config.tracking.name is Tracker.none or session.parent is None:
         return {}
     summary = {**summary, "run_id": register_champion(session, summary)}
+    session.store.note("champion", summary)  # the report is made from what is noted
     text = champion_text(session.config, summary, session.overrides)
     note = describe_study(session.config, session.overrides, text)
     session.parent.log(test_metrics(summary), tags={"mlflow.note.content": note})

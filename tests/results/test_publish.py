@@ -1,0 +1,107 @@
+"""What a study publishes of its champion, and what becomes of an earlier one."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from samples import WHOLE, copy_digits, studies
+
+from digitlab.base.console import Board
+from digitlab.base.stop import StopSignal
+from digitlab.config.compose import compose
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.reader import damage, find_run, trained
+from digitlab.records.store import RunRow
+from digitlab.results.publish import publish
+from digitlab.study.session import StudySession, open_session
+
+STUDY = {"digitlab.study": "smoke", "digitlab.kind": "study"}
+CHAMPION = {"digitlab.study": "smoke", "digitlab.kind": "champion"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a lab with a study that has published its champion, which is published again."""
+    lab = tmp_path_factory.mktemp("published") / "lab"
+    return shutil.copytree(studies(tmp_path_factory), lab)
+
+
+@pytest.fixture(scope="module")
+def session(lab: Path) -> Iterator[StudySession]:
+    with (
+        Board() as board,
+        open_session(compose("sweep", WHOLE)[0], lab, board, StopSignal()) as session,
+    ):
+        yield session
+
+
+@pytest.fixture(scope="module")
+def champions(session: StudySession) -> list[RunRow]:
+    """The champion's runs after it was published again, the earlier first."""
+    assert len(session.records.tracker.find(CHAMPION)) == 1
+    noted = publish(session, session.store.notes()["champion"])
+    session.deliver()
+    found = session.records.tracker.find(CHAMPION)
+    assert noted == {"run_id": found[-1].run_id}
+    return found
+
+
+def test_earlier_champion_stays_whole_and_is_marked_as_superseded(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    tracker = session.records.tracker
+    earlier, now = champions
+    assert earlier.tags["digitlab.superseded_by"] == now.run_id
+    assert "digitlab.superseded_by" not in now.tags
+    assert now.tags["digitlab.champion_of"] == "6 trials"
+    for champion in champions:
+        assert damage(tracker, champion) == []
+    # `reproduce RUN=<id>`, which was printed for it, still finds what to train.
+    assert trained(tracker, earlier.run_id).run_id == earlier.tags["digitlab.weights_run"]
+    assert find_run(tracker, "champion").run_id == now.tags["digitlab.weights_run"]
+
+
+def test_alias_moves_to_the_new_champion(session: StudySession, champions: list[RunRow]) -> None:
+    tracker = session.records.tracker
+    assert isinstance(tracker, MlflowTracker)
+    client = tracker.client
+    assert client.get_model_version_by_alias("smoke", "champion").run_id == champions[1].run_id
+    versions = client.search_model_versions("name = 'smoke'")
+    assert {version.run_id for version in versions} == {run.run_id for run in champions}
+
+
+def test_champion_has_the_weights_of_the_first_final_fit_and_the_figures_of_all(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    tracker, champion = session.records.tracker, champions[1]
+    final = tracker.get(champion.tags["digitlab.weights_run"])
+    assert final.tags["digitlab.kind"] == "final"
+    assert final.tags["digitlab.weights_sha256"] == champion.tags["digitlab.weights_sha256"]
+    summary = session.store.notes()["champion"]
+    assert champion.metrics["test_accuracy_mean"] == summary["test_accuracy"]["mean"]
+    assert champion.metrics["test_seeds"] == 2
+    kept = json.loads(tracker.artifact(champion.run_id, "summary.json"))
+    assert kept["trial"] == summary["trial"]
+
+
+def test_studys_own_run_names_the_new_champion_in_text_figures_and_report(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    [study] = session.records.tracker.find(STUDY)
+    command = f"make reproduce RUN={champions[1].run_id}"
+    assert command in study.tags["mlflow.note.content"]
+    page = session.records.tracker.artifact(study.run_id, "report.html").decode()
+    assert command in page
+    assert study.metrics["test_accuracy_mean"] == champions[1].metrics["test_accuracy_mean"]
+
+
+def test_nothing_is_published_without_a_tracker(tmp_path: Path) -> None:
+    lab = copy_digits(tmp_path / "lab")
+    composed = compose("sweep", [*TINY, "tracking=none"])[0]
+    with Board() as board, open_session(composed, lab, board, StopSignal()) as session:
+        assert publish(session, {"trial": 0}) == {}
+    assert not (lab / "mlflow.db").exists()
+    assert not (lab / "reports").exists()
