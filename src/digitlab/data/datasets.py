@@ -1,5 +1,6 @@
 """Known digit files: found or fetched, verified by SHA-256, read and split."""
 
+import functools
 import gzip
 import hashlib
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,12 @@ def find_known(name: str) -> Known:
     return KNOWN[name]
 
 
+def keep_training_digits() -> None:
+    """Keep training images in memory from now on: a worker reads and hashes them once."""
+    global _load_training  # noqa: PLW0603
+    _load_training = functools.lru_cache(maxsize=1)(_load_digits)
+
+
 def load_digits(
     lab: Path, name: str, files: tuple[str, str], allow_unknown: bool = False
 ) -> Digits:
@@ -97,6 +105,11 @@ def load_digits(
         UserError: a file is not available, or has another SHA-256 than the known one while
             `allow_unknown` is off, or is not an idx file.
     """
+    load = _load_training if files == TRAIN else _load_digits
+    return load(lab, name, files, allow_unknown)
+
+
+def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bool) -> Digits:
     known = find_known(name)
     folder = lab / "data" / name
     contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
@@ -115,6 +128,9 @@ def load_digits(
         torch.from_numpy(labels.astype(np.int64)),
         {file: digest for file, (_, digest) in zip(files, contents, strict=True)},
     )
+
+
+_load_training: Callable[[Path, str, tuple[str, str], bool], Digits] = _load_digits
 
 
 def _verified(

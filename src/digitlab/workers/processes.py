@@ -107,6 +107,8 @@ class ProcessWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     # Blocked, not ignored: Lightning installs a handler of SIGTERM for each fit.
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_DRIVER)
+    from digitlab.data.datasets import keep_training_digits
     from digitlab.workers.job import serve
 
+    keep_training_digits()
     serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})

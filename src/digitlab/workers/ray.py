@@ -92,16 +92,11 @@ class RayWorkers(Pool):
 
     def _receive(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
         waiting = [*self._streams, *self._probes]
-        deadline = min(
-            [timeout_s, *(until - time.monotonic() for _, until in self._probes.values())]
-        )
-        self.ray.wait(waiting, timeout=max(0.0, deadline), fetch_local=False)
+        self.ray.wait(waiting, timeout=timeout_s, fetch_local=False)
         there, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
-        for source in there:
-            yield from self._probed(source) if source in self._probes else self._next(source)
-        for probe, (worker, until) in list(self._probes.items()):
-            if time.monotonic() > until:
-                yield self._lost_node(probe, worker)
+        late = [probe for probe, (_, until) in self._probes.items() if time.monotonic() > until]
+        for source in [*there, *(probe for probe in late if probe not in there)]:
+            yield from self._next(source) if source in self._streams else self._judge(source)
 
     def _next(self, stream: Any) -> Iterator[tuple[int, Event]]:
         worker = self._streams[stream]
@@ -109,40 +104,31 @@ class RayWorkers(Pool):
             event: Event = self.ray.get(next(stream))
         except Exception as error:  # noqa: BLE001  the actor, its node, or the object that it sent
             del self._streams[stream]
-            if worker not in self._nodes:
+            if worker in self._nodes:
+                self._probe(worker)
+            else:  # it died before it was ready
                 yield worker, Lost(str(error).strip().splitlines()[-1], False)
-                return
-            probe = self.ray.remote(num_cpus=0, max_retries=0)(_probe).options(
-                scheduling_strategy=self._on(self._nodes[worker])
-            )
-            self._probes[probe.remote()] = (worker, time.monotonic() + _PROBE_S)
             return
         if isinstance(event, Ready):
             self._nodes[worker] = event.machine["node"]
         yield worker, event
 
-    def _on(self, node: str) -> Any:
+    def _probe(self, worker: int) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return NodeAffinitySchedulingStrategy(node, soft=False)
+        place = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
+        probe = self.ray.remote(**options)(socket.gethostname).remote()
+        self._probes[probe] = (worker, time.monotonic() + _PROBE_S)
 
-    def _probed(self, probe: Any) -> Iterator[tuple[int, Event]]:
-        worker, _ = self._probes[probe]
+    def _judge(self, probe: Any) -> Iterator[tuple[int, Event]]:
+        worker, _ = self._probes.pop(probe)
         try:
-            host = self.ray.get(probe)
+            host = self.ray.get(probe, timeout=0)
         except Exception:  # noqa: BLE001  Ray's, of many kinds
-            yield self._lost_node(probe, worker)
-            return
-        del self._probes[probe]
-        yield worker, Lost(f"its process on {host} died", True)
-
-    def _lost_node(self, probe: Any, worker: int) -> tuple[int, Event]:
-        del self._probes[probe]
-        return worker, Lost("its node was lost", False)
-
-
-def _probe() -> str:
-    return socket.gethostname()
+            yield worker, Lost("its node was lost", False)
+        else:
+            yield worker, Lost(f"its process on {host} died", True)
 
 
 class _Actor:
@@ -169,11 +155,13 @@ class _Actor:
         import ray
 
         from digitlab.base.environment import describe_environment
+        from digitlab.data.datasets import keep_training_digits
         from digitlab.workers.job import serve
 
         lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
         node = ray.get_runtime_context().get_node_id()
         machine = {"host": socket.gethostname(), "pid": os.getpid(), "node": node}
+        keep_training_digits()
         try:
             serve(replace(setup, lab=lab), self, machine, describe_environment())
         finally:
