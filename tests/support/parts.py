@@ -245,7 +245,7 @@ class Postgres:
 
 def _need_psycopg() -> None:
     if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("psycopg is missing: pip install 'digitlab[cluster]'")
+        pytest.skip("psycopg is missing: pip install -e '.[cluster]'")
 
 
 @pytest.fixture(scope="session")
@@ -653,7 +653,7 @@ class RayCluster:
 def start_ray(parts: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., RayCluster]]:
     """A function that starts a cluster of so many nodes, with so many logical CPUs each."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("Ray is missing: pip install 'digitlab[cluster]'")
+        pytest.skip("Ray is missing: pip install -e '.[cluster]'")
     clusters: list[RayCluster] = []
 
     def start_ray(nodes: int = 2, cpus: int = 1, network: Network | None = None) -> RayCluster:
