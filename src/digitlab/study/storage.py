@@ -4,7 +4,7 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
 class LeaderLock:
     """A lock that lasts as long as this process."""
 
-    def check(self) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Make sure that the lock is still held."""
 
 
@@ -163,14 +163,17 @@ class ServerLock(LeaderLock):
         self.checked = 0.0
         self._acquire()
 
-    def check(self) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Acquire the lock again where a restart of the server has dropped it.
+
+        Args:
+            stopped: ends the attempts while the server is away.
 
         Raises:
             UserError: another process has acquired it meanwhile.
         """
         if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
-            retry(self._acquire, is_away, OUTAGE_S)
+            retry(self._acquire, is_away, OUTAGE_S, stopped)
 
     def _acquire(self) -> None:
         try:
