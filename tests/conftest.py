@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 
 from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
 from digitlab.cli import main
 from digitlab.workers import processes
 
@@ -115,6 +116,7 @@ def _sweep(lab: Path, overrides: list[str]) -> None:
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    multiprocessing.forkserver.ensure_running = lambda: None  # type: ignore[assignment]
     # It inherits from the fork server that these are ignored, which a study honours.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

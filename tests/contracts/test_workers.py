@@ -71,6 +71,7 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIGITLAB_FAULTS", worker_faults.__file__)
         patch.setenv("DIGITLAB_FAULT_ORDERS", str(folder))
+        patch.setenv("PYTHONPATH", str(ROOT / "src"))
         multiprocessing.forkserver._forkserver._stop()
         yield folder
     multiprocessing.forkserver._forkserver._stop()

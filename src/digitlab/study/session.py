@@ -93,7 +93,7 @@ def open_session(
     storage = open_storage(lab, config.study.storage)
     with (
         open_records(config, lab) as records,
-        leader_lock(storage, lab, name, stop) as lock,
+        leader_lock(storage, lab, name) as lock,
     ):
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         study_id = None

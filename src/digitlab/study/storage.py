@@ -124,13 +124,8 @@ def is_away(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def leader_lock(
-    storage: RDBStorage, lab: Path, study: str, stopped: Callable[[], bool] = lambda: False
-) -> Iterator["LeaderLock"]:
+def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderLock"]:
     """Hold a study, so that one driver alone writes to it.
-
-    Args:
-        stopped: ends the retries while a server is away.
 
     Raises:
         UserError: another driver, or an audit, holds it.
@@ -143,7 +138,7 @@ def leader_lock(
         with file_lock(lab / "locks" / f"{study}.leader", problem):
             yield LeaderLock()
         return
-    lock = ServerLock(storage, f"digitlab/{study}", problem, stopped)
+    lock = ServerLock(storage, f"digitlab/{study}", problem)
     try:
         yield lock
     finally:
@@ -153,7 +148,7 @@ def leader_lock(
 class LeaderLock:
     """A lock that lasts as long as this process."""
 
-    def check(self) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Make sure that the lock is still held."""
 
 
@@ -162,23 +157,23 @@ class ServerLock(LeaderLock):
 
     _CHECK_INTERVAL_S = 10.0
 
-    def __init__(
-        self, storage: RDBStorage, name: str, problem: str, stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, storage: RDBStorage, name: str, problem: str) -> None:
         self.engine, self.name, self.problem = storage.engine, name, problem
-        self.stopped = stopped
         self.connection: Connection | None = None
         self.checked = 0.0
         self._acquire()
 
-    def check(self) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Acquire the lock again where a restart of the server has dropped it.
+
+        Args:
+            stopped: ends the attempts while the server is away.
 
         Raises:
             UserError: another process has acquired it meanwhile.
         """
         if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
-            retry(self._acquire, is_away, OUTAGE_S, self.stopped)
+            retry(self._acquire, is_away, OUTAGE_S, stopped)
 
     def _acquire(self) -> None:
         try:

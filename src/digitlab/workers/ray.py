@@ -18,6 +18,7 @@ from digitlab.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a node: each run sets torch's own
+_CONNECT_S = 10.0
 _PROBE_S = 60.0  # Ray takes half as long to notice that a node is lost
 
 
@@ -52,6 +53,7 @@ class RayWorkers(Pool):
         launcher, ray = self.launcher, self.ray
         before = signal.getsignal(signal.SIGTERM)
         try:
+            _reach(launcher.address)
             ray.init(launcher.address, log_to_driver=False, configure_logging=False)
             free = ray.cluster_resources().get("CPU", 0) / launcher.cpus
         except Exception as error:  # Ray's own, of gRPC and of many kinds: one cause for the user
@@ -118,7 +120,7 @@ class RayWorkers(Pool):
 
         place = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=False)
         options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
-        probe = self.ray.remote(**options)(socket.gethostname).remote()
+        probe = self.ray.remote(**options)(_host).remote()
         self._probes[probe] = (worker, time.monotonic() + _PROBE_S)
 
     def _judge(self, probe: Any) -> Iterator[tuple[int, Event]]:
@@ -129,6 +131,17 @@ class RayWorkers(Pool):
             yield worker, Lost("its node was lost", False)
         else:
             yield worker, Lost(f"its process on {host} died", True)
+
+
+def _reach(address: str) -> None:
+    """Raise OSError at once where Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+
+
+def _host() -> str:
+    return socket.gethostname()
 
 
 class _Actor:
