@@ -13,7 +13,6 @@ import hypothesis
 import pytest
 
 from digitlab.base.errors import UserError
-from digitlab.base.paths import ROOT
 from digitlab.cli import main
 from digitlab.workers import processes
 

@@ -32,6 +32,7 @@ from digitlab.base.paths import ROOT
 from digitlab.cli import main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
+from digitlab.pages import ui as ui_pages
 from digitlab.records.mlflow import open_tracking
 from digitlab.records.record import Identity, begin_record, stage, trial_tags
 from digitlab.study.storage import open_storage
