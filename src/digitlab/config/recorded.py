@@ -49,7 +49,21 @@ def config_to_yaml(config: Config) -> str:
 
 def plain_to_yaml(plain: Mapping[str, Any]) -> str:
     """Return the text of a configuration that need not be valid."""
-    return OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **plain}))
+    whole = {"format": FORMAT, **plain}
+    text: str = yaml.dump(whole, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes text that does not begin with a letter: a reader could take it for a number."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text[:1].isalpha() else '"'
+    ),
+)
 
 
 def config_from_yaml(text: str) -> Config:
