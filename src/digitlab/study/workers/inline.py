@@ -1,12 +1,13 @@
 """One worker in a thread of this process: for a single training, and for tests."""
 
+import gc
 import os
 import socket
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from digitlab.study.workers.base import WorkerSetup
+from digitlab.study.workers.base import WorkerSetup, share_main_heap
 from digitlab.study.workers.processes import PipePool
 
 
@@ -18,6 +19,7 @@ class InlineWorkers(PipePool):
         self._thread = threading.Thread()
 
     def _launch(self, worker: int) -> None:
+        share_main_heap()
         self._pipes[worker], theirs = Pipe()
         self._thread = threading.Thread(target=_main, args=(theirs, self.setup), daemon=True)
         self._thread.start()
@@ -32,5 +34,8 @@ class InlineWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     from digitlab.study.workers.job import serve
 
-    with pipe:
+    try:
         serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+    finally:
+        pipe.close()
+        gc.unfreeze()  # or libraries report leaks at exit
