@@ -1,5 +1,6 @@
 """The interface between a driver and its workers, and the bookkeeping that all pools share."""
 
+import ctypes
 import math
 import time
 from abc import ABC, abstractmethod
@@ -137,6 +138,17 @@ class WorkerSetup:
     data: DataConfig
     data_sha256: dict[str, str] = field(default_factory=dict)
     source_digest: str = ""
+
+
+def share_main_heap() -> None:
+    """Let threads that start from now on share glibc's main heap.
+
+    A thread's own heap returns each step's pages to the system and faults them in again, which
+    makes a training 7 % slower than in the main thread.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-8, 1)  # malloc.h: M_ARENA_MAX
 
 
 class Workers(ABC):

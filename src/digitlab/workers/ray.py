@@ -14,7 +14,15 @@ from typing import Any
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.config.types import LauncherConfig
-from digitlab.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
+from digitlab.workers.base import (
+    Event,
+    Lost,
+    Order,
+    Pool,
+    Ready,
+    WorkerSetup,
+    share_main_heap,
+)
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a node: each run sets torch's own
@@ -160,6 +168,7 @@ class _Actor:
 
     def serve(self, setup: WorkerSetup) -> Iterator[Event]:
         """Yield what the worker sends; it ends with the driver, whose actor this is."""
+        share_main_heap()
         threading.Thread(target=self._serve, args=(setup,), daemon=True).start()
         while (event := self.events.get()) is not None:
             yield event
