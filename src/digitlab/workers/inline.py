@@ -33,7 +33,5 @@ class InlineWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     from digitlab.workers.job import serve
 
-    try:
+    with pipe:
         serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
-    finally:
-        pipe.close()
