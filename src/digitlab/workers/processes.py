@@ -6,7 +6,6 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -109,4 +108,4 @@ def _main(pipe: Connection, setup: WorkerSetup) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_DRIVER)
     from digitlab.workers.job import serve
 
-    serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+    serve(setup, pipe)
