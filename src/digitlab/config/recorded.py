@@ -67,11 +67,7 @@ _Dumper.add_representer(
 
 
 def config_from_yaml(text: str) -> Config:
-    """Read the configuration of a run's `config.yaml`.
-
-    Raises:
-        UserError: as `config_from_plain`, or the text is not a YAML mapping of a known format.
-    """
+    """Read a run's `config.yaml`; UserError as `config_from_plain`, or if its format is unknown."""
     try:
         if len(text.encode(errors="replace")) > _MOST_BYTES:
             raise UserError(f"it is longer than {_MOST_BYTES} bytes")
@@ -92,11 +88,7 @@ def config_from_yaml(text: str) -> Config:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return a copy of `config` with the values at dotted keys replaced.
-
-    Raises:
-        UserError: a key that is not there, or a value that does not fit.
-    """
+    """Return a copy with the values at dotted keys replaced; UserError where one does not fit."""
     plain = config_to_plain(config)
     for key, value in values.items():
         path, _, last = key.rpartition(".")

@@ -78,11 +78,7 @@ class Digits:
 
 
 def find_known(name: str) -> Known:
-    """Return the table's entry for `data.name`.
-
-    Raises:
-        UserError: no data set has this name.
-    """
+    """Return the table's entry for `data.name`; UserError if no data set has this name."""
     if name not in KNOWN:
         raise UserError(f"data.name={name}: no such data set, {nearest(name, KNOWN)}")
     return KNOWN[name]
@@ -174,11 +170,7 @@ def _read(path: Path) -> tuple[np.ndarray, str] | None:
 
 
 def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
-    """Put all missing files of the set into `folder`, from the first source that has them.
-
-    Raises:
-        UserError: no source gave the known files; the message says why of each.
-    """
+    """Put all missing files of the set into `folder`, from the first source that has them."""
     tried = []
     for source, fetch in _SOURCES.items():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -257,11 +249,7 @@ _SOURCES = {
 
 
 def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
-    """Return the array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, data.
-
-    Raises:
-        UserError: it is not such a file, or not a whole one.
-    """
+    """Return the array of an idx file of bytes: 0 0 8 ndim, ndim big-endian sizes, data."""
     dimensions = int(content[3]) if len(content) > 3 else 0
     start = 4 + 4 * dimensions
     if bytes(content[:3]) == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:

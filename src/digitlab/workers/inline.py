@@ -1,7 +1,5 @@
 """One worker in a thread of this process: for a single training, and for tests."""
 
-import os
-import socket
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -34,4 +32,4 @@ def _main(pipe: Connection, setup: WorkerSetup) -> None:
     from digitlab.workers.job import serve
 
     with pipe:
-        serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+        serve(setup, pipe)

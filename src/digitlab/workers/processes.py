@@ -7,7 +7,6 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -113,4 +112,4 @@ def _main(pipe: Connection, setup: WorkerSetup) -> None:
 
     keep_training_digits()
     gc.freeze()  # imported modules are never garbage: a collection after each job skips them
-    serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+    serve(setup, pipe)

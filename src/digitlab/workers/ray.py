@@ -53,11 +53,7 @@ class RayWorkers(Pool):
         self._probes: dict[Any, tuple[int, float]] = {}  # worker, and until when to wait
 
     def start(self) -> None:
-        """Connect to the cluster and ask it for the actors.
-
-        Raises:
-            UserError: no such cluster is reached.
-        """
+        """Connect to the cluster, or raise UserError, and ask it for the actors."""
         launcher, ray = self.launcher, self.ray
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -182,9 +178,8 @@ class _Actor:
 
         lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
         node = ray.get_runtime_context().get_node_id()
-        machine = {"host": socket.gethostname(), "pid": os.getpid(), "node": node}
         keep_training_digits()
         try:
-            serve(replace(setup, lab=lab), self, machine, describe_environment())
+            serve(replace(setup, lab=lab), self, {"node": node}, describe_environment())
         finally:
             self.events.put(None)
