@@ -92,13 +92,16 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
     return client, experiment
 
 
-def _require_active(experiment: Experiment, uri: str) -> None:
+def _command(uri: str) -> str:
+    return f"MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} {sys.executable} -m mlflow"
+
+
+def _require_active(experiment: Experiment, command: str) -> None:
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        command = f"{sys.executable} -m mlflow experiments restore --experiment-id"
         raise TrackerRefused(
             f"MLflow's experiment '{experiment.name}' was deleted, and takes no runs. Restore it "
-            f"with `MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} {command} "
-            f"{experiment.experiment_id}`, or use another with tracking.experiment=NAME."
+            f"with `{command} experiments restore --experiment-id {experiment.experiment_id}`, or "
+            "use another with tracking.experiment=NAME."
         )
 
 
@@ -140,7 +143,7 @@ class MlflowTracker(Tracker):
         """
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.lab, self.uri = lab, uri or sqlite_uri(lab)
-        self.where = _shown(uri) if uri else "lab"
+        self.where, self.command = _shown(uri) if uri else "lab", _command(self.uri)
         self.identity = f"{self.where} {experiment}"
         self.is_server = self.uri.startswith("http")
         try:
@@ -153,7 +156,7 @@ class MlflowTracker(Tracker):
                 "database. Correct it, or record nothing with tracking=none."
             ) from error
         self.experiment: str = self.opened.experiment_id
-        _require_active(self.opened, self.uri)
+        _require_active(self.opened, self.command)
         # MLflow's server handles these artifacts for its clients; without one, they are files here.
         self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
 
@@ -211,7 +214,7 @@ class MlflowTracker(Tracker):
 
     @_translated
     def is_deleted(self, run_id: str) -> bool:
-        _require_active(self.client.get_experiment(self.experiment), self.uri)
+        _require_active(self.client.get_experiment(self.experiment), self.command)
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:

@@ -72,6 +72,7 @@ class Tracker(ABC):
     """
 
     identity: str  # the address, without a password, and the experiment
+    command = ""  # by which a shell calls the tracker's own program on this store
 
     @abstractmethod
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:

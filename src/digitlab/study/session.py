@@ -140,8 +140,8 @@ def _open_parent_run(session: StudySession) -> None:
     elif records.tracker.is_deleted(known):
         raise UserError(
             f"study {name}: its own run {known} was deleted in the tracker, and its trials belong "
-            f"to it. Restore it with `mlflow runs restore --run-id {known}`, or start a new study "
-            "with study.name=NEW"
+            f"to it. Restore it with `{records.tracker.command} runs restore --run-id {known}`, or "
+            "start a new study with study.name=NEW"
         )
     else:
         session.parent = records.outbox.resume_run(known)
