@@ -378,7 +378,7 @@ class ClockWorkers(Workers):
 
 
 @contextmanager
-def _study(lab: Path, *overrides: str) -> Iterator[StudySession]:
+def open_study(lab: Path, *overrides: str) -> Iterator[StudySession]:
     """An open study of the default recipe without rungs, in an empty lab; what it says is lost."""
     plain = ["study.pruner=none", "study.rungs=[]", *OWN_STORES, *STUDY, *overrides]
     composed = compose("sweep", plain)[0]
@@ -404,7 +404,7 @@ def _fill(store: TrialStore, count: int) -> None:
         store.add(values, 0.98 + 0.015 * (i % 101) / 101, {})
 
 
-def _lead(session: StudySession, workers: Workers, trials: int) -> float:
+def lead(session: StudySession, workers: Workers, trials: int) -> float:
     """Return the seconds in which the driver gets so many more trials done."""
     total = len(session.store.rows()) + trials
     session.config = with_values(session.config, {"study.trials": total})
@@ -420,13 +420,13 @@ def driver(lab: Path, repeats: int) -> list[Figure]:
     """The driver with workers that train nothing and no tracker; the study is kept in sqlite."""
     drawn, modelled, shares = [], [], []
     for _ in range(repeats):
-        with _study(lab, "tracking=none", "study.sampler=random") as session:
-            drawn.append(200 / _lead(session, ClockWorkers(1, 0.0), 200))
-        with _study(lab, "tracking=none", "study.sampler=tpe") as session:
+        with open_study(lab, "tracking=none", "study.sampler=random") as session:
+            drawn.append(200 / lead(session, ClockWorkers(1, 0.0), 200))
+        with open_study(lab, "tracking=none", "study.sampler=tpe") as session:
             _fill(session.store, 300)
-            modelled.append(50 / _lead(session, ClockWorkers(1, 0.0), 50))
-        with _study(lab, "tracking=none", "study.sampler=random") as session:
-            seconds = _lead(session, ClockWorkers(64, _SLEEP_S), 64 * _TURNS)
+            modelled.append(50 / lead(session, ClockWorkers(1, 0.0), 50))
+        with open_study(lab, "tracking=none", "study.sampler=random") as session:
+            seconds = lead(session, ClockWorkers(64, _SLEEP_S), 64 * _TURNS)
             shares.append(100 * _TURNS * _SLEEP_S / seconds)
     return [
         Figure("driver alone, random values", "trials/s", drawn, least=100),
@@ -445,7 +445,7 @@ def trial(lab: Path, repeats: int) -> list[Figure]:
     """
     figures = []
     for others in (100, 10_000):
-        with _study(lab, "tracking=mlflow", "study.sampler=tpe") as session:
+        with open_study(lab, "tracking=mlflow", "study.sampler=tpe") as session:
             _fill(session.store, others)
             workers = ClockWorkers(1, 0.0)
             took = [_timed(partial(_delivered, session, workers, 20)) for _ in range(repeats + 1)]
@@ -455,7 +455,7 @@ def trial(lab: Path, repeats: int) -> list[Figure]:
 
 
 def _delivered(session: StudySession, workers: Workers, trials: int) -> None:
-    _lead(session, workers, trials)
+    lead(session, workers, trials)
     require(not session.records.outbox.flush(60), "MLflow", "reached within a minute")
     session.records.outbox.check()
 
