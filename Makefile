@@ -48,13 +48,13 @@ data: $(STAMP) ## fetch MNIST and verify it
 train: $(STAMP) ## train one configuration
 	@$(BIN)/digitlab train experiments=$(EXPERIMENT) $(ARGS)
 
-sweep: $(STAMP) ## run the study of a recipe, or go on with it
+sweep: $(STAMP) ## run the study of a recipe, or continue it
 	@$(BIN)/digitlab sweep experiments=$(EXPERIMENT) $(ARGS)
 
-audit: $(STAMP) ## hold all trials against their runs (ARGS=--repair mends)
+audit: $(STAMP) ## check that trials and runs agree (ARGS=--repair repairs)
 	@$(BIN)/digitlab audit $(ARGS)
 
-report: $(STAMP) ## a study on one page, lab/reports/<study>.html (ARGS= a study, --out FILE)
+report: $(STAMP) ## a study on one HTML page, lab/reports/<study>.html (ARGS= a study, --out FILE)
 	@$(BIN)/digitlab report $(ARGS)
 
 predict: $(STAMP) ## which digits images show (IMAGE="one.png another.jpg", or a folder)
@@ -62,7 +62,7 @@ predict: $(STAMP) ## which digits images show (IMAGE="one.png another.jpg", or a
 	@$(BIN)/digitlab predict $(IMAGE) $(ARGS)
 
 draw: PORT = 8000
-draw: $(STAMP) ## draw a digit on a page, and see what the network makes of it (PORT=)
+draw: $(STAMP) ## draw a digit on a page, and see what the network reads (PORT=)
 	@$(BIN)/digitlab draw --port $(PORT) $(ARGS)
 
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)

@@ -1,9 +1,13 @@
-"""`digitlab bench`: what the machinery costs, as ratios of two things run in turns."""
+"""`digitlab bench`: what the machinery costs, most of it as ratios of two things run in turns.
 
+Every part records in a temporary lab of its own. A person's stores are out of reach: neither the
+environment nor the lab's .env names them to a part or to a process that it starts.
+"""
+
+import contextlib
 import io
 import json
 import os
-import random
 import socket
 import sqlite3
 import subprocess
@@ -15,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -23,6 +26,8 @@ from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
+from optuna.samplers import RandomSampler
+from optuna.trial import create_trial
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +36,7 @@ from digitlab.base.console import Board, table
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, require
 from digitlab.base.paths import ROOT, lab_folder
+from digitlab.base.stop import StopSignal
 from digitlab.cli import Parser
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
@@ -38,21 +44,38 @@ from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.networks.table import build_network
-from digitlab.records.mlflow import Tracking, open_tracking
-from digitlab.records.record import Identity, begin_record, trial_tags
-from digitlab.study.run import perform
-from digitlab.study.space import Hyperparameter, suggest
-from digitlab.study.storage import open_storage
-from digitlab.study.trials import Search
-from digitlab.workers.processes import Job, Pool, Setup, preload
+from digitlab.records.record import Identity, open_records
+from digitlab.study.driver import StudyDriver
+from digitlab.study.loop import JobLoop
+from digitlab.study.run import run_once
+from digitlab.study.search import TrialSearch
+from digitlab.study.session import StudySession, open_session
+from digitlab.study.trials import TrialStore
 from digitlab.training.evaluate import evaluate
-from digitlab.training.fit import Watch, fit
+from digitlab.training.fit import fit
 from digitlab.training.module import DigitModule, build_optimizer, build_schedule
+from digitlab.training.observer import TrainingObserver
+from digitlab.workers.base import (
+    Answer,
+    End,
+    Epoch,
+    Event,
+    Finished,
+    Job,
+    Started,
+    Workers,
+    WorkerSetup,
+)
+from digitlab.workers.processes import ProcessWorkers, preload
+
+PROGRAM = str(Path(sys.executable).with_name("digitlab"))
+# Over what a recipe or an environment may name: the stores of the lab.
+OWN_STORES = ("study.storage=null", "tracking.uri=null")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: n values, and the bar that their median is held against."""
+    """One line of the table: n values, and the bar that their median is compared with."""
 
     name: str
     unit: str
@@ -77,62 +100,114 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _verdict(met: bool, missed: bool) -> str:
-    """Told by the middle half of the values: it lies on one side of the bar, or across it."""
+    """Name the side of the bar on which the middle half of the values lies."""
     return "met" if met else "not met" if missed else "too wide to tell"
 
 
 def main() -> None:
     """Measure, print a table and write it as JSON."""
     parser = Parser("digitlab bench", description="Time things in turns.")
-    parser.add_argument("--repeats", type=int, default=5, help="of each figure; 5")
-    parser.add_argument("--only", default="", help="a part of a name: start limit tracked workers "
-                        "article conventional draw trial")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="JSON; lab/bench.json", metavar="FILE")
-    asked = parser.parse_args()
-    lab, repeats = lab_folder(), asked.repeats
+    parser.add_argument("--repeats", type=int, default=5, help="of each figure (default: 5)")
+    text = f"parts whose name contains this (default: all): {' '.join(PARTS)}"
+    parser.add_argument("--only", default="", help=text, metavar="PART")
+    parser.add_argument("--out", type=Path, help="default: bench.json in the lab", metavar="FILE")
+    options = parser.parse_args()
+    require(options.repeats > 0, f"--repeats {options.repeats}", "an integer >= 1")
+    chosen = [name for name in PARTS if options.only in name]
+    require(bool(chosen), f"--only {options.only}", f"a part of {', '.join(PARTS)}")
+    lab = _leave_stores()
     preload()
-    recipe = compose("train", ["trainer.epochs=1"])[0].config
-    measurements: dict[str, Callable[[], list[Figure]]] = {
-        "start": lambda: start(lab, repeats),
-        "limit": lambda: step_against_limits(recipe, lab, repeats),
-        "tracked": lambda: [tracked_against_bare(recipe, lab, repeats)],
-        "workers": lambda: [two_workers_against_one(recipe, lab, repeats)],
-        "article": lambda: against_the_article(lab, repeats),
-        "conventional": lambda: against_the_conventional_stack(lab, repeats),
-        "draw": lambda: drawings_under_load(lab, repeats),
-        "trial": lambda: [f for n in (100, 1000, 10000) for f in empty_trial(lab, n, repeats)],
-    }
-    chosen = [name for name in measurements if asked.only in name]
-    require(bool(chosen), f"--only {asked.only}", f"a part of {', '.join(measurements)}")
-    environment = describe_environment()
-    machine = f"{environment['processor']}, {environment['cores']} cores"
+    environment, load = describe_environment(), os.getloadavg()[0]
+    machine = f"{environment['processor']}, {environment['cores']} cores, load {load:.1f} before"
     figures: list[Figure] = []
-    for name in chosen:
-        figures += measurements[name]()
-        document = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
-        (asked.out or lab / "bench.json").write_text(json.dumps(document, indent=1))
+    with _own_lab(lab) as own:
+        for name in chosen:
+            figures += PARTS[name](own, options.repeats)
+            document = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
+            (options.out or lab / "bench.json").write_text(json.dumps(document, indent=1))
     columns = ["figure", "median", "spread", "n", "unit", "bar", "verdict"]
     Board().print(table(machine, columns, [figure.row() for figure in figures]))
 
 
+def _leave_stores() -> Path:
+    """Return the lab, and drop what names a person's stores, which children would inherit."""
+    before = dict(os.environ)
+    lab = lab_folder()  # which reads its .env
+    os.environ.clear()
+    private = ("DIGITLAB_", "MLFLOW_")
+    os.environ.update({k: v for k, v in before.items() if not k.startswith(private)})
+    return lab
+
+
+@contextmanager
+def _own_lab(lab: Path) -> Iterator[Path]:
+    """An empty lab on the same disk, with the same data."""
+    (lab / "data").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=lab) as folder:
+        (Path(folder) / "data").symlink_to((lab / "data").resolve())
+        yield Path(folder)
+
+
 def _timed(function: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
+
+
+def run(command: list[str], lab: Path) -> str:
+    """Return what a program prints that works in `lab`."""
+    place = os.environ | {"DIGITLAB_HOME": str(lab), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise UserError(f"{' '.join(command)}: {reason}")
+    return done.stdout
+
+
+def start(lab: Path, repeats: int) -> list[Figure]:
+    """From the command to its end, and from `digitlab sweep` in an empty lab to the first step."""
+    helped, configured, stepped = [], [], []
+    for _ in range(repeats):
+        helped.append(1000 * _timed(partial(run, [PROGRAM, "--help"], lab)))
+        configured.append(_timed(partial(run, [PROGRAM, "train", "--cfg", "job"], lab)))
+        with _own_lab(lab) as empty:
+            started = time.time()
+            few = ["study.trials=1", "study.final_seeds=1", "study.confirm=1"]
+            run([PROGRAM, "sweep", "experiments=smoke", *few, *OWN_STORES], empty)
+            query = "SELECT min(timestamp) FROM metrics WHERE key = 'training_flops'"
+            with closing(sqlite3.connect(empty / "mlflow.db")) as database:  # noted before step 1
+                [[milliseconds]] = database.execute(query)
+            stepped.append(milliseconds / 1000 - started)
+    return [
+        Figure("digitlab --help", "ms", helped, most=300),
+        Figure("digitlab train --cfg job", "s", configured),
+        Figure("sweep in an empty lab, to the first step", "s", stepped, most=8),
+    ]
+
+
+# What a training costs
+
+
+def _epochs(count: int, **more: Any) -> Config:
+    """The default recipe without EMA, for some epochs, on one thread."""
+    values = {"optim.ema": 0.0, "trainer.epochs": count, "trainer.threads": 1, **more}
+    return with_values(compose("train", list(OWN_STORES))[0].config, values)
 
 
 def bare_loop(config: Config, lab: Path) -> None:
-    """The same network, batches, optimizer and holdout as a run, in torch alone."""
+    """The same network, batches, optimizer and validation set as a run, in torch alone."""
     torch.set_num_threads(config.trainer.threads)
     torch.manual_seed(config.trainer.seed)
     data = DigitsData(config, lab)
+    data.setup("fit")
+    assert data.validation is not None
     network = build_network(config.model)
     optimizer = build_optimizer(config.optim, network)
     batches = data.train_dataloader()
-    schedule = build_schedule(config.optim, optimizer, config.trainer.epochs * batches.steps)
+    schedule = build_schedule(config.optim, optimizer, config.trainer.epochs * len(batches))
     smoothing = config.optim.label_smoothing
     for _ in range(config.trainer.epochs):
-        for images, labels in chain.from_iterable(batches):
+        for images, labels in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(network(images), labels, label_smoothing=smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -141,58 +216,64 @@ def bare_loop(config: Config, lab: Path) -> None:
         evaluate(network, data.validation[0], config.data)
 
 
-def start(lab: Path, repeats: int) -> list[Figure]:
-    """From the command to its end, and from `digitlab sweep` in an empty lab to the first step."""
-    program = str(Path(sys.executable).with_name("digitlab"))
-    helped, configured, stepped = [], [], []
-    for _ in range(repeats):
-        helped.append(1000 * _timed(partial(_run, [program, "--help"], lab)))
-        configured.append(_timed(partial(_run, [program, "train", "--cfg", "job"], lab)))
-        with tempfile.TemporaryDirectory() as folder:
-            empty = Path(folder)
-            (empty / "data").symlink_to(lab / "data")
-            begun = time.time()
-            sweep = ["sweep", "experiments=smoke", "study.trials=1", "study.final_seeds=1"]
-            _run([program, *sweep, "study.confirm=1"], empty)
-            query = "SELECT min(timestamp) FROM metrics WHERE key = 'training_flops'"
-            with closing(sqlite3.connect(empty / "mlflow.db")) as database:  # logged before step 1
-                [[milliseconds]] = database.execute(query)
-            stepped.append(milliseconds / 1000 - begun)
-    return [
-        Figure("digitlab --help", "ms", helped, most=300),
-        Figure("digitlab train --cfg job", "s", configured),
-        Figure("sweep in an empty lab, to the first step", "s", stepped, most=8),
-    ]
+def tracked(lab: Path, repeats: int) -> list[Figure]:
+    """A run of the default recipe, recorded in MLflow, over the same loop bare in torch."""
+    config = _epochs(4)  # as most of its trials
+    identity = Identity("bench", "train", environment=describe_environment())
+    ratios = []
+    with open_records(config, lab) as records:
+        for _ in range(repeats + 1):
+            bare = _timed(lambda: bare_loop(config, lab))
+            with contextlib.redirect_stdout(io.StringIO()):
+                ratios.append(_timed(lambda: run_once(config, identity, records, lab)) / bare)
+    del ratios[0]  # the warm-up
+    return [Figure("a tracked run / the same loop bare, 4 epochs", "ratio", ratios, most=1.05)]
 
 
-def _run(command: list[str], lab: Path) -> str:
-    place = os.environ | {"DIGITLAB_HOME": str(lab), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+def two_workers(lab: Path, repeats: int) -> list[Figure]:
+    """Runs of one epoch: the time that one worker takes for two, over that of two workers."""
+    config = _epochs(1)
+    setup = WorkerSetup(lab, config.data)
+    ratios = []
+    with ProcessWorkers(setup, 1) as one, ProcessWorkers(setup, 2) as two:
+        for _ in range(repeats + 1):
+            seconds = [_timed(partial(_jobs, workers, config, 2)) for workers in (one, two)]
+            ratios.append(seconds[0] / seconds[1])
+    del ratios[0]  # the warm-up
+    return [Figure("two workers / one, images a second", "ratio", ratios)]
 
 
-def step_against_limits(recipe: Config, lab: Path, repeats: int) -> list[Figure]:
+def _jobs(workers: Workers, config: Config, count: int) -> None:
+    waiting, ended = count, 0
+    while ended < count:
+        for worker in workers.idle()[:waiting]:
+            workers.submit(worker, Job(config))
+            waiting -= 1
+        for _, event in workers.events(10):
+            if isinstance(event, End):
+                require(isinstance(event, Finished), f"a training: {event}", "one that finishes")
+                ended += 1
+
+
+def limit(lab: Path, repeats: int) -> list[Figure]:
     """An epoch on one thread against what the processor can multiply and copy; where it goes."""
-    config = with_values(recipe, {"trainer.threads": 1})
+    config = _epochs(1)
     torch.set_num_threads(1)
     matrix, memory = torch.randn(2048, 2048), torch.zeros(2**26)
-    data = DigitsData(config, lab)
-    moved = _bytes_of_a_step(config, data) * data.train_dataloader().steps
+    moved = _bytes_of_an_epoch(config, lab)
     multiplied, copied = [], []
     for _ in range(repeats):
         peak = 2 * 2048**3 / min(_timed(lambda: matrix @ matrix) for _ in range(5))
         width = 8 * 2**26 / min(_timed(memory.clone) for _ in range(5))  # read and written
-        watch = _Facts()
-        fit(config, lab, watch)
-        multiplied.append(watch.flops / watch.seconds / peak)
-        copied.append(moved / watch.seconds / width)
+        observer = _Facts()
+        fit(config, lab, observer)
+        multiplied.append(observer.flops / observer.seconds / peak)
+        copied.append(moved / observer.seconds / width)
     with torch.profiler.profile() as profile:
-        fit(config, lab, Watch())
+        fit(config, lab, TrainingObserver())
     spent: dict[str, float] = dict.fromkeys(_PARTS.values(), 0.0)
     for event in profile.key_averages():
-        part = next((p for word, p in _PARTS.items() if word in event.key.lower()), "the rest")
+        part = next(part for word, part in _PARTS.items() if word in event.key.lower())
         spent[part] += event.self_cpu_time_total
     whole = sum(spent.values())
     return [
@@ -217,13 +298,17 @@ _PARTS = {
 }
 
 
-def _bytes_of_a_step(config: Config, data: DigitsData) -> float:
-    """Read and written by the operators of one step, each as if nothing were cached."""
-    module = DigitModule(config, 1)
-    block = next(iter(data.train_dataloader()))[:1]
+def _bytes_of_an_epoch(config: Config, lab: Path) -> float:
+    """Return what the operators of its steps read and write, as if nothing were cached."""
+    data = DigitsData(config, lab)
+    data.setup("fit")
+    batches = data.train_dataloader()
+    module = DigitModule(config, len(batches))
+    optimizer, batch = build_optimizer(config.optim, module.network), next(iter(batches))
     with _Traffic() as traffic:  # type: ignore[no-untyped-call]
-        module.training_step(block, 0)
-    return float(traffic.bytes)
+        module.loss(batch)[0].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return float(traffic.bytes) * len(batches)
 
 
 class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -232,23 +317,150 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     bytes = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            tensors = [t for t in tree_leaves((args, given)) if isinstance(t, torch.Tensor)]
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
             self.bytes += sum(tensor.nbytes for tensor in tensors)
-        return given
+        return result
 
 
-class _Facts(Watch):
+class _Facts(TrainingObserver):
     """Keeps the operations and the seconds of a run of one epoch."""
 
     flops = seconds = 0.0
 
-    def begin(self, facts: Mapping[str, float]) -> None:
-        self.flops, self.begun = facts["training_flops"], time.perf_counter()
+    def started(self, facts: Mapping[str, float]) -> None:
+        self.flops, self.start = facts["training_flops"], time.perf_counter()
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.seconds = time.perf_counter() - self.begun
+        self.seconds = time.perf_counter() - self.start
+
+
+# What the driver costs
+
+
+class ClockWorkers(Workers):
+    """Workers that finish each job after some seconds and train nothing."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self.count, self.seconds = count, seconds
+        self.due: dict[int, float] = {}  # of busy workers; monotonic seconds
+        metrics = {"val_accuracy": 0.98, "val_loss": 0.1}
+        facts = {"model_parameters": 1.0, "training_flops": 1.0}
+        self.course = (Started(facts), Epoch(1, metrics), Finished(metrics, {}, {}, {}))
+
+    def start(self) -> None:
+        self.due.clear()
+
+    def idle(self) -> list[int]:
+        return [worker for worker in range(self.count) if worker not in self.due]
+
+    def submit(self, worker: int, job: Job) -> None:
+        self.due[worker] = time.monotonic() + self.seconds
+
+    def answer(self, worker: int, answer: Answer) -> None:
+        """Nothing waits for it: there are no rungs."""
+
+    def events(self, timeout_s: float) -> list[tuple[int, Event]]:
+        wait = min(self.due.values(), default=0.0) - time.monotonic()
+        time.sleep(max(0.0, min(timeout_s, wait)))
+        now = time.monotonic()
+        ended = [worker for worker, due in self.due.items() if due <= now]
+        for worker in ended:
+            del self.due[worker]
+        return [(worker, event) for worker in ended for event in self.course]
+
+    def cancel(self, worker: int) -> None:
+        self.due[worker] = 0.0
+
+    def close(self) -> None:
+        self.due.clear()
+
+
+@contextmanager
+def open_study(lab: Path, *overrides: str) -> Iterator[StudySession]:
+    """An open study of the default recipe without rungs, in an empty lab; what it says is lost."""
+    plain = ["study.pruner=none", "study.rungs=[]", *OWN_STORES, *STUDY, *overrides]
+    composed = compose("sweep", plain)[0]
+    with (
+        _own_lab(lab) as empty,
+        contextlib.redirect_stdout(io.StringIO()),
+        Board() as board,
+        StopSignal() as stop,
+        open_session(composed, empty, board, stop) as session,
+    ):
+        yield session
+
+
+STUDY: list[str] = []  # more overrides of these studies
+
+
+def _fill(store: TrialStore, count: int) -> None:
+    """Add finished trials with values drawn at random."""
+    chance, blank = RandomSampler(seed=0), create_trial(value=0.0)
+    draw = partial(chance.sample_independent, store.study, blank)
+    for i in range(count):
+        values = {one.name: one.decode(draw(one.name, one.distribution)) for one in store.space}
+        store.add(values, 0.98 + 0.015 * (i % 101) / 101, {})
+
+
+def lead(session: StudySession, workers: Workers, trials: int) -> float:
+    """Return the seconds in which the driver gets so many more trials done."""
+    total = len(session.store.rows()) + trials
+    session.config = with_values(session.config, {"study.trials": total})
+    tick = StudyDriver(session, lambda _session, _summary: {}, None)._ticker("trials", total)
+    search, loop = TrialSearch(session, lambda: 0.0), JobLoop(workers, session.stop, tick)
+    seconds = _timed(lambda: search.run(loop))
+    if session.stop():
+        raise KeyboardInterrupt
+    return seconds
+
+
+def driver(lab: Path, repeats: int) -> list[Figure]:
+    """The driver with workers that train nothing and no tracker; the study is kept in sqlite."""
+    drawn, modelled, shares = [], [], []
+    for _ in range(repeats):
+        with open_study(lab, "tracking=none", "study.sampler=random") as session:
+            drawn.append(200 / lead(session, ClockWorkers(1, 0.0), 200))
+        with open_study(lab, "tracking=none", "study.sampler=tpe") as session:
+            _fill(session.store, 300)
+            modelled.append(50 / lead(session, ClockWorkers(1, 0.0), 50))
+        with open_study(lab, "tracking=none", "study.sampler=random") as session:
+            seconds = lead(session, ClockWorkers(64, _SLEEP_S), 64 * _TURNS)
+            shares.append(100 * _TURNS * _SLEEP_S / seconds)
+    return [
+        Figure("driver alone, random values", "trials/s", drawn, least=100),
+        Figure("driver alone, TPE after 300 trials", "trials/s", modelled, least=25),
+        Figure(f"64 workers, trials of {_SLEEP_S:g} s, of ideal", "%", shares, least=95),
+    ]
+
+
+_SLEEP_S, _TURNS = 1.0, 10  # length of a trial of 64 workers, and trials of each
+
+
+def trial(lab: Path, repeats: int) -> list[Figure]:
+    """A trial that trains nothing: drawn, recorded in MLflow on sqlite, written to Optuna's study.
+
+    A value is the mean of 20, until MLflow has all of them. The others are in Optuna's study alone.
+    """
+    figures = []
+    for others in (100, 10_000):
+        with open_study(lab, "tracking=mlflow", "study.sampler=tpe") as session:
+            _fill(session.store, others)
+            workers = ClockWorkers(1, 0.0)
+            took = [_timed(partial(_delivered, session, workers, 20)) for _ in range(repeats + 1)]
+        values = [1000 * seconds / 20 for seconds in took[1:]]  # less the warm-up
+        figures.append(Figure(f"an empty trial after {others} others", "ms", values))
+    return figures
+
+
+def _delivered(session: StudySession, workers: Workers, trials: int) -> None:
+    lead(session, workers, trials)
+    require(not session.records.outbox.flush(60), "MLflow", "reached within a minute")
+    session.records.outbox.check()
+
+
+# Against others
 
 
 # Runs in a fresh process, as the article's program does; imports are counted for neither.
@@ -256,40 +468,41 @@ _FIT = """
 import json, sys, time
 from pathlib import Path
 from digitlab.config.compose import compose
-from digitlab.training.fit import Watch, fit
+from digitlab.training.fit import fit
+from digitlab.training.observer import TrainingObserver
 config = compose("train", sys.argv[2:])[0].config
-begun = time.perf_counter()
-accuracy = fit(config, Path(sys.argv[1]), Watch()).metrics["test_accuracy"]
-print(json.dumps({"all": time.perf_counter() - begun, "accuracy": accuracy}))
+started = time.perf_counter()
+accuracy = fit(config, Path(sys.argv[1]), TrainingObserver()).metrics["test_accuracy"]
+print(json.dumps({"all": time.perf_counter() - started, "accuracy": accuracy}))
 """
 
 
-def against_the_article(lab: Path, repeats: int) -> list[Figure]:
+def article(lab: Path, repeats: int) -> list[Figure]:
     """The article's program in Keras against its recipe and the fast ones, all cores for each.
 
     Times go from reading the data to the accuracy on the test set.
     """
-    python = _article_python(lab)
-    article = [str(python), str(ROOT / "experiments/article.py"), str(lab / "data/mnist")]
+    script = str(ROOT / "experiments/article.py")
+    theirs = [str(_article_python(lab)), script, str(lab / "data/mnist")]
     threads = f"trainer.threads={os.cpu_count() or 1}"
-    told: dict[str, list[dict[str, float]]] = {name: [] for name in ("article", *_RECIPES)}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("article", *_RECIPES)}
     wholes = []
     for seed in range(max(repeats, _SEEDS)):
         seconds = {}
-        for name, runs in told.items():
-            asked = [f"experiments={name}", "data.evaluate_on=test", threads]
-            asked.append(f"trainer.seed={seed}")
-            ours = [sys.executable, "-c", _FIT, str(lab), *asked]
-            begun = time.perf_counter()
-            runs.append(json.loads(_run(article if name == "article" else ours, lab)))
-            seconds[name] = time.perf_counter() - begun
+        for name, results in runs.items():
+            overrides = [f"experiments={name}", "data.evaluate_on=test", threads]
+            overrides.append(f"trainer.seed={seed}")
+            ours = [sys.executable, "-c", _FIT, str(lab), *overrides]
+            started = time.perf_counter()
+            results.append(json.loads(run(theirs if name == "article" else ours, lab)))
+            seconds[name] = time.perf_counter() - started
         wholes.append(seconds["article"] / seconds["seed"])
     figures = [Figure("as whole processes: article / seed", "ratio", wholes)]
-    for name, runs in told.items():
-        share = [a["all"] / run["all"] for a, run in zip(told["article"], runs, strict=True)]
+    for name, results in runs.items():
+        share = [a["all"] / b["all"] for a, b in zip(runs["article"], results, strict=True)]
         figures += [
-            Figure(f"{name}, test accuracy", "%", [100 * run["accuracy"] for run in runs]),
-            Figure(f"{name}, load to measured", "s", [run["all"] for run in runs]),
+            Figure(f"{name}, test accuracy", "%", [100 * one["accuracy"] for one in results]),
+            Figure(f"{name}, load to measured", "s", [one["all"] for one in results]),
         ]
         if name in _RECIPES:
             figures.append(Figure(f"article / {name}", "ratio", share, least=_RECIPES[name]))
@@ -301,45 +514,43 @@ _SEEDS = 10  # of a mean accuracy
 
 
 def _article_python(lab: Path) -> Path:
-    """The interpreter of an environment with Keras alone, installed once."""
-    folder = lab / "article"
+    """Return the interpreter of an environment with Keras alone, installed once."""
+    folder = lab.parent / "article"  # beside the part's own lab, so that it stays
     if not (folder / "installed").exists():
-        uv = str(Path(sys.executable).with_name("uv"))
-        _run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], lab)
+        uv, python = str(Path(sys.executable).with_name("uv")), str(folder / "bin/python")
+        run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], lab)
         packages = ["keras==3.*", "tensorflow-cpu==2.*"]
-        python = str(folder / "bin/python")
-        _run([uv, "pip", "install", "--quiet", "--python", python, *packages], lab)
+        run([uv, "pip", "install", "--quiet", "--python", python, *packages], lab)
         (folder / "installed").touch()
     return folder / "bin/python"
 
 
-def against_the_conventional_stack(lab: Path, repeats: int) -> list[Figure]:
+def conventional(lab: Path, repeats: int) -> list[Figure]:
     """The default study against the same one on the usual stack, in turns.
 
     A turn of ours is eight trials, from the start of the first to the end of the last; of theirs
     it is two with a pruner and two without, which take most of the time of all that is measured.
     """
-    whole, pruned = [], []
-    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
-        (Path(ours) / "data").symlink_to(lab / "data")
-        for kind in ("whole", "pruned"):
+    ratios: dict[str, list[float]] = {"whole": [], "pruned": []}
+    with _own_lab(lab) as ours, tempfile.TemporaryDirectory(dir=lab) as theirs:
+        for kind in ratios:
             (Path(theirs) / kind / "MNIST").mkdir(parents=True)
             (Path(theirs) / kind / "MNIST/raw").symlink_to(lab / "data/mnist")
         for turn in range(repeats):
-            seconds = _study_seconds(Path(ours), 8 * turn, 8 * (turn + 1)) / 8
-            pruned.append(_conventional_seconds(Path(theirs) / "pruned", 2, lab) / seconds)
-            whole.append(_conventional_seconds(Path(theirs) / "whole", 2, lab) / seconds)
+            seconds = _study_seconds(ours, 8 * turn, 8 * (turn + 1)) / 8
+            for kind, values in ratios.items():
+                values.append(_conventional_seconds(Path(theirs) / kind, 2, lab) / seconds)
+    name = "trials an hour / the conventional stack"
     return [
-        Figure("trials an hour / the conventional stack", "ratio", whole, least=6),
-        Figure("trials an hour / the conventional stack, pruned", "ratio", pruned),
+        Figure(name, "ratio", ratios["whole"], least=6),
+        Figure(f"{name}, pruned", "ratio", ratios["pruned"]),
     ]
 
 
 def _study_seconds(lab: Path, first: int, total: int) -> float:
-    """Of the trials from `first` on, of the default study in its own processes."""
-    program = str(Path(sys.executable).with_name("digitlab"))
-    few = ["study.confirm=1", "study.confirm_seeds=1", "study.final_seeds=1"]
-    _run([program, "sweep", "experiments=default", f"study.trials={total}", *few], lab)
+    """Return the seconds of the trials from `first` on, of the default study in its processes."""
+    few = ["study.confirm=1", "study.confirm_seeds=1", "study.final_seeds=1", *OWN_STORES]
+    run([PROGRAM, "sweep", "experiments=default", f"study.trials={total}", *few], lab)
     span = "max(julianday(datetime_complete)) - min(julianday(datetime_start))"
     with closing(sqlite3.connect(lab / "optuna.db")) as database:
         [[days]] = database.execute(f"SELECT {span} FROM trials WHERE number >= {first}")  # noqa: S608
@@ -347,70 +558,29 @@ def _study_seconds(lab: Path, first: int, total: int) -> float:
 
 
 def _conventional_seconds(folder: Path, trials: int, lab: Path) -> float:
-    """The mean of so many more trials of the study in the folder."""
-    how = [str(folder), str(trials), folder.name]
-    told = _run([sys.executable, str(ROOT / "experiments/conventional.py"), *how], lab)
-    return float(sum(json.loads(told.splitlines()[-1])["seconds"])) / trials
+    """Return the mean seconds of so many more trials of the study in the folder."""
+    script = str(ROOT / "experiments/conventional.py")
+    printed = run([sys.executable, script, str(folder), str(trials), folder.name], lab)
+    return float(sum(json.loads(printed.splitlines()[-1])["seconds"])) / trials
 
 
-def tracked_against_bare(recipe: Config, lab: Path, repeats: int) -> Figure:
-    """A run of the default recipe, recorded in MLflow, over the same loop bare in torch."""
-    config = with_values(recipe, {"optim.ema": 0.0, "trainer.epochs": 4})  # as most of its trials
-    tracking = open_tracking(config, lab)
-    identity = Identity("bench", "train", environment=describe_environment())
-    ratios = []
-    for _ in range(repeats + 1):
-        bare = _timed(lambda: bare_loop(config, lab))
-        ratios.append(_timed(lambda: perform(config, identity, tracking, lab, Watch())) / bare)
-    del ratios[0]  # the warm-up
-    return Figure("a tracked run / the same loop bare, 4 epochs", "ratio", ratios, most=1.05)
-
-
-def two_workers_against_one(recipe: Config, lab: Path, repeats: int) -> Figure:
-    """Runs of one epoch: time that one worker takes for two over the time that two workers take."""
-    config = with_values(recipe, {"tracking.name": "none", "study.name": "bench"})
-    (lab / "locks").mkdir(exist_ok=True)
-    setup = Setup(config, (), lab, None, {})
-    pools = [Pool(setup, count) for count in (1, 2)]
-    try:
-        ratios = []
-        for _ in range(repeats + 1):
-            seconds = [_timed(partial(_runs, pool, config, 2)) for pool in pools]
-            ratios.append(seconds[0] / seconds[1])
-    finally:
-        for pool in pools:
-            pool.close()
-    return Figure("two workers / one, images a second", "ratio", ratios[1:])  # less the warm-up
-
-
-def _runs(pool: Pool, config: Config, count: int) -> None:
-    jobs, ended = count, 0
-    while ended < count:
-        for worker in pool.idle():
-            if jobs:
-                pool.give(worker, Job("confirm", 0, config))
-                jobs -= 1
-        for worker, _ in pool.events(0.1):
-            worker.job = None
-            ended += 1
-
+# The page to draw on
 
 _RATE, _LOAD_SECONDS = 50, 10  # drawings a second, and for how long
 
 
-def drawings_under_load(lab: Path, repeats: int) -> list[Figure]:
+def draw(lab: Path, repeats: int) -> list[Figure]:
     """Drawings sent to the page's API at times that do not wait for its answers."""
-    digits = load_digits(lab, "mnist", TEST).images[:100]
     files = []
-    for digit in digits:
+    for digit in load_digits(lab, "mnist", TEST).images[:100]:
         file = io.BytesIO()
         Image.fromarray(255 - digit.numpy()).resize((280, 280)).save(file, "PNG")
         files.append(file.getvalue())
     latencies: list[list[float]] = []
     lost = 0
     with _drawing_page(lab) as address, ThreadPoolExecutor(_RATE) as senders:
-        [run, *_] = json.loads(urlopen(f"{address}/runs").read())  # noqa: S310
-        where = f"{address}/predict?run={run['run_id']}"
+        [row, *_] = json.loads(urlopen(f"{address}/runs").read())  # noqa: S310
+        where = f"{address}/predict?run={row['run_id']}"
 
         def send(due: float, file: bytes) -> float | None:
             time.sleep(max(0.0, due - time.perf_counter()))
@@ -423,8 +593,8 @@ def drawings_under_load(lab: Path, repeats: int) -> list[Figure]:
             return 1000 * (time.perf_counter() - due)
 
         for _ in range(repeats + 1):
-            begun = time.perf_counter() + 0.5
-            due = [begun + i / _RATE for i in range(_RATE * _LOAD_SECONDS)]
+            started = time.perf_counter() + 0.5
+            due = [started + i / _RATE for i in range(_RATE * _LOAD_SECONDS)]
             answers = list(senders.map(send, due, [files[i % 100] for i in range(len(due))]))
             latencies.append([answer for answer in answers if answer is not None])
             lost += len(answers) - len(latencies[-1])
@@ -439,16 +609,13 @@ def drawings_under_load(lab: Path, repeats: int) -> list[Figure]:
 @contextmanager
 def _drawing_page(lab: Path) -> Iterator[str]:
     """The address of `digitlab draw` with a network that was trained a second ago."""
-    program = str(Path(sys.executable).with_name("digitlab"))
-    with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder)
-        (own / "data").symlink_to(lab / "data")
-        _run([program, "train", "experiments=fast98"], own)
+    with _own_lab(lab) as own:
+        run([PROGRAM, "train", "experiments=fast98", *OWN_STORES], own)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [program, "draw", "--run", "fast98-seed-0", "--port", str(port)]
-        place = os.environ | {"DIGITLAB_HOME": folder}
+        command = [PROGRAM, "draw", "--run", "fast98-seed-0", "--port", str(port)]
+        place = os.environ | {"DIGITLAB_HOME": str(own)}
         with subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL) as process:
             try:
                 while True:
@@ -464,61 +631,17 @@ def _drawing_page(lab: Path) -> Iterator[str]:
                 process.terminate()
 
 
-def empty_trial(lab: Path, earlier: int, repeats: int) -> list[Figure]:
-    """Choose the values of a trial, record a run of it and tell the study; nothing is trained.
-
-    In turns with Optuna's own ask and tell on the same storage.
-    """
-    overrides = ["study.pruner=none", "study.rungs=[]", "study.trials=100000"]
-    config = compose("sweep", overrides)[0].config
-    with tempfile.TemporaryDirectory(dir=lab) as folder:
-        beside = Path(folder)
-        search = Search(open_storage(beside), config)
-        tracking = open_tracking(config, beside)
-        chance = random.Random(0)  # noqa: S311  for numbers that only fill
-        for _ in range(earlier):
-            values = {knob.name: _value_of(knob, chance) for knob in search.knobs}
-            search.add(values, chance.uniform(0.98, 0.995), {})
-        first = search.claim(config.study.trials)
-        assert first is not None
-        study = search.ask(first)[0].study
-        pairs = [
-            (
-                _timed(lambda: _empty(search, tracking, config)),
-                _timed(lambda: _bare(study, search.knobs)),
-            )
-            for _ in range(4 * repeats)
-        ]
-    return [
-        Figure(f"an empty trial after {earlier} others", "ms", [1000 * ours for ours, _ in pairs]),
-        Figure("the same / ask and tell of bare Optuna", "ratio", [a / b for a, b in pairs]),
-    ]
-
-
-def _value_of(knob: Hyperparameter, chance: random.Random) -> object:
-    values = knob.extremes()
-    if len(values) > 2 or knob.as_json:
-        return chance.choice(values)
-    low, high = values
-    return chance.randint(low, high) if isinstance(low, int) else chance.uniform(low, high)
-
-
-def _bare(study: Any, knobs: list[Hyperparameter]) -> None:
-    trial = study.ask()
-    suggest(trial, knobs)
-    study.tell(trial, 0.5)
-
-
-def _empty(search: Search, tracking: Tracking, config: Config) -> None:
-    number = search.claim(config.study.trials)
-    assert number is not None
-    _, values, _ = search.ask(number)
-    tags = trial_tags(config.study.name, number)
-    record = begin_record(tracking, with_values(config, values), Identity("empty", "trial", tags))
-    record.log({"val_accuracy": 0.5, "val_loss": 1.0}, step=1)
-    record.end("finished")
-    search.tell(number, "finished", 0.5, {"metrics": {"val_accuracy": 0.5}})
-
+PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
+    "start": start,
+    "limit": limit,
+    "tracked": tracked,
+    "workers": two_workers,
+    "driver": driver,
+    "trial": trial,
+    "article": article,
+    "conventional": conventional,
+    "draw": draw,
+}
 
 if __name__ == "__main__":
     main()

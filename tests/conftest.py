@@ -115,6 +115,7 @@ def _sweep(lab: Path, overrides: list[str]) -> None:
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
+    multiprocessing.forkserver.ensure_running = lambda: None  # type: ignore[assignment]
     # It inherits from the fork server that these are ignored, which a study honours.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

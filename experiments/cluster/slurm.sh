@@ -1,46 +1,48 @@
 #!/usr/bin/env bash
-# Workers of a study as a Slurm array. Begin the study first, where a process may run for long:
+# A study on the nodes of one Slurm job: `ray symmetric-run` starts Ray on each of them, runs
+# `digitlab sweep` on the first, and stops Ray when that ends. From the checkout:
 #
-#   export DIGITLAB_STORAGE=postgresql+psycopg://digitlab@db.example.org/optuna
-#   export MLFLOW_TRACKING_URI=https://mlflow.example.org
-#   digitlab sweep launcher=external
+#   ray get-auth-token --generate     # once: ~/.ray/auth_token, for all nodes
+#   RECIPE=default sbatch experiments/cluster/slurm.sh
 #
-# then, from the checkout, with the same two variables:
-#
-#   STUDY=default sbatch experiments/cluster/slurm.sh
-#
-# Passwords are read from ~/.pgpass and from the lab's .env; none is passed to sbatch, which keeps
-# what it is passed.
+# When the time is over, submit it again: the study continues. Passwords are read from ~/.pgpass
+# and from the lab's .env; none is passed to sbatch, which keeps what it is passed.
 
 #SBATCH --job-name=digitlab
-# Sixteen at a time. Those that come when no trials are left end at once, so the number may be large:
-# it says how often a worker whose time is over is followed by another.
-#SBATCH --array=1-64%16
-#SBATCH --ntasks=1
-# As many as trainer.threads.
-#SBATCH --cpus-per-task=1
+#SBATCH --nodes=4
+# One Ray node on each machine.
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
 #SBATCH --mem-per-cpu=3G
 #SBATCH --time=04:00:00
-# A minute before the time is over, to the worker itself: it ends at its next batch and puts its trial
-# back, for any other worker.
-#SBATCH --signal=TERM@60
-# After the loss of a node, elsewhere.
+# Two minutes before the time is over: the driver stops its jobs and flushes its records.
+#SBATCH --signal=TERM@120
+# After the loss of the first node, elsewhere.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=digitlab-%A-%a.log
+#SBATCH --output=digitlab-%j.log
 
 set -euo pipefail
 
-: "${STUDY:?is not set: name the study, STUDY=default sbatch experiments/cluster/slurm.sh}"
-: "${DIGITLAB_STORAGE:?is not set: postgresql+psycopg://user@host/database, without a password}"
+: "${RECIPE:?is not set: name the recipe, RECIPE=default sbatch experiments/cluster/slurm.sh}"
+: "${DIGITLAB_HOME:?is not set: name a lab that all nodes see, /home/you/lab}"
 
-# Slurm runs a copy of this file, so that its own place tells nothing.
+# Slurm runs a copy of this file, so its own place is not the checkout.
 cd "${SLURM_SUBMIT_DIR:?is not set: submit this file with sbatch}"
 PATH="$PWD/.venv/bin:$PATH"
 
-# Libraries that count the machine's cores must not start a thread for each.
-export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export RAY_AUTH_MODE=token
+export RAY_USAGE_STATS_ENABLED=0
+# numpy's threads; each run sets torch's own to trainer.threads.
 export OPENBLAS_NUM_THREADS=1
 
-# srun does not take --cpus-per-task over from sbatch.
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" digitlab worker "$STUDY"
+nodes="${SLURM_JOB_NUM_NODES:-1}"
+cpus="${SLURM_CPUS_PER_TASK:-1}"
+# The first address of the first node: `ray symmetric-run` starts the head where it belongs.
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+address="$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | cut -d ' ' -f 1)"
+
+# srun does not take --cpus-per-task from sbatch.
+srun --nodes="$nodes" --ntasks="$nodes" --cpus-per-task="$cpus" \
+  ray symmetric-run --address "$address:6379" --min-nodes "$nodes" --num-cpus="$cpus" -- \
+  digitlab sweep "experiments=$RECIPE" launcher=ray "$@"

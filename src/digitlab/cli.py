@@ -219,7 +219,7 @@ def _report(arguments: list[str]) -> int:
 def _explain(arguments: list[str]) -> int:
     parser = Parser("digitlab explain", description="What a network sees in an image.")
     parser.add_argument("image", help="a file, or the index of a test image, from 0")
-    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--run", help="named as for reproduce (default: champion)")
     parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
     parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
     options = parser.parse_args(arguments)
@@ -234,7 +234,7 @@ def _predict(arguments: list[str]) -> int:
         description="Which digits images show. Exit status: 0, or 2 where one could not be read.",
     )
     parser.add_argument("image", nargs="+", help="files, folders, - for standard input")
-    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--run", help="named as for reproduce (default: champion)")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--explain", action="store_true", help="draw why, in lab/explained/")
     parser.add_argument("--save", type=Path, help="the 28x28 that are read", metavar="FOLDER")
@@ -247,7 +247,7 @@ def _predict(arguments: list[str]) -> int:
 
 def _draw(arguments: list[str]) -> int:
     parser = Parser("digitlab draw", description="A page to draw digits on, on this machine.")
-    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--run", help="named as for reproduce (default: champion)")
     parser.add_argument("--port", type=int, default=8000, help="8000")
     options = parser.parse_args(arguments)
     from digitlab.pages.draw import draw
@@ -257,7 +257,7 @@ def _draw(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     parser = Parser("digitlab evaluate", description="A run's network on changed test images.")
-    parser.add_argument("--run", default="champion", help="named as for reproduce; champion")
+    parser.add_argument("--run", help="named as for reproduce (default: champion)")
     parser.add_argument("--shift", action="store_true", required=True, help="every change there is")
     parser.add_argument("--prepared", type=int, default=1000, help="images of each, prepared; 1000")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")

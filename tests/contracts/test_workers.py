@@ -1,5 +1,6 @@
 """What every implementation of Workers does, and what each does alone."""
 
+import importlib.util
 import multiprocessing.forkserver
 import os
 import shutil
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 import worker_faults
 from conftest import DATA
-from parts import RayCluster
+from parts import RayCluster, free_port
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
-from digitlab.config.types import Config, LauncherConfig
+from digitlab.config.types import Config
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.training.fit import fit
 from digitlab.training.observer import TrainingObserver
@@ -70,6 +71,7 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIGITLAB_FAULTS", worker_faults.__file__)
         patch.setenv("DIGITLAB_FAULT_ORDERS", str(folder))
+        patch.setenv("PYTHONPATH", str(ROOT / "src"))
         multiprocessing.forkserver._forkserver._stop()
         yield folder
     multiprocessing.forkserver._forkserver._stop()
@@ -78,7 +80,8 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(parts: Path, orders: Path) -> Iterator[RayCluster]:
     """A node with two logical CPUs."""
-    pytest.importorskip("ray", reason="Ray is missing: pip install -e '.[cluster]'")
+    if importlib.util.find_spec("ray") is None:  # not imported yet: it reads its token then
+        pytest.skip("Ray is missing: pip install -e '.[cluster]'")
     cluster = RayCluster(parts / "ray-contract")
     names = ("DIGITLAB_FAULTS", "DIGITLAB_FAULT_ORDERS")
     cluster.environment |= {name: os.environ[name] for name in names}
@@ -239,13 +242,14 @@ def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
 
 @every_kind
 def test_a_worker_that_does_not_answer_a_cancel_is_replaced(
-    kind: str, make: Make, order: Callable[[str], None]
+    kind: str, make: Make, order: Callable[[str], None], orders: Path
 ) -> None:
     order("hang@job.batch")
     workers = make(kind, grace_s=0.2)
     first(workers, Ready)
     workers.submit(0, Job(tiny()))
-    first(workers, Started)
+    while list(orders.iterdir()):  # until it hangs
+        workers.events(0.05)
     workers.cancel(0)
     lost = first(workers, Lost)[-1]
     assert lost == Lost("it did not stop within 0.2 s and was killed", is_charged=False)
@@ -439,12 +443,7 @@ def test_processes_end_with_their_driver(setup: WorkerSetup, tmp_path: Path, how
 
 
 @pytest.mark.cluster
-def test_a_lost_node_is_not_charged_and_another_refused_one_is_left_out(
-    make: Make, cluster: RayCluster, request: pytest.FixtureRequest
-) -> None:
-    def lose(event: Event) -> bool:
-        return isinstance(event, Lost)
-
+def test_a_lost_node_is_not_charged_to_its_jobs(make: Make, cluster: RayCluster) -> None:
     second = cluster.add(cpus=2)
     copy_data(second.lab)
     cluster.wait(2)
@@ -454,12 +453,8 @@ def test_a_lost_node_is_not_charged_and_another_refused_one_is_left_out(
         for worker, event in workers.events(1.0):
             assert isinstance(event, Ready)
             machines[worker] = event.machine["node"]
-    here = machines[0]
-    (one, two), others = [
-        [worker for worker, node in machines.items() if (node == here) is same]
-        for same in (True, False)
-    ]
-    assert len(others) == 2
+    nodes = sorted(machines.values())
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     for worker in machines:
         workers.submit(worker, Job(tiny("trainer.epochs=100000")))
     begun: set[int] = set()
@@ -468,9 +463,9 @@ def test_a_lost_node_is_not_charged_and_another_refused_one_is_left_out(
     cluster.kill(1)
     lost: list[tuple[int, Event]] = []
     while len(lost) < 2:
-        lost += [found for found in workers.events(1.0) if lose(found[1])]
+        lost += [found for found in workers.events(1.0) if isinstance(found[1], Lost)]
     assert all(event == Lost("its node was lost", is_charged=False) for _, event in lost)
-    assert len({worker for worker, _ in lost} & {one, two}) in (0, 2)
+    assert len({machines[worker] for worker, _ in lost}) == 1
 
 
 @pytest.mark.cluster
@@ -485,8 +480,9 @@ def test_a_cluster_that_is_not_there_is_the_callers_mistake(setup: WorkerSetup) 
     pytest.importorskip("ray")
     from digitlab.workers.ray import RayWorkers
 
-    launcher = LauncherConfig(**(vars(tiny().launcher) | {"address": "auto"}))
-    with pytest.raises(UserError, match=r"launcher.address=auto: no Ray cluster is reached"):
+    nowhere = f"127.0.0.1:{free_port()}"
+    launcher = replace(tiny().launcher, address=nowhere)
+    with pytest.raises(UserError, match=f"launcher.address={nowhere}: no Ray cluster is reached"):
         RayWorkers(setup, launcher).start()
 
 

@@ -26,10 +26,8 @@ from sqlalchemy.orm import Session
 from trackers import CODE, FILES, HOST, Server, answers
 
 from digitlab.base.errors import UserError
-from digitlab.config.compose import compose
 from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker, _http_status, save_servable
-from digitlab.records.record import open_records
 from digitlab.records.store import Batch, NewRun, TrackerAway
 
 _FOUR_AT_ONCE = """
@@ -89,18 +87,6 @@ def test_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{HOST}:1") as raised:
         MlflowTracker(f"http://me:secret@{HOST}:1", "digitlab", tmp_path)
     assert "secret" not in str(raised.value)
-
-
-def test_tracker_that_is_away_at_the_start_is_tried_again(
-    tracker_server: Server, tmp_path: Path
-) -> None:
-    config = compose("train", [f"tracking.uri={tracker_server.uri}"])[0].config
-    tracker_server.kill()
-    later = threading.Timer(1, tracker_server.start)
-    later.start()
-    with open_records(config, tmp_path, timeout_s=60) as records:
-        assert records.tracker.find({"a": "b"}) == []
-    later.join()
 
 
 def response(status: int) -> requests.Response:

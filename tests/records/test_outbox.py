@@ -117,39 +117,11 @@ def test_run_that_ended_takes_no_more_operations(open_outbox: Open) -> None:
     outbox.close()
 
 
-@pytest.mark.parametrize("is_delivered", [False, True])
-def test_run_that_is_discarded_is_not_in_the_tracker(open_outbox: Open, is_delivered: bool) -> None:
-    outbox = open_outbox()
-    spool, left = outbox.open_run(new("discarded")), outbox.open_run(new("left"))
-    if is_delivered:
-        outbox.flush(60)
-    spool.log({"loss": 1.0})
-    spool.discard()
-    left.end("finished")
-    outbox.close()
-    assert [row.name for row in outbox.tracker.find({})] == ["left"]
-    assert waiting(outbox.folder.parent) == []
-
-
-def test_folder_is_added_file_by_file(open_outbox: Open, tmp_path: Path) -> None:
-    for path, content in FILES.items():
-        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / path).write_bytes(content)
-    outbox = open_outbox()
-    spool = outbox.open_run(new())
-    spool.add_files(tmp_path / "folder")
-    spool.end("finished")
-    outbox.close()
-    run_id = outbox.tracker.get("run").run_id
-    assert {path: outbox.tracker.artifact(run_id, path) for path in FILES} == FILES
-
-
 def test_no_tracker_keeps_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, NoTracker())
     record(outbox)
     spool = outbox.resume_run("0123")
     spool.log({"loss": 1.0})
-    spool.discard()
     assert (spool.run_id(60), outbox.pending(), outbox.flush(60)) == (None, 0, 0)
     assert outbox.adopt() == []
     outbox.check()
@@ -176,7 +148,7 @@ def test_outage_is_made_up_for_by_the_run_or_by_the_next_process(
     outbox.close()
     assert waiting(outbox.folder.parent)
     gate.open()
-    while outbox._delivery._thread is not None:  # it still waits for its last answer
+    while outbox._thread is not None:  # it still waits for its last answer
         outbox.close()
     other = open_outbox()
     assert other.adopt() == []  # it ended: nothing was interrupted
@@ -501,7 +473,7 @@ def test_sealed_run_is_synced_with_its_name(
 ) -> None:
     outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
     spool = outbox.open_run(new())
-    monkeypatch.setattr(outbox._delivery, "_send_all", lambda: None)  # it is not delivered first
+    monkeypatch.setattr(outbox, "_send_all", lambda: None)  # it is not delivered first
     spool.add_files(FILES)
     synced: list[str] = []
     fsync = os.fsync

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from trackers import waiting
+from trackers import FILES, waiting
 
 from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.types import Config
-from digitlab.networks import build_network
+from digitlab.networks.table import build_network
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import (
     damage,
@@ -191,6 +191,18 @@ def test_runs_that_differ_in_the_seed_alone_are_compared(records: Records) -> No
         finish(records, f"seed-{seed}", f"trainer.seed={seed}")
     finish(records, "other", "trainer.seed=3", "optim.learning_rate=0.02")
     assert over_seeds(records.tracker, records.tracker.get("seed-1")) == [0.75, 0.75]
+
+
+def test_folder_is_added_file_by_file(records: Records, tmp_path: Path) -> None:
+    for path, content in FILES.items():
+        (tmp_path / "folder" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / path).write_bytes(content)
+    with records:
+        recorder = RunRecorder(records.outbox, configure(), Identity("run", "train"))
+        recorder.add_files(tmp_path / "folder")
+        recorder.end("finished")
+    run_id = records.tracker.get("run").run_id
+    assert {path: records.tracker.artifact(run_id, path) for path in FILES} == FILES
 
 
 def test_nothing_is_recorded_with_tracking_none(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from digitlab.base.statistics import holm, mcnemar, share_interval
 from digitlab.cli import main
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
-from digitlab.results import compare as comparison
+from digitlab.results.page import render
 
 RUN = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
 RUN += ["trainer.epochs=1"]
@@ -198,7 +198,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
 
 def test_names_are_text_in_the_page_and_never_markup() -> None:
     evil = "<script>alert(1)</script>"
-    page = comparison._page(["", evil, "b"], {"parameters": [[evil, "1", "2"]]}, [evil])
+    content = {"columns": ["", evil, "b"], "tables": {"parameters": [[evil, "1", "2"]]}}
+    page = render("compare.html", evil, sentences=[evil], **content)
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
 

@@ -82,7 +82,12 @@ def _digest(package: Path, files: Iterable[Path]) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; empty where there is no git or no repository."""
+    """Return what git prints; empty where there is no git, or this is no checkout of its own.
+
+    A release inside another repository must not record that repository's changes.
+    """
+    if not (ROOT / ".git").exists():
+        return ""
     try:
         command = ["git", "-C", str(ROOT), *arguments]
         done = subprocess.run(command, capture_output=True, timeout=30, check=False)

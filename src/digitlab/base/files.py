@@ -1,5 +1,6 @@
 """Writes that are whole on disk, or not there at all."""
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -28,11 +29,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_output(target: Path, content: bytes | str, option: str) -> None:
-    """Write a file that a person asked for by an option; text as UTF-8.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write a file that a person asked for by an option, or raise UserError; text as UTF-8."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -45,3 +42,18 @@ def write_output(target: Path, content: bytes | str, option: str) -> None:
 def safe_name(name: str) -> str:
     """Return a name from a store or a person as a part of a file's name: no folders, no codes."""
     return re.sub(r"[^\w.=,-]+", "_", name).lstrip(".")[:100] or "unnamed"
+
+
+def sync_file_system(path: Path) -> None:
+    """Write all that the file system of `path` holds to the disk, in one call for many files."""
+    try:
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
+    except AttributeError:  # it is Linux's
+        os.sync()
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs")
+    finally:
+        os.close(descriptor)

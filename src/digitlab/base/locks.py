@@ -10,11 +10,7 @@ from digitlab.base.errors import UserError
 
 @contextmanager
 def file_lock(path: Path, problem: str) -> Iterator[None]:
-    """Hold the lock of a file, which is made where it is missing.
-
-    Raises:
-        UserError: another process holds it; its text is `problem`.
-    """
+    """Hold a file's lock, made where missing; UserError(problem) if another process does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         try:

@@ -17,30 +17,24 @@ def retry(
     is_transient: Callable[[Exception], bool],
     timeout_s: float,
     stopped: Callable[[], bool] = lambda: False,
-    report: Callable[[str], None] = lambda _: None,
 ) -> _T:
     """Return what `attempt` returns; repeat it with exponential back-off while its error passes.
 
     Args:
         is_transient: whether waiting can help against an error.
         stopped: whether a person asked to stop.
-        report: receives one line when a second attempt has failed, too.
 
     Raises:
         The last error: it is not transient, or `timeout_s` have passed.
         KeyboardInterrupt: `stopped` became true while waiting.
     """
-    deadline, wait, failures = time.monotonic() + timeout_s, _FIRST_WAIT_S, 0
+    deadline, wait = time.monotonic() + timeout_s, _FIRST_WAIT_S
     while True:
         try:
             return attempt()
         except Exception as error:
             if not is_transient(error) or time.monotonic() + wait > deadline:
                 raise
-            failures += 1
-            # A restart that is over after one attempt is no news.
-            if failures == 2:
-                report(str(error))
         # Jitter, so that many clients of one server do not all come back at once.
         until = time.monotonic() + random.uniform(wait / 2, wait)  # noqa: S311
         while time.monotonic() < until:

@@ -28,11 +28,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return Student's interval of the mean of independent fractions, cut at 0 and 1.
-
-    Raises:
-        ValueError: there are no values.
-    """
+    """Return Student's interval of the mean of one or more fractions, cut at 0 and 1."""
     return pooled_intervals([values])[0]
 
 

@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopSignal:
     """Whether a person, a scheduler or a closed terminal asked this process to stop."""
 
-    def __init__(self, on_second: Callable[[], None] = lambda: None) -> None:
-        """Args: on_second: called before a second signal ends the process."""
-        self.on_second = on_second
+    def __init__(self) -> None:
+        # Called before a second signal ends the process.
+        self.on_second: Callable[[], None] = lambda: None
         self.count = 0
         self.has_terminal = True  # until SIGHUP says that it has gone
 

@@ -97,11 +97,7 @@ def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return keys and values of overrides in Hydra's grammar, for `with_values`.
-
-    Raises:
-        UserError: one does not parse, or is more than a value for a key.
-    """
+    """Return keys and values of overrides; UserError where one is more than a value for a key."""
     values = {}
     for text in overrides:
         override = _parse(text)

@@ -49,15 +49,25 @@ def config_to_yaml(config: Config) -> str:
 
 def plain_to_yaml(plain: Mapping[str, Any]) -> str:
     """Return the text of a configuration that need not be valid."""
-    return OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **plain}))
+    whole = {"format": FORMAT, **plain}
+    text: str = yaml.dump(whole, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes text that does not begin with a letter: a reader could take it for a number."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text[:1].isalpha() else '"'
+    ),
+)
 
 
 def config_from_yaml(text: str) -> Config:
-    """Read the configuration of a run's `config.yaml`.
-
-    Raises:
-        UserError: as `config_from_plain`, or the text is not a YAML mapping of a known format.
-    """
+    """Read a run's `config.yaml`; UserError as `config_from_plain`, or if its format is unknown."""
     try:
         if len(text.encode(errors="replace")) > _MOST_BYTES:
             raise UserError(f"it is longer than {_MOST_BYTES} bytes")
@@ -78,11 +88,7 @@ def config_from_yaml(text: str) -> Config:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return a copy of `config` with the values at dotted keys replaced.
-
-    Raises:
-        UserError: a key that is not there, or a value that does not fit.
-    """
+    """Return a copy with the values at dotted keys replaced; UserError where one does not fit."""
     plain = config_to_plain(config)
     for key, value in values.items():
         path, _, last = key.rpartition(".")

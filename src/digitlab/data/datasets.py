@@ -1,5 +1,6 @@
 """Known digit files: found or fetched, verified by SHA-256, read and split."""
 
+import functools
 import gzip
 import hashlib
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +78,16 @@ class Digits:
 
 
 def find_known(name: str) -> Known:
-    """Return the table's entry for `data.name`.
-
-    Raises:
-        UserError: no data set has this name.
-    """
+    """Return the table's entry for `data.name`; UserError if no data set has this name."""
     if name not in KNOWN:
         raise UserError(f"data.name={name}: no such data set, {nearest(name, KNOWN)}")
     return KNOWN[name]
+
+
+def keep_training_digits() -> None:
+    """Keep training images in memory from now on: a worker reads and hashes them once."""
+    global _load_training  # noqa: PLW0603
+    _load_training = functools.lru_cache(maxsize=1)(_load_digits)
 
 
 def load_digits(
@@ -97,6 +101,11 @@ def load_digits(
         UserError: a file is not available, or has another SHA-256 than the known one while
             `allow_unknown` is off, or is not an idx file.
     """
+    load = _load_training if files == TRAIN else _load_digits
+    return load(lab, name, files, allow_unknown)
+
+
+def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bool) -> Digits:
     known = find_known(name)
     folder = lab / "data" / name
     contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
@@ -115,6 +124,9 @@ def load_digits(
         torch.from_numpy(labels.astype(np.int64)),
         {file: digest for file, (_, digest) in zip(files, contents, strict=True)},
     )
+
+
+_load_training: Callable[[Path, str, tuple[str, str], bool], Digits] = _load_digits
 
 
 def _verified(
@@ -158,11 +170,7 @@ def _read(path: Path) -> tuple[np.ndarray, str] | None:
 
 
 def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
-    """Put all missing files of the set into `folder`, from the first source that has them.
-
-    Raises:
-        UserError: no source gave the known files; the message says why of each.
-    """
+    """Put all missing files of the set into `folder`, from the first source that has them."""
     tried = []
     for source, fetch in _SOURCES.items():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -241,11 +249,7 @@ _SOURCES = {
 
 
 def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
-    """Return the array of an idx file of unsigned bytes: 0 0 8 ndim, ndim big-endian sizes, data.
-
-    Raises:
-        UserError: it is not such a file, or not a whole one.
-    """
+    """Return the array of an idx file of bytes: 0 0 8 ndim, ndim big-endian sizes, data."""
     dimensions = int(content[3]) if len(content) > 3 else 0
     start = 4 + 4 * dimensions
     if bytes(content[:3]) == b"\0\0\x08" and 1 <= dimensions <= 3 and len(content) >= start:

@@ -3,7 +3,6 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ _LAYERS = {"conv2d": "convolution {} ({} filters)", "linear": "dense {} ({} unit
 _ACTIVATIONS = ("relu", "relu_", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid")
 
 
-def explain(image: str, run: str, against: int | None, out: Path | None, lab: Path) -> int:
+def explain(image: str, run: str | None, against: int | None, out: Path | None, lab: Path) -> int:
     """Print what a run's network reads in an image, and draw why; returns 0.
 
     Args:
@@ -97,13 +96,7 @@ class _LayerOutputs(TorchFunctionMode):
         super().__init__()
         self.outputs: list[tuple[str, Tensor]] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _LAYERS:

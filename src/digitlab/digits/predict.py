@@ -53,7 +53,7 @@ class Answer:
 class Predictor:
     """A run's network, ready for new images."""
 
-    def __init__(self, tracker: Tracker, run: str, lab: Path) -> None:
+    def __init__(self, tracker: Tracker, run: str | None, lab: Path) -> None:
         """Load a run and its calibration.
 
         Raises:
@@ -87,7 +87,12 @@ def _answer(path: str, problem: str, probabilities: list[float], is_unsure: bool
 
 
 def predict(
-    paths: Sequence[str], run: str, as_json: bool, explain: bool, save: Path | None, lab: Path
+    paths: Sequence[str],
+    run: str | None,
+    as_json: bool,
+    explain: bool,
+    save: Path | None,
+    lab: Path,
 ) -> int:
     """Print which digits images show: files, folders, `-` for standard input.
 

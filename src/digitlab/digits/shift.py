@@ -81,7 +81,7 @@ def as_picture(digit: Grey, chance: np.random.Generator) -> Grey:
     return decode(file.getvalue(), "a picture")
 
 
-def evaluate_shift(run: str, prepared: int, as_json: bool, lab: Path) -> int:
+def evaluate_shift(run: str | None, prepared: int, as_json: bool, lab: Path) -> int:
     """Measure a run's network on every change of images, print a table, save it with the run.
 
     On the test images where the run was tested, else on its validation set; returns 0.

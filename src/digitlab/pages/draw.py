@@ -2,12 +2,11 @@
 
 import asyncio
 import base64
+import functools
 import hashlib
 import re
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -86,7 +85,7 @@ class Problem:
     detail: str
 
 
-def draw(run: str, lab: Path, port: int) -> int:
+def draw(run: str | None, lab: Path, port: int) -> int:
     """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C; returns 130.
 
     Raises:
@@ -108,17 +107,9 @@ def draw(run: str, lab: Path, port: int) -> int:
 
 def serving(app: FastAPI, port: int) -> uvicorn.Config:
     """Configure a quiet server on this machine; on Ctrl-C it waits two seconds for answers."""
-    return uvicorn.Config(
-        app,
-        "127.0.0.1",
-        port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws="none",
-        lifespan="off",
-        timeout_graceful_shutdown=2,
-    )
+    quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+    narrow = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 2}
+    return uvicorn.Config(app, "127.0.0.1", port, **quiet, **narrow)  # type: ignore[arg-type]
 
 
 def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
@@ -136,41 +127,6 @@ def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
         if "digitlab.weights_sha256" in row.tags and row.tags["digitlab.kind"] != "champion"
     ]
     return sorted(runs, key=lambda run: (run.run_id != chosen, run.kind != "champion"))
-
-
-class Networks:
-    """The networks in use, each loaded once, and the threads that compute."""
-
-    def __init__(self, load: Callable[[str], Predictor]) -> None:
-        self.load = load
-        self.loader = ThreadPoolExecutor(1)
-        self.threads = ThreadPoolExecutor(_AT_ONCE)
-        self.loaded: OrderedDict[str, Future[Predictor]] = OrderedDict()  # the last used last
-        self.requests = 0
-
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold one of the places for requests; 503 where there is none."""
-        if self.requests >= _AT_ONCE + _WAITING:
-            raise HTTPException(503, "too many images at once: try again", {"Retry-After": "1"})
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
-
-    async def network(self, run_id: str) -> Predictor:
-        """Return a run's network; 503 where it cannot be loaded."""
-        if run_id not in self.loaded:
-            self.loaded[run_id] = self.loader.submit(self.load, run_id)
-            if len(self.loaded) > _LOADED:
-                self.loaded.popitem(last=False)
-        self.loaded.move_to_end(run_id)
-        try:
-            return await asyncio.shield(asyncio.wrap_future(self.loaded[run_id]))
-        except Exception as error:
-            self.loaded.pop(run_id, None)  # the next request tries again
-            raise HTTPException(503, first_line(error)) from error
 
 
 def read(predictor: Predictor, content: bytes) -> Reading:
@@ -228,6 +184,19 @@ _RunId = Annotated[
 ]
 
 
+def _guarded_app(page: str) -> FastAPI:
+    app = FastAPI(
+        title="digitlab draw",
+        docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
+        redoc_url=None,
+        responses={403: {"model": Problem, "description": "The request comes from another site"}},
+    )
+    app.add_middleware(guarded, headers={
+        "content-security-policy": _policy(page), "cache-control": "no-store"})  # fmt: skip
+    app.add_exception_handler(RequestValidationError, _unasked)
+    return app
+
+
 def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor]) -> FastAPI:
     """Build the page and its JSON API.
 
@@ -236,33 +205,35 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
         load: returns the network of a run's id, or raises UserError.
     """
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    app = FastAPI(
-        title="digitlab draw",
-        docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
-        redoc_url=None,
-        responses={403: {"model": Problem, "description": "The request comes from another site"}},
-    )
-    app.add_middleware(guarded, headers={
-        "content-security-policy": _policy(text), "cache-control": "no-store"})  # fmt: skip
-    app.add_exception_handler(RequestValidationError, _unasked)
+    app = _guarded_app(text)
     listed = [run.run_id for run in runs()]
     first, known = next(iter(listed), None), set(listed)
-    networks = Networks(load)
+    # One thread loads, so that many requests for a network load it once; a failure is not kept.
+    load, loader = functools.lru_cache(_LOADED)(load), ThreadPoolExecutor(1)
+    threads, requests = ThreadPoolExecutor(_AT_ONCE), 0
 
     async def answer(
         request: Request, run: str | None, compute: Callable[[Predictor, bytes], _Asked]
     ) -> _Asked:
+        nonlocal requests
         run = first if run is None else run
         if run is None or run not in known:
             raise HTTPException(404, "no such run: GET /runs lists them")
-        async with networks.place():
+        if requests >= _AT_ONCE + _WAITING:
+            raise HTTPException(503, "too many images at once: try again", {"Retry-After": "1"})
+        requests += 1
+        loop = asyncio.get_running_loop()
+        try:
             content = await _body(request)
-            predictor = await networks.network(run)
-            loop = asyncio.get_running_loop()
             try:
-                return await loop.run_in_executor(networks.threads, compute, predictor, content)
-            except UserError as error:
-                raise HTTPException(400, str(error)) from error
+                predictor = await loop.run_in_executor(loader, load, run)
+            except Exception as error:
+                raise HTTPException(503, first_line(error)) from error
+            return await loop.run_in_executor(threads, compute, predictor, content)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        finally:
+            requests -= 1
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:

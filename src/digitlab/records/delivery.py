@@ -4,11 +4,12 @@ import random
 import shlex
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from digitlab.base import faults
-from digitlab.records.spool import FileSpool, Signals
+from digitlab.base.files import sync_file_system
+from digitlab.records.spool import Changes, FileSpool, Operation
 from digitlab.records.store import Batch, NewRun, Tracker, TrackerAway, TrackerRefused
 
 _GATHER_S = 0.4  # operations that come within it are sent in as few calls as possible
@@ -20,81 +21,80 @@ _POLL_S = 0.1  # how long a stop request may go unheard
 class Delivery:
     """Sends the operations of runs to a tracker, until it has all of them."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-        self.signals = Signals()
+    def __init__(self, folder: Path, tracker: Tracker) -> None:
+        self.folder, self.tracker = folder, tracker
         self.problem = ""  # why the tracker does not answer at the moment; empty while it does
+        self._changes = Changes()
         self._spools: list[FileSpool] = []  # of which the tracker may lack something, in order
         self._failed: list[FileSpool] = []
         self._thread: threading.Thread | None = None
         self._is_closing = False
 
-    def add(self, spool: FileSpool) -> None:
-        with self.signals.changed:
-            self._spools.append(spool)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
-                self._thread.start()
-            self.signals.changed.notify_all()
-
-    def open_spools(self) -> list[FileSpool]:
-        with self.signals.changed:
-            return [spool for spool in self._spools if not spool.is_closed]
+    def flush(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> int:
+        """Wait until the tracker has everything; return the number of runs still pending."""
+        deadline = time.monotonic() + timeout_s
+        with self._changes:
+            while self.pending() and not stopped() and (left := deadline - time.monotonic()) > 0:
+                self._changes.hurry()
+                self._changes.wait(min(_POLL_S, left))
+            return self.pending()
 
     def pending(self) -> int:
-        with self.signals.changed:
+        """Return the number of runs with operations that the tracker does not have yet."""
+        with self._changes:
             return sum(spool.is_pending for spool in self._spools)
 
     def check(self) -> None:
+        """Raise what the tracker refused, or what went wrong in the delivery itself."""
         for spool in self._failed:
             assert spool.failure is not None
             raise spool.failure
 
-    def flush(self, timeout_s: float, stopped: Callable[[], bool]) -> int:
-        deadline = time.monotonic() + timeout_s
-        with self.signals.changed:
-            while self.pending() and not stopped():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self.signals.urgent.set()
-                self.signals.changed.wait(min(_POLL_S, left))
-            return self.pending()
-
-    def stop(self, timeout_s: float) -> bool:
+    def _stop(self, timeout_s: float) -> bool:
         """End the thread; return False if it waits for an answer of the tracker for longer."""
         if self._thread is not None:
-            with self.signals.changed:
+            with self._changes:
                 self._is_closing = True
-                self.signals.changed.notify_all()
-                self.signals.urgent.set()
+                self._changes.hurry()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 return False
             self._thread, self._is_closing = None, False
         return True
 
-    def _run(self) -> None:
+    def _add(self, spool: FileSpool) -> None:
+        with self._changes:
+            self._spools.append(spool)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+                self._thread.start()
+            self._changes.notify_all()
+
+    def _deliver(self) -> None:
         wait_s = _FIRST_WAIT_S
         while True:
-            with self.signals.changed:
-                self.signals.changed.wait_for(lambda: self._is_closing or self.pending())
-            self.signals.urgent.wait(_GATHER_S)
-            self.signals.urgent.clear()
+            with self._changes:
+                self._changes.wait_for(lambda: self._is_closing or self.pending())
+                self._pause(_GATHER_S)
+                self._changes.is_urgent = False
             if self._is_closing:
                 return
             try:
                 self._send_all()
                 self.problem, wait_s = "", _FIRST_WAIT_S
-            except TrackerAway as error:
+            except (TrackerAway, OSError) as error:  # a disk that takes nothing may do so later
                 self.problem = str(error)
                 # Jitter, so that many clients of one server do not all come back at once.
                 time.sleep(_FIRST_WAIT_S * random.random())  # noqa: S311
-                self.signals.urgent.wait(wait_s)
+                self._pause(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
+    def _pause(self, longest_s: float) -> None:
+        with self._changes:
+            self._changes.wait_for(lambda: self._changes.is_urgent, longest_s)
+
     def _send_all(self) -> None:
-        with self.signals.changed:
+        with self._changes:
             spools = [spool for spool in self._spools if spool.is_pending][:_MOST_RUNS]
         sent: list[tuple[FileSpool, int]] = []
         try:
@@ -108,21 +108,43 @@ class Delivery:
                 except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
                     self._fail(spool, error)
         finally:
-            if sent:
-                self.tracker.sync()
-                for spool, size in sent:
-                    self._acknowledge(spool, size)
+            self._acknowledge(sent)
 
-    def _acknowledge(self, spool: FileSpool, size: int) -> None:
-        with self.signals.changed:
-            spool.sent = size
+    def _send(self, spool: FileSpool) -> int:
+        """Send what a run's file holds beyond what was sent; return how far that is."""
+        operations, size = spool.unsent()
+        try:
+            if spool.known_id is None:
+                may_exist, spool.may_exist = spool.may_exist, True
+                new = NewRun(**operations[0].what["run"])
+                run_id = self.tracker.create_run(new, may_exist)
+                faults.point("outbox.sent")
+                with self._changes:
+                    spool.known_id = run_id
+                    self._changes.notify_all()
+            _send_operations(self.tracker, spool.known_id, operations)
+        except TrackerRefused:
+            # What somebody deleted in the tracker meanwhile is not wanted any more.
+            if spool.known_id is None or not self.tracker.is_deleted(spool.known_id):
+                raise
+        return size
+
+    def _acknowledge(self, sent: Sequence[tuple[FileSpool, int]]) -> None:
+        """Note what was sent, and remove the files that the tracker has all of."""
+        with self._changes:
+            for spool, size in sent:
+                spool.sent = size
+            done = [spool for spool, size in sent if spool.is_closed and size == spool.size]
             faults.point("outbox.acknowledged")
-            if spool.is_closed and spool.sent == spool.size:
-                spool.close()
+        if done:
+            # Or a power loss would take artifacts of the lab that are not in the outbox any more.
+            sync_file_system(self.folder)
+        with self._changes:
+            for spool in done:
                 spool.path.unlink(missing_ok=True)
                 self._spools.remove(spool)
                 faults.point("outbox.removed")
-            self.signals.changed.notify_all()
+            self._changes.notify_all()
 
     def _fail(self, spool: FileSpool, error: Exception) -> None:
         if isinstance(error, TrackerRefused):
@@ -131,78 +153,34 @@ class Delivery:
                 "run waits for it. Remove the cause and start again, or give the record up: "
                 f"rm {shlex.quote(str(spool.path))}"
             )
-        with self.signals.changed:
+        with self._changes:
             spool.failure = error
             self._spools.remove(spool)
             self._failed.append(spool)
-            self.signals.changed.notify_all()
-
-    def _send(self, spool: FileSpool) -> int:
-        """Send what a run's file holds beyond what was sent; return how far that is."""
-        operations, size = spool.unsent()
-        plan = _Plan()
-        for operation in operations:
-            plan.add(operation.what, operation.files)
-        if plan.is_discarded and spool.known_id is None and not spool.may_exist:
-            return size
-        try:
-            self._send_plan(spool, plan)
-        except TrackerRefused:
-            # What somebody deleted in the tracker meanwhile is not wanted any more.
-            if spool.known_id is None or not self.tracker.is_deleted(spool.known_id):
-                raise
-        return size
-
-    def _send_plan(self, spool: FileSpool, plan: "_Plan") -> None:
-        if spool.known_id is None:
-            assert plan.new is not None
-            may_exist, spool.may_exist = spool.may_exist, True
-            run_id = self.tracker.create_run(plan.new, may_exist)
-            faults.point("outbox.sent")
-            with self.signals.changed:
-                spool.known_id = run_id
-                self.signals.changed.notify_all()
-        plan.send(self.tracker, spool.known_id)
+            self._changes.notify_all()
 
 
-class _Plan:
-    """Operations on one run, brought together into as few calls as possible."""
-
-    def __init__(self) -> None:
-        self.new: NewRun | None = None
-        self.batch = Batch()
-        self.files: dict[str, bytes] = {}
-        self.end: tuple[str, int] | None = None  # state, time in milliseconds
-        self.is_discarded = False
-
-    def add(self, what: dict[str, Any], files: dict[str, bytes]) -> None:
+def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operation]) -> None:
+    """Send operations on one run in as few calls as possible."""
+    batch, end = Batch(), None
+    files: dict[str, bytes] = {}
+    for what, added in operations:
+        files |= added
+        batch.tags.update(what.get("tags", {}))
         if what["do"] == "create":
-            self.new = NewRun(**what["run"])
-            self.batch.params.update(self.new.params)
+            batch.params.update(what["run"]["params"])
         elif what["do"] == "log":
-            step, time_ms = what["step"], what["time_ms"]
             points = what["metrics"].items()
-            self.batch.metrics.extend((name, value, step, time_ms) for name, value in points)
-            self.batch.tags.update(what["tags"])
-        elif what["do"] == "files":
-            self.files |= files
+            batch.metrics.extend((name, x, what["step"], what["time_ms"]) for name, x in points)
         elif what["do"] == "end":
-            self.end = (what["state"], what["time_ms"])
-            self.batch.tags["digitlab.state"] = what["state"]
-        elif what["do"] == "discard":
-            self.is_discarded = True
-
-    def send(self, tracker: Tracker, run_id: str) -> None:
-        if self.is_discarded:
-            tracker.delete(run_id)
-            return
-        # Files before the state: a run that is finished in the tracker has all of them.
-        if self.files:
-            tracker.upload(run_id, self.files)
-            faults.point("outbox.sent")
-        if self.batch:
-            tracker.log(run_id, self.batch)
-            faults.point("outbox.sent")
-        if self.end:
-            tracker.end_run(run_id, *self.end)
-            faults.point("outbox.sent")
+            end = (what["state"], what["time_ms"])
+    # Files before the state: a run that is finished in the tracker has all of them.
+    if files:
+        tracker.upload(run_id, files)
+        faults.point("outbox.sent")
+    if batch:
+        tracker.log(run_id, batch)
+        faults.point("outbox.sent")
+    if end:
+        tracker.end_run(run_id, *end)
+        faults.point("outbox.sent")

@@ -4,12 +4,9 @@ Nothing in it is an absolute path, since a lab may be moved. The database names 
 to the folder that MLflow's server serves them from, which is lab/artifacts.
 """
 
-import ctypes
-import os
 import shutil
 import sqlite3
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from importlib.metadata import version
@@ -29,11 +26,7 @@ def sqlite_uri(lab: Path) -> str:
 
 
 def prepare_database(lab: Path, make_tables: Callable[[Path], None]) -> None:
-    """Make the lab's database where there is none.
-
-    Args:
-        make_tables: fills the file of a new one, where the installation keeps no copy.
-    """
+    """Make the lab's database where there is none, by `make_tables` if no copy is kept."""
     path, new = lab / "mlflow.db", lab / "mlflow.db.new"
     if not path.exists():
         # Beside its place: MLflow refuses tables of which a kill has left only some. A journal that
@@ -52,23 +45,8 @@ def prepare_database(lab: Path, make_tables: Callable[[Path], None]) -> None:
         database.execute("PRAGMA journal_mode=WAL")
 
 
-def keep_tables(make_tables: Callable[[Path], None]) -> None:
-    """Make the tables for labs to come."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_database(Path(folder), make_tables)
-        with closing(sqlite3.connect(Path(folder, "mlflow.db"))) as database:
-            database.execute("PRAGMA journal_mode=DELETE")  # all of it in the one file
-        TABLES.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(folder, "mlflow.db"), new := TABLES.with_suffix(".new"))
-        new.replace(TABLES)
-
-
 def place_of(lab: Path, artifact_uri: str, path: str = "") -> Path:
-    """Return where an artifact lies, or all of a run's.
-
-    Raises:
-        UserError: it would lie outside, which only a damaged database says.
-    """
+    """Return where an artifact, or all of a run's, lies; UserError if outside of the lab."""
     folder = (lab / "artifacts").resolve()
     place = (folder / artifact_uri.removeprefix(LOCATION) / path).resolve()
     if not place.is_relative_to(folder):
@@ -77,25 +55,10 @@ def place_of(lab: Path, artifact_uri: str, path: str = "") -> Path:
 
 
 def write_artifacts(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files as a whole each; `sync_artifacts` makes them durable."""
+    """Write files as a whole each; the outbox syncs them before it lets go of its own copy."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.new")
         new.write_bytes(content)
         new.replace(path)
-
-
-def sync_artifacts(lab: Path) -> None:
-    """Write all that the lab's file system holds to the disk: one call for any number of files."""
-    try:
-        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
-    except AttributeError:  # it is Linux's
-        os.sync()
-        return
-    folder = os.open(lab, os.O_RDONLY)
-    try:
-        if syncfs(folder) != 0:
-            raise OSError(ctypes.get_errno(), "syncfs")
-    finally:
-        os.close(folder)

@@ -6,15 +6,16 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sqlite3
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ _MOST_PARAMS, _MOST_METRICS, _MOST_TAGS = 100, 700, 100  # in one call
 _AWAY = (requests.RequestException, ConnectionError, TimeoutError, sqlalchemy.exc.OperationalError)
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # of a disk
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _http_status(error: Exception) -> int | None:
@@ -78,14 +78,12 @@ def _http_status(error: Exception) -> int | None:
 
 
 def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experiment]:
-    if uri is not None:
-        return _open_experiment(MlflowClient(uri), uri, name)
-    with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
-        prepare_database(lab, _make_tables)
-        return _open_experiment(MlflowClient(sqlite_uri(lab)), "", name)
-
-
-def _open_experiment(client: MlflowClient, uri: str, name: str) -> tuple[MlflowClient, Experiment]:
+    """Return a client and its experiment, which is made where there is none."""
+    if uri is None:
+        with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
+            prepare_database(lab, _make_tables)
+            return _open(sqlite_uri(lab), name, lab)
+    client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
         with suppress(MlflowException):  # another process was faster
             client.create_experiment(name, None if uri.startswith("http") else LOCATION)
@@ -94,13 +92,16 @@ def _open_experiment(client: MlflowClient, uri: str, name: str) -> tuple[MlflowC
     return client, experiment
 
 
-def _require_active(experiment: Experiment, uri: str) -> None:
+def _command(uri: str) -> str:
+    return f"MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} {sys.executable} -m mlflow"
+
+
+def _require_active(experiment: Experiment, command: str) -> None:
     if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        command = f"{sys.executable} -m mlflow experiments restore --experiment-id"
         raise TrackerRefused(
             f"MLflow's experiment '{experiment.name}' was deleted, and takes no runs. Restore it "
-            f"with `MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} {command} "
-            f"{experiment.experiment_id}`, or use another with tracking.experiment=NAME."
+            f"with `{command} experiments restore --experiment-id {experiment.experiment_id}`, or "
+            "use another with tracking.experiment=NAME."
         )
 
 
@@ -109,38 +110,26 @@ def _shown(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
 
 
-def _translate(error: Exception, where: str) -> Exception:
-    """Return an error of MLflow's, or of what it uses, as one of the tracker's."""
-    status = _http_status(error)
-    if status is None or isinstance(error, UserError):
-        return error
-    reason = first_line(error)
-    if status >= 500 or status in (408, 429):
-        return TrackerAway(
-            f"The tracker {where} does not answer ({reason}). What was recorded is kept; try again "
-            "when it is back."
-        )
-    return TrackerRefused(f"The tracker {where} refused: {reason}")
-
-
-def _translated(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Make a method of a tracker raise the tracker's errors."""
+def _translated(method: _Method) -> _Method:
+    """Make a method of a tracker raise the tracker's errors, for MLflow's and what it uses."""
 
     @functools.wraps(method)
-    def translated(*arguments: _P.args, **named: _P.kwargs) -> _T:
+    def translated(tracker: "MlflowTracker", *arguments: Any, **named: Any) -> Any:
         try:
-            return method(*arguments, **named)
-        except UserError:
-            raise
+            return method(tracker, *arguments, **named)
         except Exception as error:
-            tracker = arguments[0]
-            assert isinstance(tracker, MlflowTracker)
-            explained = _translate(error, tracker.where)
-            if explained is error:
+            status = None if isinstance(error, UserError) else _http_status(error)
+            if status is None:
                 raise
-            raise explained from error
+            if status >= 500 or status in (408, 429):
+                raise TrackerAway(
+                    f"The tracker {tracker.where} does not answer ({first_line(error)}). What was "
+                    "recorded is kept; try again when it is back."
+                ) from error
+            refusal = f"The tracker {tracker.where} refused: {first_line(error)}"
+            raise TrackerRefused(refusal) from error
 
-    return translated
+    return cast(_Method, translated)
 
 
 class MlflowTracker(Tracker):
@@ -154,7 +143,7 @@ class MlflowTracker(Tracker):
         """
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.lab, self.uri = lab, uri or sqlite_uri(lab)
-        self.where = _shown(uri) if uri else "lab"
+        self.where, self.command = _shown(uri) if uri else "lab", _command(self.uri)
         self.identity = f"{self.where} {experiment}"
         self.is_server = self.uri.startswith("http")
         try:
@@ -167,7 +156,7 @@ class MlflowTracker(Tracker):
                 "database. Correct it, or record nothing with tracking=none."
             ) from error
         self.experiment: str = self.opened.experiment_id
-        _require_active(self.opened, self.uri)
+        _require_active(self.opened, self.command)
         # MLflow's server handles these artifacts for its clients; without one, they are files here.
         self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
 
@@ -199,10 +188,7 @@ class MlflowTracker(Tracker):
             write_artifacts(place_of(self.lab, f"{LOCATION}{run_id}/artifacts"), files)
             return
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+            write_artifacts(Path(folder), files)
             self.client.log_artifacts(run_id, folder)
 
     @_translated
@@ -211,11 +197,6 @@ class MlflowTracker(Tracker):
             self.client.update_run(run_id, _STATUS[state])
         else:
             self.client.set_terminated(run_id, _STATUS[state], time_ms)
-
-    @_translated
-    def sync(self) -> None:
-        if self.is_local:
-            local.sync_artifacts(self.lab)
 
     @_translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
@@ -233,7 +214,7 @@ class MlflowTracker(Tracker):
 
     @_translated
     def is_deleted(self, run_id: str) -> bool:
-        _require_active(self.client.get_experiment(self.experiment), self.uri)
+        _require_active(self.client.get_experiment(self.experiment), self.command)
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:
@@ -331,20 +312,20 @@ def _make_tables(path: Path) -> None:
 
 
 def keep_tables() -> None:
-    """Make MLflow's tables for labs to come; `make setup` does it."""
-    local.keep_tables(_make_tables)
+    """Make the tables for labs to come; `make setup` does it."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "mlflow.db")
+        prepare_database(Path(folder), _make_tables)
+        with closing(sqlite3.connect(made)) as database:
+            database.execute("PRAGMA journal_mode=DELETE")  # all of it in the one file
+        local.TABLES.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made, new := local.TABLES.with_suffix(".new"))
+        new.replace(local.TABLES)
 
 
 def _row(run: Run) -> RunRow:
     data, info = run.data, run.info
-    return RunRow(
-        info.run_id,
-        info.run_name,
-        info.status,
-        dict(data.tags),
-        dict(data.params),
-        dict(data.metrics),
-    )
+    return RunRow(info.run_id, info.run_name, info.status, data.tags, data.params, data.metrics)
 
 
 def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.networks.table import build_network
-from digitlab.records.record import (
-    SUMS,
-    Records,
-    open_records,
-    open_tracker,
-    row_params,
-    seal,
-)
+from digitlab.records.record import SUMS, Records, open_records, open_tracker, row_params, seal
 from digitlab.records.store import RunRow, Tracker
 
 
@@ -70,20 +64,15 @@ def _find_trial(tracker: Tracker, study: str, number: str) -> RunRow:
 
 
 def trained(tracker: Tracker, name: str) -> RunRow:
-    """As `find_run`, of a run that was trained to its end.
-
-    Raises:
-        UserError: it was not, so that there is nothing to compare.
-    """
+    """As `find_run`; UserError unless the run was trained to its end, and can be compared."""
     row = find_run(tracker, name)
     state = row.tags.get("digitlab.state", "not one of digitlab's")
     if state != "finished":
         raise UserError(f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared")
     if "digitlab.weights_sha256" not in row.tags:
         source = row.tags.get("digitlab.taken_from")
-        why = (
-            f"was taken from {source}" if source else f"is of kind {row.tags.get('digitlab.kind')}"
-        )
+        kind = row.tags.get("digitlab.kind")
+        why = f"was taken from {source}" if source else f"is of kind {kind}"
         raise UserError(
             f"{row.name} ({row.run_id}) {why}, and trained nothing itself: give a trial, "
             "a final fit or champion"
@@ -117,11 +106,7 @@ def damage(tracker: Tracker, row: RunRow) -> list[str]:
 
 
 def recorded_config(tracker: Tracker, row: RunRow) -> Config:
-    """Return the configuration that a run was trained from.
-
-    Raises:
-        UserError: this version cannot read it; names the version that wrote it.
-    """
+    """Return a run's configuration; UserError, with the writer's version, if it is unreadable."""
     text = tracker.artifact(row.run_id, "config.yaml").decode(errors="replace")
     try:
         return config_from_yaml(text)
@@ -132,11 +117,27 @@ def recorded_config(tracker: Tracker, row: RunRow) -> Config:
         ) from error
 
 
-def load_run(tracker: Tracker, name: str) -> tuple[RunRow, Config, nn.Module]:
-    """Return a trained run that a person names as for `find_run`, with its network."""
-    row = trained(tracker, name)
+def load_run(tracker: Tracker, name: str | None) -> tuple[RunRow, Config, nn.Module]:
+    """Return a trained run and its network.
+
+    Args:
+        name: as for `find_run`; None for the champion or, where no study has one, the run that was
+            trained last, which is then said.
+    """
+    row = trained(tracker, name or _default_run(tracker))
     config = recorded_config(tracker, row)
     return row, config, load_network(tracker, row, config)
+
+
+def _default_run(tracker: Tracker) -> str:
+    if tracker.find({"digitlab.kind": "champion"}):
+        return "champion"
+    runs = tracker.find({"digitlab.kind": "train", "digitlab.state": "finished"})
+    if not runs:
+        return "champion"  # which says what is missing
+    newest = runs[-1]
+    print(f"no study has a champion yet: using {newest.name} ({newest.run_id})", file=sys.stderr)
+    return newest.run_id
 
 
 def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from digitlab.base.retry import retry
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.config.types import Tracker as TrackerName
 from digitlab.records.outbox import Outbox
-from digitlab.records.spool import read_folder
-from digitlab.records.store import NewRun, NoTracker, Tracker, TrackerAway
+from digitlab.records.store import NewRun, NoTracker, Tracker
 
 
 @dataclass(frozen=True)
@@ -42,30 +40,19 @@ class Records:
         self.outbox.close()
 
 
-def open_records(config: Config, lab: Path, timeout_s: float = 0.0) -> Records:
-    """Open the tracker of `config.tracking`, and the lab's outbox to it.
-
-    Args:
-        timeout_s: how long a tracker that does not answer is tried again.
-
-    Raises:
-        UserError: it cannot be used; TrackerAway if it does not answer.
-    """
-    tracker = open_tracker(config, lab, timeout_s)
+def open_records(config: Config, lab: Path) -> Records:
+    """Open the tracker of `config.tracking` and the outbox to it, or raise UserError."""
+    tracker = open_tracker(config, lab)
     return Records(tracker, Outbox(lab, tracker))
 
 
-def open_tracker(config: Config, lab: Path, timeout_s: float = 0.0) -> Tracker:
+def open_tracker(config: Config, lab: Path) -> Tracker:
     """Open the tracker of `config.tracking` alone, to read; as `open_records`."""
     if config.tracking.name is TrackerName.none:
         return NoTracker()
     from digitlab.records.mlflow import MlflowTracker  # which takes a second to import
 
-    return retry(
-        lambda: MlflowTracker(config.tracking.uri, config.tracking.experiment, lab),
-        lambda error: isinstance(error, TrackerAway),
-        timeout_s,
-    )
+    return MlflowTracker(config.tracking.uri, config.tracking.experiment, lab)
 
 
 def trial_tags(study_id: str, study: str, number: int, attempt: int) -> dict[str, str]:
@@ -98,7 +85,6 @@ class RunRecorder:
         self.is_ended = False
         self._digests: dict[str, str] = {}  # SHA-256 by path of an artifact
         self._logged: dict[tuple[str, int], float] = {}  # by name of a metric, and step
-        self._last: dict[str, float] = {}  # by name of a metric
         tags = {
             "digitlab.kind": identity.kind,
             "digitlab.state": "running",
@@ -108,8 +94,9 @@ class RunRecorder:
         }
         self.tags = {key: value for key, value in tags.items() if value}
         params = row_params(config, identity.kind)
-        new = NewRun(identity.name, self.tags, params, identity.parent_run_id)
-        self.spool = outbox.open_run(new)
+        self.spool = outbox.open_run(
+            NewRun(identity.name, self.tags, params, identity.parent_run_id)
+        )
         environment = json.dumps(self.environment).encode()
         self.add_files(
             {"config.yaml": config_to_yaml(config).encode(), "environment.json": environment}
@@ -127,7 +114,9 @@ class RunRecorder:
 
     def add_files(self, files: Mapping[str, bytes] | Path) -> None:
         """Record artifacts: their contents by path, or all files below a folder."""
-        files = read_folder(files) if isinstance(files, Path) else files
+        if isinstance(files, Path):
+            paths = sorted(path for path in files.rglob("*") if path.is_file())
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         self._digests |= {path: _sha256(content) for path, content in files.items()}
         self.spool.add_files(files)
 
@@ -171,10 +160,11 @@ class RunRecorder:
         """
         if self.is_ended:
             return
+        last = {name: value for (name, _), value in self._logged.items()}
         new = {
             name: value
             for name, value in metrics.items()
-            if self._last.get(name) != value and (name, self.last_step) not in self._logged
+            if last.get(name) != value and (name, self.last_step) not in self._logged
         }
         self._note(new, self.last_step)
         tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
@@ -196,7 +186,6 @@ class RunRecorder:
         self.spool.log(metrics, step)
 
     def _note(self, metrics: Mapping[str, float], step: int) -> None:
-        self._last |= metrics
         self._logged |= {(name, step): float(value) for name, value in metrics.items()}
 
 

@@ -1,6 +1,6 @@
 """The operations on one run, in a file of the lab's outbox until the tracker has all of them.
 
-An operation is a line of JSON; one that adds files is followed by their bytes. A file that a crash
+An operation is a line of JSON, followed by the bytes of the files that it adds. A file that a crash
 cut off in the middle of an operation ends with the one before.
 """
 
@@ -9,9 +9,9 @@ import os
 import threading
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from digitlab.base import faults
 from digitlab.base.files import sync_folder
@@ -26,8 +26,8 @@ class RunSpool:
     ) -> None:
         """Record metrics of a step, and tags."""
 
-    def add_files(self, files: Mapping[str, bytes] | Path) -> None:
-        """Record artifacts: their contents by path, or all files below a folder."""
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        """Record artifacts by their path."""
 
     def end(self, state: str) -> None:
         """Record the state that the run ended in, or `running` where it goes on."""
@@ -35,80 +35,64 @@ class RunSpool:
     def seal(self) -> None:
         """Return when everything so far is on the disk, where a power loss cannot undo it."""
 
-    def discard(self) -> None:
-        """Take the run back: it is deleted where the tracker has it already."""
-
     def run_id(self, timeout_s: float = 0.0) -> str | None:
         """Return the tracker's id of the run; None if it has not given one after `timeout_s`."""
         return None
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files below a folder, by their path in it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation, and the files that belong to it."""
-
+class Operation(NamedTuple):
     what: dict[str, Any]
     files: dict[str, bytes]
 
 
 def encode(what: Mapping[str, Any], files: Mapping[str, bytes] = {}) -> bytes:
     """Return an operation as it stands in the file."""
-    if not files:
-        return json.dumps(what).encode() + b"\n"
     content = b"".join(files.values())
     sizes = {path: len(value) for path, value in files.items()}
     head = {**what, "sizes": sizes, "crc32": zlib.crc32(content)}
-    return json.dumps(head).encode() + b"\n" + content + b"\n"
+    return json.dumps(head).encode() + b"\n" + content
 
 
 def decode(content: bytes) -> tuple[list[Operation], int]:
     """Return the operations of a file up to the first that is not whole, and where they end."""
     operations: list[Operation] = []
     end = 0
-    while (line_end := content.find(b"\n", end)) >= 0:
+    while at := content.find(b"\n", end) + 1:
         try:
-            what = json.loads(content[end:line_end])
-            sizes = what.get("sizes", {})
-        except (ValueError, AttributeError):
+            what = json.loads(content[end:at])
+            body_end = at + sum(what["sizes"].values())
+            is_whole = zlib.crc32(content[at:body_end]) == what["crc32"]
+        except (ValueError, KeyError, TypeError):
             break
-        at = line_end + 1
+        if body_end > len(content) or not is_whole:
+            break
         files = {}
-        for path, size in sizes.items():
+        for path, size in what["sizes"].items():
             files[path] = content[at : at + size]
             at += size
-        if sizes:
-            body = content[line_end + 1 : at]
-            if content[at : at + 1] != b"\n" or zlib.crc32(body) != what["crc32"]:
-                break
-            at += 1
         operations.append(Operation(what, files))
-        end = at
+        end = body_end
     return operations, end
 
 
-class Signals:
-    """What those who write and the thread that sends wait for."""
+class Changes(threading.Condition):
+    """Notified when an operation was appended, or sent."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()  # an operation was appended, or sent
-        self.urgent = threading.Event()  # somebody waits for what was appended to be sent
+    is_urgent = False  # somebody waits for what was appended to be sent
+
+    def hurry(self) -> None:
+        self.is_urgent = True
+        self.notify_all()
 
 
 class FileSpool(RunSpool):
     """The operations on one run in a file, and how far they were sent.
 
-    One thread appends, the outbox's delivery thread reads what was appended and notes what it sent.
+    One thread appends, the outbox's own reads what was appended and notes what it sent.
     """
 
-    def __init__(self, path: Path, signals: Signals) -> None:
-        self.path, self.changed, self.urgent = path, signals.changed, signals.urgent
-        self.file: int | None = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    def __init__(self, path: Path, changes: Changes) -> None:
+        self.path, self.changes = path, changes
         self.size = self.sent = 0  # bytes that are whole in the file; that the tracker has
         self.name = ""
         self.known_id: str | None = None
@@ -118,12 +102,11 @@ class FileSpool(RunSpool):
         self.is_closed = False  # whether no operation follows
 
     @classmethod
-    def load(cls, path: Path, signals: Signals) -> "FileSpool":
+    def load(cls, path: Path, changes: Changes) -> "FileSpool":
         """Take over what another process left behind, without an operation that is not whole."""
-        spool = cls(path, signals)
+        spool = cls(path, changes)
         operations, spool.size = decode(path.read_bytes())
-        assert spool.file is not None
-        os.ftruncate(spool.file, spool.size)
+        os.truncate(path, spool.size)
         spool.may_exist = True
         for operation in operations:
             spool._note(operation.what)
@@ -145,40 +128,28 @@ class FileSpool(RunSpool):
         self, metrics: Mapping[str, float] = {}, step: int = 0, tags: Mapping[str, str] = {}
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        self._append(
-            {"do": "log", "metrics": values, "step": step, "tags": dict(tags), "time_ms": now_ms()}
-        )
+        self._append({"do": "log", "metrics": values, "step": step, "tags": dict(tags)})
 
-    def add_files(self, files: Mapping[str, bytes] | Path) -> None:
-        files = read_folder(files) if isinstance(files, Path) else files
-        if files:
-            self._append({"do": "files"}, files)
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        self._append({"do": "files"}, files)
 
     def end(self, state: str) -> None:
-        self._append({"do": "end", "state": state, "time_ms": now_ms()})
-
-    def discard(self) -> None:
-        self._append({"do": "discard"})
+        self._append({"do": "end", "state": state, "tags": {"digitlab.state": state}})
 
     def seal(self) -> None:
-        with self.changed:
-            if self.file is None:  # the tracker has all of it, or it was sealed before
-                return
-            file = os.dup(self.file)
         try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-        sync_folder(self.path.parent)
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(self.path.parent)
+        except FileNotFoundError:  # the tracker has all of it
+            return
         faults.point("outbox.sealed")
-        if self.is_closed:  # or a long outage would hold as many files open as there are runs
-            self.close()
 
     def run_id(self, timeout_s: float = 0.0) -> str | None:
-        with self.changed:
+        with self.changes:
             if timeout_s > 0 and self.known_id is None:
-                self.urgent.set()
-                self.changed.wait_for(lambda: self.known_id or self.failure, timeout_s)
+                self.changes.hurry()
+                self.changes.wait_for(lambda: self.known_id or self.failure, timeout_s)
             return self.known_id
 
     def finish_interrupted(self) -> bool:
@@ -186,43 +157,41 @@ class FileSpool(RunSpool):
         was_running = self.is_running
         if was_running:
             self.end("interrupted")
-        self.close()
-        with self.changed:
+        with self.changes:
             self.is_closed = True
-            self.changed.notify_all()
+            self.changes.notify_all()
         return was_running
 
     def unsent(self) -> tuple[list[Operation], int]:
         """Return what the tracker does not have yet, and the size of the file with it."""
-        with self.changed:
+        with self.changes:
             size = self.size
         with open(self.path, "rb") as file:
             file.seek(self.sent)
             return decode(file.read(size - self.sent))[0], size
 
-    def close(self) -> None:
-        with self.changed:
-            if self.file is not None:
-                os.close(self.file)
-                self.file = None
-
     def _append(self, what: Mapping[str, Any], files: Mapping[str, bytes] = {}) -> None:
         """Write an operation as a whole, or leave the file as it was and raise."""
-        left = memoryview(encode(what, files))
+        left = memoryview(encode({**what, "time_ms": now_ms()}, files))
         length = len(left)
-        with self.changed:
-            if self.file is None or self.is_closed:
+        with self.changes:
+            if self.is_closed:
                 raise RuntimeError(f"the run has ended: {what['do']} needs it resumed")
+            # Opened each time, or a long outage would hold as many files open as there are runs.
+            create = 0 if self.size else os.O_CREAT
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o644)
             try:
                 while left:
-                    left = left[os.write(self.file, left) :]
+                    left = left[os.write(file, left) :]
             except BaseException:
                 # Or the next operation would be appended to a part of this one.
-                os.ftruncate(self.file, self.size)
+                os.ftruncate(file, self.size)
                 raise
+            finally:
+                os.close(file)
             self.size += length
             self._note(what)
-            self.changed.notify_all()
+            self.changes.notify_all()
         faults.point("outbox.appended")
 
     def _note(self, what: Mapping[str, Any]) -> None:
@@ -233,5 +202,3 @@ class FileSpool(RunSpool):
         elif what["do"] == "end":
             self.is_running = what["state"] == "running"
             self.is_closed = not self.is_running
-        elif what["do"] == "discard":
-            self.is_running, self.is_closed = False, True

@@ -72,14 +72,11 @@ class Tracker(ABC):
     """
 
     identity: str  # the address, without a password, and the experiment
+    command = ""  # by which a shell calls the tracker's own program on this store
 
     @abstractmethod
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
-        """Create a run with its tags; return its id.
-
-        Args:
-            may_exist: an earlier attempt may have succeeded: look for its run by `run.key` first.
-        """
+        """Create a run, unless it `may_exist` and is found by its key; return its id."""
 
     @abstractmethod
     def log(self, run_id: str, batch: Batch) -> None:
@@ -92,10 +89,6 @@ class Tracker(ABC):
     @abstractmethod
     def end_run(self, run_id: str, state: str, time_ms: int) -> None:
         """Set the status that belongs to one of STATES; `running` reopens a run that has ended."""
-
-    @abstractmethod
-    def sync(self) -> None:
-        """Return when a power loss cannot undo what was written, where files here hold it."""
 
     @abstractmethod
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
@@ -115,11 +108,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def artifact(self, run_id: str, path: str) -> bytes:
-        """Return the content of an artifact.
-
-        Raises:
-            UserError: there is none of this path.
-        """
+        """Return the content of an artifact; UserError if there is none of this path."""
 
     @abstractmethod
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -130,11 +119,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
-        """Register the run's artifact `model` as a new version with the alias `champion`.
-
-        Args:
-            card: describes it, in Markdown.
-        """
+        """Register the run's `model` under the alias `champion`; `card` is Markdown on it."""
 
     @abstractmethod
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
@@ -154,12 +139,12 @@ class NoTracker(Tracker):
         return run.key
 
     def log(self, run_id: str, batch: Batch) -> None: ...
-
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None: ...
-
     def end_run(self, run_id: str, state: str, time_ms: int) -> None: ...
-
-    def sync(self) -> None: ...
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...
+    def delete(self, run_id: str) -> None: ...
+    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
+    def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         return []
@@ -175,14 +160,6 @@ class NoTracker(Tracker):
 
     def artifact(self, run_id: str, path: str) -> bytes:
         raise UserError(f"Artifact {path} is not recorded: with tracking=none none is.")
-
-    def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...
-
-    def delete(self, run_id: str) -> None: ...
-
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
-
-    def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def runs_page(self) -> str:
         return ""

@@ -1,7 +1,10 @@
 """A study in charts: Optuna's own where it has them, plotly's where it lacks them."""
 
+import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +90,31 @@ class _Trials:
         columns = ["trial", *(names or self.names), self.measure]
         return self.comparable[columns].sort_values(self.measure, ascending=False)
 
+    @functools.cached_property
+    def importance(self) -> pd.DataFrame:
+        """Return median, 10 and 90 % quantile of each importance over resamplings, best first."""
+        columns = ["importance (%)", "10 %", "90 %"]
+        known = self.study.get_trials(deepcopy=False)
+        if len(known) < 4 or len({trial.value for trial in known}) < 2:
+            return pd.DataFrame(columns=columns)
+        chance, found = np.random.default_rng(0), []
+        for _ in range(_RESAMPLED):
+            sample = optuna.create_study(direction="maximize")
+            sample.add_trials([known[i] for i in chance.integers(len(known), size=len(known))])
+            with suppress(ValueError, RuntimeError), warnings.catch_warnings(action="ignore"):
+                found.append(get_param_importances(sample))  # fails where nothing varies
+        shares = 100 * pd.DataFrame(found).fillna(0).quantile([0.5, 0.1, 0.9]).T
+        return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
+
     def best_ranges(self) -> str:
         """Say where the best quarter of the trials lies."""
         best = self.by_measure().head(max(2, len(self.comparable) // 4))
         ranges = []
         for name in self.names:
-            low, high = (best[name].min(), best[name].max())
-            ranges.append(f"{name} {short(low)}" + f" to {short(high)}" * bool(low != high))
+            values = sorted(set(best[name]))
+            link = " or " if isinstance(values[0], str) else " to "
+            shown = values if link == " or " else dict.fromkeys((values[0], values[-1]))
+            ranges.append(f"{name} {link.join(map(short, shown))}")
         return f"The best {len(best)} of {len(self.comparable)} have {', '.join(ranges)}."
 
 
@@ -143,16 +164,20 @@ def _curves(trials: _Trials) -> _Drawn:
             curve = [point for point in curve if point[0] < end] + [(end, row.value)]
         line = {"trial": f"{row.number}", "outcome": row.state}
         points += [line | {"epoch": float(x), _ACCURACY: 100 * y} for x, y in curve]
+        points += [line]  # without values: a gap between two lines
     data = pd.DataFrame(points, columns=["trial", "outcome", "epoch", _ACCURACY])
-    dashes = {"pruned": "dot", "finished": "solid"}
-    figure = px.line(
-        data, x="epoch", y=_ACCURACY, color="trial", line_dash="outcome", line_dash_map=dashes,
-        markers=True, render_mode="svg",
-    )  # fmt: skip
-    figure.update_layout(showlegend=False)
+    figure = go.Figure()  # one trace an outcome: a trace a trial makes large studies slow
+    for outcome, lines in data.groupby("outcome", sort=False):
+        x, y, text = lines["epoch"], lines[_ACCURACY], "trial " + lines["trial"]
+        dash = "dot" if outcome == "pruned" else "solid"
+        style = {"mode": "lines+markers", "line": {"dash": dash, "width": 1.5}, "opacity": 0.6}
+        figure.add_scatter(x=x, y=y, text=text, name=outcome, **style)
+    figure.update_layout(xaxis_title="epoch", yaxis_title=_ACCURACY)
+    data = data.dropna()
     pruned = sum(row.state == "pruned" for row in trials.rows)
-    message = f"{pruned} of {len(trials.rows)} trials were pruned (dotted lines), since they were "
-    return f"{message}behind others at the same fraction of their training.", figure, data
+    message = f"{pruned} of {len(trials.rows)} trials were pruned (dotted lines), as they "
+    message += "were behind others at the same fraction of their training."
+    return message if pruned else "Each line is a trial; none was pruned.", figure, data
 
 
 def _parallel(trials: _Trials) -> _Drawn:
@@ -168,7 +193,7 @@ def _slices(trials: _Trials) -> _Drawn:
 
 
 def _contours(trials: _Trials) -> _Drawn:
-    top = list(_importance(trials).index[:2]) or trials.names[:2]
+    top = list(trials.importance.index[:2]) or trials.names[:2]
     figure = plot_contour(trials.study, top, target_name=trials.measure)
     data = trials.by_measure(*top)
     place = " and ".join(f"{name} {short(data[name].iloc[0])}" for name in top)
@@ -176,7 +201,7 @@ def _contours(trials: _Trials) -> _Drawn:
 
 
 def _mattered(trials: _Trials) -> _Drawn:
-    data = _importance(trials)
+    data = trials.importance
     if data.empty:
         raise ValueError("four trials with different results are needed.")
     figure = px.bar(
@@ -189,24 +214,6 @@ def _mattered(trials: _Trials) -> _Drawn:
     message = f"Importance for {trials.measure.removesuffix(' (%)')}: {shares} (PED-ANOVA, median "
     message += f"and 10 to 90 % of {_RESAMPLED} resamplings of the trials)."
     return message, figure, data.rename_axis("hyperparameter").reset_index()
-
-
-def _importance(trials: _Trials) -> pd.DataFrame:
-    """Return median, 10 and 90 % quantile of each importance over resamplings, best first."""
-    columns = ["importance (%)", "10 %", "90 %"]
-    known = trials.study.get_trials(deepcopy=False)
-    if len(known) < 4 or len({trial.value for trial in known}) < 2:
-        return pd.DataFrame(columns=columns)
-    chance, found = np.random.default_rng(0), []
-    for _ in range(_RESAMPLED):
-        sample = optuna.create_study(direction="maximize")
-        sample.add_trials([known[i] for i in chance.integers(len(known), size=len(known))])
-        try:
-            found.append(get_param_importances(sample))
-        except (ValueError, RuntimeError):  # a resampling without any variation
-            continue
-    shares = 100 * pd.DataFrame(found).fillna(0).quantile([0.5, 0.1, 0.9]).T
-    return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
 
 
 def _pareto(trials: _Trials, cost: str, cheaper: str) -> _Drawn:

@@ -68,23 +68,14 @@ def compare(
             console.print(table(kind, columns, lines) if lines else f"{kind}: no difference")
         console.print("\n".join(sentences), markup=False)
     if out is not None:
-        write_output(out, _page(columns, tables, sentences), "--out")
+        from digitlab.results.page import render
+
+        content = {"columns": columns, "tables": tables, "sentences": sentences}
+        page = render("compare.html", " against ".join(columns[1:]), **content)
+        write_output(out, page, "--out")
         if not as_json:
             print(f"written: {out}")
     return 0
-
-
-def _page(
-    columns: Sequence[str], tables: Mapping[str, Sequence[Sequence[str]]], sentences: Sequence[str]
-) -> str:
-    from digitlab.results.page import Section, render
-
-    sections = [
-        Section(kind.capitalize(), "" if lines else "No difference.", columns=columns, lines=lines)
-        for kind, lines in tables.items()
-    ]
-    tests = Section("Tests", code="\n".join(sentences))
-    return render("page.html", " against ".join(columns[1:]), [tests, *sections])
 
 
 def _unlike(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

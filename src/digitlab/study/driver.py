@@ -185,7 +185,7 @@ class StudyDriver:
 
         def tick(loop: JobLoop) -> None:
             now = time.monotonic()
-            self.session.lock.check()
+            self.session.lock.check(self.session.stop)
             self.session.records.outbox.check()
             if now - self.noted > _NOTE_INTERVAL_S:
                 self.noted = now

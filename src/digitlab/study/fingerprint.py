@@ -1,7 +1,7 @@
 """What a study's results depend on: noted when it is created, compared whenever it goes on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -21,11 +21,7 @@ _MAKERS = ("code of training", "tracker", *(f"version of {name}" for name in _LI
 def check_fingerprint(
     store: TrialStore, config: Config, data_sha256: Mapping[str, str], tracker: str
 ) -> None:
-    """Note what the study is created with, or compare it with that.
-
-    Raises:
-        UserError: something differs that results depend on; every difference is named.
-    """
+    """Note what the study is created with, or name each difference from it in a UserError."""
     now = _facts(config, data_sha256, tracker)
     then = store.notes().get("fingerprint")
     if then is None:
@@ -62,17 +58,10 @@ def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict
     }
 
 
-@dataclass(frozen=True)
-class FittingTrial:
-    """A finished trial of another study, in this study's terms."""
-
-    values: dict[str, Any]
-    value: float
-    notes: dict[str, Any]
-
-
-def fitting_trials(store: TrialStore, other: TrialStore) -> list[FittingTrial]:
+def fitting_trials(store: TrialStore, other: TrialStore) -> list[TrialRow]:
     """Return the finished trials of another study whose whole configuration lies in this one.
+
+    Their values are in this study's terms.
 
     A setting that was fixed there may be searched here if its value lies in the range, and the
     other way round if the value is the one that is fixed here; the data must be the same. Where
@@ -91,10 +80,10 @@ def fitting_trials(store: TrialStore, other: TrialStore) -> list[FittingTrial]:
         )
 
     return [
-        FittingTrial(
-            {one.name: (theirs | row.values)[one.name] for one in store.space},
-            float(row.value or 0.0),
-            {
+        replace(
+            row,
+            values={one.name: (theirs | row.values)[one.name] for one in store.space},
+            notes={
                 "metrics": row.notes.get("metrics", {}),
                 "taken_from": f"{other.config.name}/{row.number}",
                 "made_by": made_by,

@@ -27,9 +27,8 @@ class FitPhase:
         waiting = [fit for fit in todo if not self._is_recorded(fit)]
 
         def ended(task: Task, ending: Ending) -> None:
-            if self._is_over(task, ending):
-                return
-            waiting.append(task.about)
+            if not self._is_over(task, ending):
+                waiting.append(task.about)
 
         loop.run(lambda: self._task(waiting.pop(0)) if waiting else None, ended)
         return {fit.key: self.results()[fit.key] for fit in fits if fit.key in self.results()}

@@ -60,10 +60,7 @@ class JobLoop:
     """Gives tasks to workers as they become idle, until there are none or the user stops."""
 
     def __init__(
-        self,
-        workers: Workers,
-        stop: StopSignal,
-        tick: Callable[["JobLoop"], None] = lambda _: None,
+        self, workers: Workers, stop: StopSignal, tick: Callable[["JobLoop"], None] = lambda _: None
     ) -> None:
         """Args: tick: called at each turn of the loop, at least five times a second."""
         self.workers, self.stop, self.tick = workers, stop, tick

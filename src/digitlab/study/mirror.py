@@ -26,14 +26,10 @@ class MirroredStudy:
     """
 
     def __init__(self, storage: RDBStorage, name: str, stopped: Callable[[], bool]) -> None:
-        """Open the study of that name, or create it with a random identity.
-
-        Args:
-            stopped: ends the retries while the storage is away.
-        """
+        """Open or create the study of that name; `stopped` ends the retries during an outage."""
         self.storage, self.stopped = storage, stopped
         self.id = self._open(name)
-        self._memory = InMemoryStorage()
+        self._memory = InMemoryStorage()  # of one study, so that a trial's id is its number
         self.study = optuna.create_study(storage=self._memory, direction="maximize")
         self._memory_id = self._memory.get_study_id_from_name(self.study.study_name)
         self._ids: dict[int, int] = {}  # of trials in the storage, by number
@@ -63,11 +59,7 @@ class MirroredStudy:
         return self.study.get_trials(deepcopy=False)
 
     def insert(self, trial: FrozenTrial, is_in_memory: bool = False) -> None:
-        """Append a trial, in one write.
-
-        Args:
-            is_in_memory: the copy's sampler has created it there already.
-        """
+        """Append a trial in one write; `is_in_memory`: the copy's sampler has made it there."""
         number = len(self.trials()) - is_in_memory
         attempts = 0
 
@@ -87,7 +79,7 @@ class MirroredStudy:
         """Write the accuracy at a rung; return the trial with its values up to that rung."""
         trial_id = self._id(number)
         self._do(lambda: self.storage.set_trial_intermediate_value(trial_id, rung, accuracy))
-        self._memory.set_trial_intermediate_value(self._memory_number(number), rung, accuracy)
+        self._memory.set_trial_intermediate_value(number, rung, accuracy)
         trial = copy.copy(self.trials()[number])
         seen = trial.intermediate_values.items()
         trial.intermediate_values = {step: value for step, value in seen if step <= rung}
@@ -101,11 +93,11 @@ class MirroredStudy:
         result: Mapping[str, Any] | None = None,
     ) -> FrozenTrial:
         """Write the result, then state and values: a trial that has ended has its result."""
-        trial_id, memory_id = self._id(number), self._memory_number(number)
+        trial_id = self._id(number)
         if result is not None:
             whole = dict(result)
             self._do(lambda: self.storage.set_trial_user_attr(trial_id, RESULT, whole))
-            self._memory.set_trial_user_attr(memory_id, RESULT, whole)
+            self._memory.set_trial_user_attr(number, RESULT, whole)
 
         def write() -> None:
             try:
@@ -116,7 +108,7 @@ class MirroredStudy:
                     raise
 
         self._do(write)
-        self._memory.set_trial_state_values(memory_id, state, values)
+        self._memory.set_trial_state_values(number, state, values)
         return self.trials()[number]
 
     def _id(self, number: int) -> int:
@@ -124,6 +116,3 @@ class MirroredStudy:
             find = self.storage.get_trial_id_from_study_id_trial_number
             self._ids[number] = self._do(lambda: find(self.id, number))
         return self._ids[number]
-
-    def _memory_number(self, number: int) -> int:
-        return self._memory.get_trial_id_from_study_id_trial_number(self._memory_id, number)

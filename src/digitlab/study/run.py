@@ -27,11 +27,7 @@ class Outcome:
 
 
 def run_once(config: Config, identity: Identity, records: Records, lab: Path) -> Outcome:
-    """Train `config` in this process, record it, and print a line an epoch.
-
-    Raises:
-        UserError, OSError: data or stores cannot be used.
-    """
+    """Train `config` in this process, record it, and print a line an epoch."""
     recorder = RunRecorder(records.outbox, config, identity)
     endings: list[Ending] = []
 
@@ -59,11 +55,7 @@ def run_once(config: Config, identity: Identity, records: Records, lab: Path) ->
 
 
 def train(composed: Composed, lab: Path, tags: Mapping[str, str] | None = None) -> int:
-    """Train one configuration and record it, with tags beside; return the exit status.
-
-    Raises:
-        UserError: data or stores cannot be used.
-    """
+    """Train one configuration and record it, with tags beside; return the exit status."""
     config = composed.config
     name = f"{config.study.name}-seed-{config.trainer.seed}"
     identity = Identity(name, "train", tags or {}, None, composed.overrides, describe_environment())

@@ -21,7 +21,7 @@ class TrialSearch:
     def __init__(self, session: StudySession, seconds: Callable[[], float]) -> None:
         """Args: seconds: spent on the study so far, in all calls."""
         self.session, self.store, self.seconds = session, session.store, seconds
-        self.study = session.config.study
+        self.study, self._say = session.config.study, session.board.say
 
     def run(self, loop: JobLoop) -> None:
         rows = self.store.rows()
@@ -32,9 +32,6 @@ class TrialSearch:
         elif not self.store.is_full(total):
             self._say(f"study {name}: going on from {ended} of {total} trials")
         loop.run(self._next_task, self._ended)
-
-    def _say(self, text: str) -> None:
-        self.session.board.say(text)
 
     def _is_exhausted(self) -> bool:
         """Whether the study's limits of time or patience let no further trial start."""
@@ -77,7 +74,7 @@ class TrialSearch:
         twin = self.store.twin(row)
         if twin is not None:
             notes = {"metrics": twin.notes.get("metrics", {}), "taken_from": str(twin.number)}
-            self._record_taken(row.number, config, notes, row.attempt)
+            self._record_taken(row.number, row.attempt, config, notes)
             self._tell(row, "finished", notes)
             return None
         rungs = tuple(self.study.rungs if self.study.pruner is not Pruner.none else ())
@@ -91,7 +88,7 @@ class TrialSearch:
         )
 
     def _record_taken(
-        self, number: int, config: Config, notes: dict[str, Any], attempt: int = 1
+        self, number: int, attempt: int, config: Config, notes: dict[str, Any]
     ) -> None:
         """Record a trial whose result was not trained, but taken from an equal one."""
         tags = {"digitlab.taken_from": notes["taken_from"]}
@@ -147,8 +144,8 @@ class TrialSearch:
         for trial in fitting:
             if trial.notes["taken_from"] not in done:
                 config = with_values(self.session.config, trial.values)
-                self._record_taken(len(self.store.rows()), config, trial.notes)
-                self.store.add(trial.values, trial.value, trial.notes)
+                self._record_taken(len(self.store.rows()), 1, config, trial.notes)
+                self.store.add(trial.values, trial.value or 0.0, trial.notes)
         self.store.note("forked", True)
         self._say(f"{len(fitting)} trials taken over from study {other}")
 

@@ -48,27 +48,21 @@ class StudySession:
         config: Config,
         attempt: int = 1,
         seed: int | None = None,
-        tags: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] = {},
     ) -> RunRecorder:
         """Begin the record of a trial's run, or of a fit that came of a trial."""
         study = self.config.study.name
         name = f"{study}-{number}" if kind == "trial" else f"{study}-{kind}-{number}"
-        own = trial_tags(self.store.study_id, study, number, attempt)
-        own |= {"digitlab.seed": str(seed)} if seed is not None else {}
-        return RunRecorder(self.records.outbox, config, self.identity(kind, name, own, tags))
+        whole = trial_tags(self.store.study_id, study, number, attempt) | dict(tags)
+        if seed is not None:
+            whole["digitlab.seed"] = str(seed)
+        return RunRecorder(self.records.outbox, config, self.identity(kind, name, whole))
 
-    def identity(
-        self, kind: str, name: str, tags: Mapping[str, str], more: Mapping[str, str] | None = None
-    ) -> Identity:
-        whole = {**tags, **(more or {})}
-        return Identity(name, kind, whole, self.parent_run_id, self.overrides, self.environment)
+    def identity(self, kind: str, name: str, tags: Mapping[str, str]) -> Identity:
+        return Identity(name, kind, tags, self.parent_run_id, self.overrides, self.environment)
 
     def deliver(self) -> None:
-        """Wait until the tracker has every record, as long as an outage may take.
-
-        Raises:
-            UserError: the tracker is still away, or has refused a record.
-        """
+        """Wait until the tracker has every record; UserError if it is away or has refused one."""
         pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
         self.records.outbox.check()
         if pending and not self.stop():
@@ -91,10 +85,7 @@ def open_session(
     config = composed.config
     name, data = config.study.name, config.data
     storage = open_storage(lab, config.study.storage)
-    with (
-        open_records(config, lab) as records,
-        leader_lock(storage, lab, name) as lock,
-    ):
+    with open_records(config, lab) as records, leader_lock(storage, lab, name) as lock:
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         study_id = None
         if name in study_names(storage):
@@ -122,16 +113,12 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
         raise UserError(
             f"study.name={name} is taken: this tracker holds the runs of another study of that "
             f"name (run {foreign[-1].run_id}). Start yours with study.name=NEW; if that one is "
-            "yours, restore the optuna.db (or study.storage) that it was kept in"
+            "yours, give it its name back in Optuna, or restore the optuna.db that it was kept in"
         )
 
 
 def _open_parent_run(session: StudySession) -> None:
-    """Open the study's own run: created by the first call, reopened by the others.
-
-    Raises:
-        UserError: it was deleted.
-    """
+    """Open the study's own run: created by the first call, reopened by the others."""
     if session.config.tracking.name is Tracker.none:
         return
     records, store, name = session.records, session.store, session.config.study.name
@@ -153,8 +140,8 @@ def _open_parent_run(session: StudySession) -> None:
     elif records.tracker.is_deleted(known):
         raise UserError(
             f"study {name}: its own run {known} was deleted in the tracker, and its trials belong "
-            f"to it. Restore it with `mlflow runs restore --run-id {known}`, or start a new study "
-            "with study.name=NEW"
+            f"to it. Restore it with `{records.tracker.command} runs restore --run-id {known}`, or "
+            "start a new study with study.name=NEW"
         )
     else:
         session.parent = records.outbox.resume_run(known)

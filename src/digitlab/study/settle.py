@@ -6,8 +6,6 @@ from digitlab.records.record import Records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
-_CURVE = "val_accuracy"
-
 
 def trial_value(state: str, metrics: dict[str, float]) -> float | None:
     """Return what a trial is judged by: its last validation accuracy, or that of its rung."""
@@ -51,6 +49,8 @@ def has_result(run: RunRow, row: TrialRow) -> bool:
 def _tell(store: TrialStore, tracker: Tracker, row: TrialRow, run: RunRow) -> None:
     state = run.tags["digitlab.state"]
     history = tracker.history(run.run_id)
-    curve = [value for name, _, value in sorted(history, key=lambda x: x[1]) if name == _CURVE]
+    curve = [
+        value for name, _, value in sorted(history, key=lambda x: x[1]) if name == "val_accuracy"
+    ]
     notes = {"metrics": run.metrics, "curve": curve}
     store.tell(row.number, state, trial_value(state, run.metrics), notes)

@@ -9,12 +9,7 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    IntervalSweep,
-    QuotedString,
-    RangeSweep,
-)
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from optuna.distributions import (
     BaseDistribution,
@@ -161,16 +156,5 @@ def _is_fixed(key: str) -> bool:
 
 def suggest(trial: optuna.Trial, space: list[Hyperparameter]) -> dict[str, Any]:
     """Suggest a value for each hyperparameter, in the configuration's terms."""
-    values = {}
-    for hyperparameter in space:
-        name, of = hyperparameter.name, hyperparameter.distribution
-        value: Any
-        if isinstance(of, IntDistribution):
-            value = trial.suggest_int(name, of.low, of.high, step=of.step, log=of.log)
-        elif isinstance(of, FloatDistribution):
-            value = trial.suggest_float(name, of.low, of.high, step=of.step, log=of.log)
-        else:
-            assert isinstance(of, CategoricalDistribution)
-            value = trial.suggest_categorical(name, of.choices)
-        values[name] = hyperparameter.decode(value)
-    return values
+    # Optuna's public `suggest_...` take a distribution apart, and build the same one again.
+    return {one.name: one.decode(trial._suggest(one.name, one.distribution)) for one in space}

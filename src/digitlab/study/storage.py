@@ -4,7 +4,7 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,7 @@ _CONNECTION = {
 
 
 def open_storage(lab: Path, address: str | None = None) -> RDBStorage:
-    """Open Optuna's storage: of `address`, else of DIGITLAB_STORAGE, else sqlite in the lab.
-
-    Raises:
-        UserError: it cannot be read or written, or is no database.
-    """
+    """Open `address`, else DIGITLAB_STORAGE, else the lab's sqlite, or raise UserError."""
     address = address or os.environ.get("DIGITLAB_STORAGE")
     return _open_server(address) if address else _open_sqlite(lab / "optuna.db")
 
@@ -105,10 +101,6 @@ def study_names(storage: RDBStorage) -> list[str]:
     return [study.study_name for study in storage.get_all_studies()]
 
 
-def is_server(storage: RDBStorage) -> bool:
-    return storage.engine.dialect.name != "sqlite"
-
-
 _PERMANENT = ("password", "pg_hba.conf", "does not exist")  # in refusals that waiting cannot change
 _MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of the connection
 
@@ -125,16 +117,12 @@ def is_away(error: BaseException | None) -> bool:
 
 @contextmanager
 def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderLock"]:
-    """Hold a study, so that one driver alone writes to it.
-
-    Raises:
-        UserError: another driver, or an audit, holds it.
-    """
+    """Hold a study, so that one driver alone writes to it; UserError if another one does."""
     problem = (
         f"study.name={study} is in use: one process at a time may lead a study. Wait for it, "
         "or choose another study.name"
     )
-    if not is_server(storage):
+    if storage.engine.dialect.name == "sqlite":
         with file_lock(lab / "locks" / f"{study}.leader", problem):
             yield LeaderLock()
         return
@@ -148,7 +136,7 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
 class LeaderLock:
     """A lock that lasts as long as this process."""
 
-    def check(self) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Make sure that the lock is still held."""
 
 
@@ -163,14 +151,14 @@ class ServerLock(LeaderLock):
         self.checked = 0.0
         self._acquire()
 
-    def check(self) -> None:
-        """Acquire the lock again where a restart of the server has dropped it.
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Acquire the lock again where a restart of the server dropped it, or raise UserError.
 
-        Raises:
-            UserError: another process has acquired it meanwhile.
+        Args:
+            stopped: ends the attempts while the server is away.
         """
         if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
-            retry(self._acquire, is_away, OUTAGE_S)
+            retry(self._acquire, is_away, OUTAGE_S, stopped)
 
     def _acquire(self) -> None:
         try:

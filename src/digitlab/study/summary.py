@@ -76,11 +76,7 @@ def sweep_command(overrides: Sequence[str], *more: str) -> str:
 def champion_text(
     config: Config, summary: Mapping[str, Any], overrides: Sequence[str] | None
 ) -> str:
-    """Return the champion, how sure its accuracy is, and what to do next.
-
-    Args:
-        overrides: of the study; None where it is not to be extended.
-    """
+    """Return champion, accuracy and next steps; `overrides` is None where none are to follow."""
     study = config.study
     test = Interval(**summary["test_accuracy"])
     validation = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}

@@ -60,14 +60,7 @@ class TrialStore:
     def __init__(
         self, storage: RDBStorage, config: Config, stopped: Callable[[], bool] = lambda: False
     ) -> None:
-        """Open the study of `config.study.name`, or create it.
-
-        Args:
-            stopped: ends the retries while the storage is away.
-
-        Raises:
-            UserError: its space cannot be searched.
-        """
+        """Open or create `config.study`; UserError if its space cannot be searched."""
         self.storage, self.config = storage, config.study
         self.space = read_space(config)
         build_sampler(self.config, self.space, 0)  # which refuses a space that is not for it
@@ -198,11 +191,7 @@ class TrialStore:
 
 
 def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialStore, Config]:
-    """Open a study that exists, and return it with the configuration it was created with.
-
-    Raises:
-        UserError: there is none of the name, or its first call was refused before it began.
-    """
+    """Open a study that exists, and return the configuration it was created with, too."""
     storage = open_storage(lab, address)
     known = study_names(storage)
     if name not in known:

@@ -32,11 +32,7 @@ class DigitModule(pl.LightningModule):
     """
 
     def __init__(self, config: Config, steps: int | None = None) -> None:
-        """Build the network from torch's global seed.
-
-        Args:
-            steps: length of the learning rate's schedule; None asks the Trainer.
-        """
+        """Build the network from torch's global seed; a schedule of no `steps` asks the Trainer."""
         super().__init__()
         self.config, self.steps = config, steps
         self.network = build_network(config.model)
@@ -61,11 +57,7 @@ class DigitModule(pl.LightningModule):
         return logits
 
     def loss(self, batch: Batch) -> Batch:
-        """Return the mean loss of a batch and its logits (N, 10).
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
+        """Return the mean loss of a batch and its logits (N, 10); Diverged if it is not finite."""
         images, labels = batch
         # Of training alone: a network is always measured in float32.
         is_half = self.config.trainer.precision is Precision.bfloat16
@@ -97,10 +89,7 @@ class DigitModule(pl.LightningModule):
         optimizer = build_optimizer(self.config.optim, self.network)
         steps = self.steps or int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(self.config.optim, optimizer, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,

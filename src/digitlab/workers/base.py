@@ -1,5 +1,6 @@
 """The interface between a driver and its workers, and the bookkeeping that all pools share."""
 
+import ctypes
 import math
 import time
 from abc import ABC, abstractmethod
@@ -7,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from digitlab.base.errors import UserError
@@ -139,6 +139,17 @@ class WorkerSetup:
     source_digest: str = ""
 
 
+def share_main_heap() -> None:
+    """Let threads that start from now on share glibc's main heap.
+
+    A thread's own heap returns each step's pages to the system and faults them in again, which
+    makes a training 7 % slower than in the main thread.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-8, 1)  # malloc.h: M_ARENA_MAX
+
+
 class Workers(ABC):
     """Workers that train one job at a time each. Their ids count from 0."""
 
@@ -180,9 +191,7 @@ class Workers(ABC):
         self.start()
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -1,12 +1,10 @@
 """One worker in a thread of this process: for a single training, and for tests."""
 
-import os
-import socket
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from digitlab.workers.base import WorkerSetup
+from digitlab.workers.base import WorkerSetup, share_main_heap
 from digitlab.workers.processes import PipePool
 
 
@@ -18,6 +16,7 @@ class InlineWorkers(PipePool):
         self._thread = threading.Thread()
 
     def _launch(self, worker: int) -> None:
+        share_main_heap()
         self._pipes[worker], theirs = Pipe()
         self._thread = threading.Thread(target=_main, args=(theirs, self.setup), daemon=True)
         self._thread.start()
@@ -33,4 +32,4 @@ def _main(pipe: Connection, setup: WorkerSetup) -> None:
     from digitlab.workers.job import serve
 
     with pipe:
-        serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+        serve(setup, pipe)

@@ -1,6 +1,8 @@
 """The inside of a worker, wherever it runs: check the setup, then train job after job."""
 
 import gc
+import os
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,12 +37,15 @@ from digitlab.workers.base import (
 
 
 def serve(
-    setup: WorkerSetup, channel: Channel, machine: dict[str, Any], environment: dict[str, Any]
+    setup: WorkerSetup,
+    channel: Channel,
+    machine: Mapping[str, Any] = {},
+    environment: Mapping[str, Any] = {},
 ) -> None:
     """Train what comes from the channel, until the driver closes it or dies.
 
     Args:
-        machine: goes into Ready.
+        machine: goes into Ready, beside host and process.
         environment: goes into the record of each job.
     """
     faults.point("worker.started")
@@ -49,8 +54,7 @@ def serve(
         if reason:
             channel.send(Refused(reason))
             return
-        gc.freeze()  # imported modules are never garbage: a collection after each job skips them
-        channel.send(Ready(machine))
+        channel.send(Ready({"host": socket.gethostname(), "pid": os.getpid(), **machine}))
         while True:
             number, order = channel.recv()
             if isinstance(order, Job):  # else it is an answer to a job that has ended meanwhile
@@ -73,7 +77,7 @@ def _mismatch(setup: WorkerSetup) -> str:
 
 
 def _run(
-    job: Job, setup: WorkerSetup, observer: "_JobObserver", environment: dict[str, Any]
+    job: Job, setup: WorkerSetup, observer: "_JobObserver", environment: Mapping[str, Any]
 ) -> Event:
     try:
         observer.report(0.0)  # from here on, a death of this process counts against the job

@@ -1,12 +1,12 @@
 """Workers in processes of this machine, forked from one that has imported what they need."""
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -107,6 +107,9 @@ class ProcessWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     # Blocked, not ignored: Lightning installs a handler of SIGTERM for each fit.
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_DRIVER)
+    from digitlab.data.datasets import keep_training_digits
     from digitlab.workers.job import serve
 
-    serve(setup, pipe, {"host": socket.gethostname(), "pid": os.getpid()}, {})
+    keep_training_digits()
+    gc.freeze()  # imported modules are never garbage: a collection after each job skips them
+    serve(setup, pipe)

@@ -14,10 +14,19 @@ from typing import Any
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.config.types import LauncherConfig
-from digitlab.workers.base import Event, Lost, Order, Pool, Ready, WorkerSetup
+from digitlab.workers.base import (
+    Event,
+    Lost,
+    Order,
+    Pool,
+    Ready,
+    WorkerSetup,
+    share_main_heap,
+)
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on a node: each run sets torch's own
+_CONNECT_S = 10.0
 _PROBE_S = 60.0  # Ray takes half as long to notice that a node is lost
 
 
@@ -44,14 +53,11 @@ class RayWorkers(Pool):
         self._probes: dict[Any, tuple[int, float]] = {}  # worker, and until when to wait
 
     def start(self) -> None:
-        """Connect to the cluster and ask it for the actors.
-
-        Raises:
-            UserError: no such cluster is reached.
-        """
+        """Connect to the cluster, or raise UserError, and ask it for the actors."""
         launcher, ray = self.launcher, self.ray
         before = signal.getsignal(signal.SIGTERM)
         try:
+            _reach(launcher.address)
             ray.init(launcher.address, log_to_driver=False, configure_logging=False)
             free = ray.cluster_resources().get("CPU", 0) / launcher.cpus
         except Exception as error:  # Ray's own, of gRPC and of many kinds: one cause for the user
@@ -92,16 +98,11 @@ class RayWorkers(Pool):
 
     def _receive(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
         waiting = [*self._streams, *self._probes]
-        deadline = min(
-            [timeout_s, *(until - time.monotonic() for _, until in self._probes.values())]
-        )
-        self.ray.wait(waiting, timeout=max(0.0, deadline), fetch_local=False)
+        self.ray.wait(waiting, timeout=timeout_s, fetch_local=False)
         there, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
-        for source in there:
-            yield from self._probed(source) if source in self._probes else self._next(source)
-        for probe, (worker, until) in list(self._probes.items()):
-            if time.monotonic() > until:
-                yield self._lost_node(probe, worker)
+        late = [probe for probe, (_, until) in self._probes.items() if time.monotonic() > until]
+        for source in [*there, *(probe for probe in late if probe not in there)]:
+            yield from self._next(source) if source in self._streams else self._judge(source)
 
     def _next(self, stream: Any) -> Iterator[tuple[int, Event]]:
         worker = self._streams[stream]
@@ -109,39 +110,41 @@ class RayWorkers(Pool):
             event: Event = self.ray.get(next(stream))
         except Exception as error:  # noqa: BLE001  the actor, its node, or the object that it sent
             del self._streams[stream]
-            if worker not in self._nodes:
+            if worker in self._nodes:
+                self._probe(worker)
+            else:  # it died before it was ready
                 yield worker, Lost(str(error).strip().splitlines()[-1], False)
-                return
-            probe = self.ray.remote(num_cpus=0, max_retries=0)(_probe).options(
-                scheduling_strategy=self._on(self._nodes[worker])
-            )
-            self._probes[probe.remote()] = (worker, time.monotonic() + _PROBE_S)
             return
         if isinstance(event, Ready):
             self._nodes[worker] = event.machine["node"]
         yield worker, event
 
-    def _on(self, node: str) -> Any:
+    def _probe(self, worker: int) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return NodeAffinitySchedulingStrategy(node, soft=False)
+        place = NodeAffinitySchedulingStrategy(self._nodes[worker], soft=False)
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
+        probe = self.ray.remote(**options)(_host).remote()
+        self._probes[probe] = (worker, time.monotonic() + _PROBE_S)
 
-    def _probed(self, probe: Any) -> Iterator[tuple[int, Event]]:
-        worker, _ = self._probes[probe]
+    def _judge(self, probe: Any) -> Iterator[tuple[int, Event]]:
+        worker, _ = self._probes.pop(probe)
         try:
-            host = self.ray.get(probe)
+            host = self.ray.get(probe, timeout=0)
         except Exception:  # noqa: BLE001  Ray's, of many kinds
-            yield self._lost_node(probe, worker)
-            return
-        del self._probes[probe]
-        yield worker, Lost(f"its process on {host} died", True)
-
-    def _lost_node(self, probe: Any, worker: int) -> tuple[int, Event]:
-        del self._probes[probe]
-        return worker, Lost("its node was lost", False)
+            yield worker, Lost("its node was lost", False)
+        else:
+            yield worker, Lost(f"its process on {host} died", True)
 
 
-def _probe() -> str:
+def _reach(address: str) -> None:
+    """Raise OSError at once where Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+
+
+def _host() -> str:
     return socket.gethostname()
 
 
@@ -161,6 +164,7 @@ class _Actor:
 
     def serve(self, setup: WorkerSetup) -> Iterator[Event]:
         """Yield what the worker sends; it ends with the driver, whose actor this is."""
+        share_main_heap()
         threading.Thread(target=self._serve, args=(setup,), daemon=True).start()
         while (event := self.events.get()) is not None:
             yield event
@@ -169,12 +173,13 @@ class _Actor:
         import ray
 
         from digitlab.base.environment import describe_environment
+        from digitlab.data.datasets import keep_training_digits
         from digitlab.workers.job import serve
 
         lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
         node = ray.get_runtime_context().get_node_id()
-        machine = {"host": socket.gethostname(), "pid": os.getpid(), "node": node}
+        keep_training_digits()
         try:
-            serve(replace(setup, lab=lab), self, machine, describe_environment())
+            serve(replace(setup, lab=lab), self, {"node": node}, describe_environment())
         finally:
             self.events.put(None)

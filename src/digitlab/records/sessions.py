@@ -1,0 +1,72 @@
+"""The outbox's folders, one for each process that records: `session.json` and a file for each run.
+
+The process locks `session.json` as long as it lives.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from digitlab.base.files import write_synced
+
+
+class Sessions:
+    """The folders that this process has locked: its own, and those of processes that ended."""
+
+    def __init__(self, outbox: Path, tracker: str) -> None:
+        self.outbox, self.tracker = outbox, tracker
+        self._locks: dict[Path, int] = {}  # the open session.json by folder
+        self._own: Path | None = None
+
+    def own(self) -> Path:
+        """Return this process's folder; it has its name only once it is locked."""
+        if self._own is None:
+            name = f"{time.time_ns():x}-{os.getpid()}"
+            hidden = self.outbox / f".{name}"
+            hidden.mkdir(parents=True)
+            content = json.dumps({"tracker": self.tracker})
+            write_synced(hidden / "session.json", content.encode())
+            self._lock(hidden)
+            self._own = hidden.rename(self.outbox / name)
+            self._locks[self._own] = self._locks.pop(hidden)
+        return self._own
+
+    def left_behind(self) -> Iterator[Path]:
+        """Lock and yield each folder of a process that has ended and had the same tracker."""
+        for folder in sorted(self.outbox.glob("[!.]*/")):
+            if folder not in self._locks and self._lock(folder):
+                yield folder
+
+    def release(self, folder: Path) -> None:
+        os.close(self._locks.pop(folder))
+
+    def remove_empty(self) -> None:
+        """Remove the folders that have nothing left to send, but for this process's own."""
+        for folder in list(self._locks):
+            if folder != self._own and not any(folder.glob("*.run")):
+                shutil.rmtree(folder)
+                self.release(folder)
+
+    def close(self) -> None:
+        self._own = None
+        self.remove_empty()
+        for folder in list(self._locks):
+            self.release(folder)
+
+    def _lock(self, folder: Path) -> bool:
+        """Lock a folder unless its process is alive, or has recorded for another tracker."""
+        with suppress(OSError, ValueError), ExitStack() as opened:  # or it was removed meanwhile
+            file = os.open(folder / "session.json", os.O_RDWR)
+            opened.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            session = json.loads((folder / "session.json").read_bytes())
+            if session["tracker"] == self.tracker:
+                self._locks[folder] = file
+                opened.pop_all()
+                return True
+        return False

@@ -1,0 +1,127 @@
+"""Confirmations and final fits, by scripted workers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from leading import lead, lead_until_killed, train_well
+from scripted import Script
+from studies import open_store, problems_of, rows_of, runs_of
+
+from digitlab.base.errors import UserError
+from digitlab.base.stop import StopSignal
+from digitlab.workers.base import Failed, Job, Lost, Progress
+
+PLAIN = ("tracking=none", "study.pruner=none")
+DIVERGED = Failed("the loss is not finite", is_deterministic=True)
+
+
+def is_final(job: Job) -> bool:
+    return job.config.data.evaluate_on == "test"
+
+
+def fail_where(condition: Callable[[Job], bool], event: Any = DIVERGED) -> Callable[[Job], Script]:
+    def write(job: Job) -> Script:
+        if condition(job):
+            yield event
+        else:
+            yield from train_well(job)
+
+    return write
+
+
+def test_a_candidate_that_diverges_on_every_new_seed_drops_out(lab: Path) -> None:
+    study = (*PLAIN, "study.confirm=2", "study.confirm_seeds=2")
+    widest: list[int] = []
+
+    def diverges(job: Job) -> bool:
+        if job.config.trainer.seed == 0:  # a trial
+            widest[:] = [max([job.config.model.hidden, *widest])]
+        return job.config.trainer.seed in (1, 2) and job.config.model.hidden == widest[0]
+
+    status, jobs = lead(lab, fail_where(diverges), *study)
+    assert status == 0
+    rows = sorted(rows_of(lab), key=lambda row: -(row.value or 0))
+    assert open_store(lab).notes()["champion"]["trial"] == rows[1].number
+    confirmed = open_store(lab).notes()["confirm"]
+    assert [confirmed[f"{rows[0].number}/{seed}"] for seed in (1, 2)] == [
+        {"failed": "the loss is not finite"}
+    ] * 2
+    assert len(jobs) == 3 + 4 + 1  # none is repeated
+
+
+def test_all_final_fits_that_fail_end_the_study_with_the_reason_at_each_call(lab: Path) -> None:
+    study = ("study.pruner=none", "study.trials=2", "study.final_seeds=2")
+    with pytest.raises(UserError, match=r"all final fits .* have failed \(the loss is not finite"):
+        lead(lab, fail_where(is_final), *study)
+    began: list[Job] = []
+    with pytest.raises(UserError, match=r"all final fits .* have failed \(the loss is not finite"):
+        lead(lab, fail_where(lambda job: bool(began.append(job))), *study)
+    assert began == []
+    assert problems_of(lab) == []
+    assert {run.tags["digitlab.state"] for run in runs_of(lab, kind="final")} == {"failed"}
+
+
+def test_one_final_fit_that_fails_is_left_out_of_the_test_accuracy(lab: Path) -> None:
+    study = (*PLAIN, "study.trials=1", "study.final_seeds=3")
+    first = fail_where(lambda job: is_final(job) and job.config.trainer.seed == 1001)
+    assert lead(lab, first, *study)[0] == 0
+    champion = open_store(lab).notes()["champion"]
+    assert champion["test_accuracy"]["n"] == 2
+    assert champion["weights_of"] == "0/1002"
+
+
+def test_a_fit_may_take_longer_than_a_trial_may(lab: Path) -> None:
+    study = (*PLAIN, "study.trials=1")
+    stop = StopSignal()
+
+    def stop_at_final(job: Job) -> Script:
+        stop.count = is_final(job)
+        yield Progress(0.0)
+        yield from train_well(job)
+
+    assert lead(lab, stop_at_final, *study, stop=stop)[0] == 130
+
+    def last(job: Job) -> Script:
+        for _ in range(5):
+            yield Progress(0.5)
+        yield from train_well(job)
+
+    status, jobs = lead(lab, last, *study, "study.trial_minutes=1e-9")
+    assert (status, len(jobs)) == (0, 1)
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_fit_is_repeated_as_often_as_retries_say(lab: Path, retries: int) -> None:
+    died = fail_where(is_final, Lost("its process died", is_charged=True))
+    study = (*PLAIN, "study.trials=1", f"study.retries={retries}")
+    with pytest.raises(UserError, match="its process died"):
+        lead(lab, died, *study)
+    assert open_store(lab).notes()["final"] == {"0/1001": {"failed": "its process died"}}
+
+
+def test_a_fit_that_loses_its_node_is_run_again_without_a_charge(lab: Path) -> None:
+    seen: list[Job] = []
+
+    def lose(job: Job) -> bool:
+        seen.extend([job] * is_final(job))
+        return is_final(job) and len(seen) < 4
+
+    study = (*PLAIN, "study.trials=1", "study.retries=0")
+    assert lead(lab, fail_where(lose, Lost("its node was lost", False)), *study)[0] == 0
+    assert len(seen) == 4
+
+
+def test_a_sealed_fit_of_a_killed_driver_is_taken_over(lab: Path) -> None:
+    """Each final fit reads the test images once: it is not trained a second time."""
+    study = ("study.trials=1", "study.pruner=none")
+    lead_until_killed(lab, train_well, *study, point="outbox.sealed", when="final")
+    known = open_store(lab).notes()
+    assert "champion" not in known
+    status, jobs = lead(lab, train_well, *study)
+    assert (status, jobs) == (0, [])
+    accuracy = rows_of(lab)[0].value
+    assert open_store(lab).notes()["champion"]["test_accuracy"]["mean"] == accuracy
+    assert len(runs_of(lab, kind="final")) == 1
+    assert problems_of(lab) == []

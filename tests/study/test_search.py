@@ -1,0 +1,219 @@
+"""Which trials run, how often, and when a search ends; by scripted workers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from leading import lead, lead_until_killed, train_well
+from scripted import Script, succeed
+from studies import open_store, problems_of, results_of, rows_of, runs_of
+
+from digitlab.base.errors import UserError
+from digitlab.base.stop import StopSignal
+from digitlab.study import driver
+from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
+
+PLAIN = ("tracking=none", "study.pruner=none")
+
+
+def is_final(job: Job) -> bool:
+    return job.config.data.evaluate_on == "test"
+
+
+def stop_at_trial(number: int) -> tuple[StopSignal, Callable[[Job], Script]]:
+    """A stop signal, and jobs of which one sends it."""
+    stop, begun = StopSignal(), []
+
+    def write(job: Job) -> Script:
+        begun.append(job)
+        if len(begun) - 1 != number:
+            yield from train_well(job)
+            return
+        stop.count = 1
+        while True:
+            yield Progress(0.5)
+
+    return stop, write
+
+
+def test_the_study_ends_when_its_minutes_are_spent_while_a_trial_waits(lab: Path) -> None:
+    stop, write = stop_at_trial(1)
+    assert lead(lab, write, *PLAIN, stop=stop)[0] == 130
+    assert [row.state for row in rows_of(lab)] == ["finished", "waiting"]
+    open_store(lab).note("seconds", 61.0)
+    status, jobs = lead(lab, train_well, *PLAIN, "study.minutes=1")
+    assert status == 0
+    assert [row.state for row in rows_of(lab)] == ["finished", "waiting"]
+    assert [is_final(job) for job in jobs] == [True]
+
+
+def test_the_study_ends_when_its_patience_is_spent_while_a_trial_waits(lab: Path) -> None:
+    stop, ended = StopSignal(), []
+
+    def write(job: Job) -> Script:
+        ended.append(job)
+        if len(ended) == 2:
+            while True:
+                yield Progress(0.5)
+        elif len(ended) == 4:
+            stop.count = 1
+            yield Progress(0.5)
+            yield Stopped()
+        yield from succeed(1 / len(ended))
+
+    many = (*PLAIN, "study.trials=9")
+    assert lead(lab, write, *many, count=2, stop=stop)[0] == 130
+    assert [row.state for row in rows_of(lab)] == ["finished", "waiting", "finished", "waiting"]
+    status, jobs = lead(lab, train_well, *many, "study.patience=1")
+    assert status == 0
+    assert len(rows_of(lab)) == 4
+    assert [is_final(job) for job in jobs] == [True]
+
+
+def test_minutes_count_calls_that_were_killed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_NOTE_INTERVAL_S", 0.0)
+
+    def die(_: Job) -> Script:
+        for _ in range(3):
+            yield Progress(0.5)
+        os._exit(9)
+
+    lead_until_killed(lab, die, *PLAIN, point="")
+    noted = open_store(lab).notes()["seconds"]
+    assert noted > 0
+    assert lead(lab, train_well, *PLAIN, f"study.minutes={noted / 60}")[0] == 1  # none has finished
+    assert [row.state for row in rows_of(lab)] == ["waiting"]
+
+
+def test_failures_that_do_not_count_end_the_study_with_their_reason(lab: Path) -> None:
+    """Values that contradict each other fail without a worker, and would without end."""
+    no_pixel = ("model.strides=choice([14])", "model.pools=choice([14])")  # each is valid alone
+    study = (*no_pixel, "study.count_failed=false", "study.trials=2")
+    reason = r"2 trials have failed, the last: model.pools=\[14\] with model.strides=\[14\]"
+    for _ in range(2):
+        with pytest.raises(UserError, match=reason):
+            lead(lab, train_well, *study)
+        assert [row.state for row in rows_of(lab)] == ["failed", "failed"]
+    assert problems_of(lab) == []
+
+
+def test_contradicting_values_count_where_failures_do(lab: Path) -> None:
+    some = ("model.strides=choice([1],[14])", "model.pools=choice([2],[14])")
+    some += ("model.hidden=choice(16)", "optim.learning_rate=choice(0.01)", "study.sampler=grid")
+    status, jobs = lead(lab, train_well, *some, "study.trials=4", "study.pruner=none")
+    assert status == 0
+    rows = rows_of(lab)
+    assert sorted(row.state for row in rows) == ["failed", *["finished"] * 3]
+    for row in rows:
+        contradicts = row.values["model.strides"] == row.values["model.pools"] == [14]
+        assert contradicts == (row.state == "failed")
+    assert len([job for job in jobs if not is_final(job)]) == 3
+    assert problems_of(lab) == []
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+@pytest.mark.parametrize(
+    "event", [Failed("it raised", False), Lost("its process died", True)], ids=["raised", "died"]
+)
+def test_a_trial_is_repeated_as_often_as_retries_say(lab: Path, retries: int, event) -> None:
+    def fail(_: Job) -> Script:
+        yield Started({})
+        yield event
+
+    study = ("study.trials=1", f"study.retries={retries}", "study.pruner=none")
+    status, jobs = lead(lab, fail, *study)
+    assert status == 1
+    assert len(jobs) == retries + 1
+    [row] = rows_of(lab)
+    assert (row.state, row.attempt) == ("failed", retries + 1)
+    assert row.notes["reason"] in ("it raised", "its process died")
+    assert problems_of(lab) == []
+    attempts = [run.tags["digitlab.attempt"] for run in runs_of(lab, kind="trial")]
+    assert attempts == [str(n) for n in range(1, retries + 2)]
+
+
+def test_a_diverged_trial_is_not_repeated(lab: Path) -> None:
+    def diverge(_: Job) -> Script:
+        yield Failed("the loss is nan", is_deterministic=True)
+
+    status, jobs = lead(lab, diverge, *PLAIN, "study.trials=2", "study.retries=2")
+    assert (status, len(jobs)) == (1, 2)
+
+
+def test_lost_nodes_are_never_charged(lab: Path) -> None:
+    lost = []
+
+    def write(job: Job) -> Script:
+        lost.append(job)
+        if len(lost) < 6:
+            yield Lost("its node was lost", is_charged=False)
+        else:
+            yield from train_well(job)
+
+    status, _ = lead(lab, write, *PLAIN, "study.trials=1", "study.retries=0")
+    assert status == 0
+    [row] = rows_of(lab)
+    assert (row.state, row.attempt, row.notes["charged"]) == ("finished", 6, 0)
+
+
+@pytest.mark.parametrize("point", ["trial.before_tell", "outbox.sealed"])
+def test_a_sealed_trial_of_a_killed_driver_is_taken_over(lab: Path, point: str) -> None:
+    study = ("study.trials=1", "study.pruner=none")
+    lead_until_killed(lab, train_well, *study, point=point)
+    assert [row.state for row in rows_of(lab)] == ["running"]
+    status, jobs = lead(lab, train_well, *study)
+    assert status == 0
+    assert [is_final(job) for job in jobs] == [True]
+    [row] = rows_of(lab)
+    assert (row.state, row.value, row.attempt) == ("finished", row.values["model.hidden"] / 100, 1)
+    assert problems_of(lab) == []
+
+
+def test_a_pruned_trial_of_a_killed_driver_stays_pruned(lab: Path) -> None:
+    def get_worse(job: Job) -> Script:
+        yield Rung(0, 0.5 / (1 + len(rows_of(lab))))
+        yield Stopped()
+
+    def write(job: Job) -> Script:
+        return train_well(job) if len(rows_of(lab)) == 1 else get_worse(job)
+
+    study = ("study.trials=2", "study.rungs=[0.3]", "study.sampler=random")
+    assert lead(lab, train_well, *study, "study.trials=1")[0] == 0
+    lead_until_killed(lab, write, *study, point="trial.before_tell")
+    assert [row.state for row in rows_of(lab)] == ["finished", "running"]
+    assert lead(lab, train_well, *study)[0] == 0
+    assert [row.state for row in rows_of(lab)] == ["finished", "pruned"]
+    assert rows_of(lab)[1].value == pytest.approx(0.5 / 3)
+    assert problems_of(lab) == []
+
+
+def test_a_trial_without_a_seal_is_run_again_with_its_values(lab: Path) -> None:
+    study = ("study.trials=1", "study.pruner=none", "study.retries=0")
+    lead_until_killed(lab, train_well, *study, point="outbox.appended")
+    before = rows_of(lab)[0].values
+    assert lead(lab, train_well, *study)[0] == 0
+    [row] = rows_of(lab)
+    assert (row.state, row.values, row.attempt) == ("finished", before, 2)
+    assert row.notes["charged"] == 0
+    states = [run.tags["digitlab.state"] for run in runs_of(lab, kind="trial")]
+    assert sorted(states) == ["finished", "interrupted"]
+    assert problems_of(lab) == []
+
+
+def test_trials_of_other_code_or_versions_say_who_made_them(lab: Path) -> None:
+    plain = ("study.pruner=none", "study.trials=2")
+    assert lead(lab, train_well, *plain)[0] == 0
+    store = open_store(lab)
+    then = store.notes()["fingerprint"]
+    store.note("fingerprint", then | {"version of torch": "2.0", "code of training": "elsewhere"})
+    fork = (*plain, "study.name=fork", "study.fork_from=smoke")
+    status, jobs = lead(lab, train_well, *fork)
+    assert status == 0
+    assert [is_final(job) for job in jobs] == [True]
+    made_by = ["code of training: elsewhere", "version of torch: 2.0"]
+    assert [row.notes["made_by"] for row in rows_of(lab, "fork")] == [made_by, made_by]
+    assert [row[2:] for row in results_of(lab, "fork")] == [row[2:] for row in results_of(lab)]
+    tags = {run.tags["digitlab.made_by"] for run in runs_of(lab, "fork", kind="trial")}
+    assert tags == {"; ".join(made_by)}
+    assert problems_of(lab, "fork") == []

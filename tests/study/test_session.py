@@ -1,0 +1,165 @@
+"""How a study is opened, whose it is, and what must be left alone; by scripted workers."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import DATA, TINY
+from leading import lead, train_well
+from studies import open_store, problems_of, results_of, rows_of, runs_of
+
+from digitlab.base.console import Board
+from digitlab.base.errors import UserError
+from digitlab.base.stop import StopSignal
+from digitlab.config.compose import compose
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.store import RunRow
+from digitlab.results.audit import inspect
+from digitlab.study.run import train
+from digitlab.study.session import StudySession, open_session
+from digitlab.study.storage import open_storage
+
+STUDY = ("study.pruner=none", "study.trials=2")
+
+
+@contextmanager
+def opened(lab: Path, *overrides: str) -> Iterator[StudySession]:
+    composed = compose("sweep", [*TINY, *STUDY, *overrides])[0]
+    with Board() as board, open_session(composed, lab, board, StopSignal()) as session:
+        yield session
+
+
+def refusal(lab: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as raised, opened(lab, *overrides):
+        pass
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def all_runs(lab: Path) -> list[RunRow]:
+    return MlflowTracker(None, "digitlab", lab).find({})
+
+
+@pytest.fixture
+def finished(lab: Path) -> Path:
+    """A lab with a study of two trials."""
+    assert lead(lab, train_well, *STUDY)[0] == 0
+    return lab
+
+
+def test_a_name_of_another_labs_study_in_one_tracker_is_refused(lab: Path, tmp_path: Path) -> None:
+    shared = (*STUDY, f"tracking.uri=sqlite:///{tmp_path}/shared.db")
+    assert lead(lab, train_well, *shared)[0] == 0
+    tracker = MlflowTracker(shared[-1].partition("=")[2], "digitlab", lab)
+    before = tracker.find({})
+    other = tmp_path / "other"
+    shutil.copytree(DATA, other / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
+    text = refusal(other, *shared)
+    assert "study.name=smoke is taken" in text
+    assert "study.name=NEW" in text
+    assert tracker.find({}) == before
+    assert rows_of(other) == []
+    assert lead(other, train_well, *shared, "study.name=beside")[0] == 0
+    assert lead(lab, train_well, *shared) == (0, [])
+
+
+def test_a_study_whose_optuna_database_is_gone_leaves_its_runs_alone(finished: Path) -> None:
+    before = all_runs(finished)
+    aside = finished / "aside"
+    aside.mkdir()
+    for path in finished.glob("optuna.db*"):
+        path.rename(aside / path.name)
+    assert "restore the optuna.db" in refusal(finished)
+    assert all_runs(finished) == before
+    for path in [*finished.glob("optuna.db*"), *aside.iterdir()]:
+        path.replace(finished / path.name if path.parent == aside else aside / f"{path.name}.new")
+    assert lead(finished, train_well, *STUDY) == (0, [])
+
+
+def test_a_study_that_was_deleted_in_optuna_leaves_its_runs_alone(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = all_runs(finished)
+    optuna.delete_study(study_name="smoke", storage=open_storage(finished))
+    assert "study.name=smoke is taken" in refusal(finished)
+    assert inspect([], finished, is_repair=True, as_json=False) == 0
+    assert "0 studies" in capsys.readouterr().out
+    assert all_runs(finished) == before
+
+
+def test_a_study_that_was_renamed_in_optuna_goes_on_under_its_new_name(finished: Path) -> None:
+    before, runs = results_of(finished), all_runs(finished)
+    storage = open_storage(finished)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE studies SET study_name = 'renamed'")
+    assert "study.name=smoke is taken" in refusal(finished)
+    assert inspect(["renamed"], finished, is_repair=True, as_json=False) == 0
+    assert all_runs(finished) == runs
+    assert lead(finished, train_well, *STUDY, "study.name=renamed", "study.trials=3")[0] == 0
+    assert results_of(finished, "renamed")[:2] == before
+    assert problems_of(finished, "renamed") == []
+    assert inspect(["renamed"], finished, is_repair=False, as_json=False) == 0
+
+
+def test_a_deleted_experiment_is_named_before_any_training(finished: Path) -> None:
+    tracker = MlflowTracker(None, "digitlab", finished)
+    tracker.client.delete_experiment(tracker.experiment)
+    assert "experiment 'digitlab' was deleted" in refusal(finished, "study.trials=3")
+    with pytest.raises(UserError, match=r"was deleted.*experiments restore"):
+        train(compose("train", TINY)[0], finished)
+    assert not list((finished / "outbox").glob("*"))
+    assert len(rows_of(finished)) == 2
+
+
+def test_a_deleted_run_of_the_study_is_named_with_the_command_that_restores_it(
+    finished: Path,
+) -> None:
+    [parent] = runs_of(finished, kind="study")
+    MlflowTracker(None, "digitlab", finished).delete(parent.run_id)
+    text = refusal(finished, "study.trials=3")
+    assert f"its own run {parent.run_id} was deleted" in text
+    assert not list((finished / "outbox").glob("*"))
+    found = re.search(r"`(.+)`", text)
+    assert found
+    subprocess.run(found[1], shell=True, check=True, capture_output=True, env=os.environ)
+    assert lead(finished, train_well, *STUDY, "study.trials=3")[0] == 0
+    assert problems_of(finished) == []
+
+
+def test_another_tracker_or_experiment_is_refused_with_both_named(
+    finished: Path, tmp_path: Path
+) -> None:
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert f"tracker: lab digitlab -> {other} digitlab" in refusal(
+        finished, f"tracking.uri={other}"
+    )
+    text = refusal(finished, "tracking.experiment=other")
+    assert "tracker: lab digitlab -> lab other" in text
+    assert "tracker: lab digitlab -> none" in refusal(finished, "tracking=none")
+
+
+def test_audit_is_refused_while_the_study_is_led(finished: Path) -> None:
+    with opened(finished):
+        for is_repair in (False, True):
+            with pytest.raises(UserError, match=r"study\.name=smoke is in use"):
+                inspect(["smoke"], finished, is_repair, as_json=False)
+    assert inspect(["smoke"], finished, is_repair=False, as_json=False) == 0
+
+
+def test_a_study_has_one_run_of_its_own_even_if_it_was_not_noted(finished: Path) -> None:
+    open_store(finished).note("run_id", None)  # a driver was killed before it could
+    assert lead(finished, train_well, *STUDY) == (0, [])
+    assert len(runs_of(finished, kind="study")) == 1
+    assert open_store(finished).notes()["run_id"] == runs_of(finished, kind="study")[0].run_id
+
+
+def test_a_call_that_was_refused_does_not_stand_in_the_way(lab: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.fork_from=nothing does not exist"):
+        lead(lab, train_well, *STUDY, "study.fork_from=nothing")
+    assert lead(lab, train_well, *STUDY)[0] == 0

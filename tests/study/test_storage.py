@@ -1,0 +1,94 @@
+"""Where studies are kept: how it is opened, who leads, and what an outage looks like."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+from digitlab.base.errors import UserError
+from digitlab.study.storage import is_away, leader_lock, open_storage, study_names
+
+
+def refusal(lab: Path, address: str | None = None) -> str:
+    with pytest.raises(UserError) as raised:
+        open_storage(lab, address)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_file_that_is_no_database_is_one_line_and_left_alone(lab: Path) -> None:
+    path = lab / "optuna.db"
+    path.write_bytes(b"no database" * 400)
+    assert f"{path} cannot be used" in refusal(lab)
+    assert path.read_bytes() == b"no database" * 400
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("mysql://user@host/x", "is invalid: it must be postgresql+psycopg://"),
+        ("sqlite:///x.db", "is invalid: it must be postgresql+psycopg://"),
+        ("postgresql+psycopg://user@127.0.0.1:1/x", "cannot be used"),
+    ],
+)
+def test_an_address_that_is_of_no_use_is_one_line(lab: Path, address: str, reason: str) -> None:
+    text = refusal(lab, address)
+    assert f"study.storage={address}" in text
+    assert reason in text
+
+
+def test_a_password_in_an_address_is_not_shown(lab: Path) -> None:
+    assert "secret" not in refusal(lab, "postgresql+psycopg://user:secret@127.0.0.1:1/x")
+
+
+def test_the_environment_names_a_storage(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIGITLAB_STORAGE", "mysql://x")
+    assert "study.storage=mysql://x" in refusal(lab)
+
+
+def test_one_process_leads_a_study_and_another_may_lead_another(lab: Path) -> None:
+    storage = open_storage(lab)
+    with leader_lock(storage, lab, "one"):
+        with (
+            pytest.raises(UserError, match=r"study\.name=one is in use"),
+            leader_lock(storage, lab, "one"),
+        ):
+            pass
+        with leader_lock(storage, lab, "two") as lock:
+            lock.check()
+    with leader_lock(storage, lab, "one"):
+        pass
+
+
+def test_studies_are_listed_oldest_first(lab: Path) -> None:
+    storage = open_storage(lab)
+    for name in ("b", "a"):
+        optuna.create_study(storage=storage, study_name=name)
+    assert study_names(open_storage(lab)) == ["b", "a"]
+
+
+def caused(cause: Exception) -> Exception:
+    error = optuna.exceptions.StorageInternalError("it failed")
+    error.__cause__ = cause
+    return error
+
+
+LOST = OperationalError("select", {}, Exception("server closed the connection unexpectedly"))
+PASSWORD = OperationalError("select", {}, Exception("password authentication failed"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (LOST, True),
+        (caused(LOST), True),
+        (PASSWORD, False),
+        (caused(PASSWORD), False),
+        (IntegrityError("insert", {}, Exception("duplicate")), False),
+        (ProgrammingError("select", {}, Exception("syntax")), False),
+        (ValueError("a mistake"), False),
+    ],
+)
+def test_an_outage_is_told_from_a_mistake(error: Exception, expected: bool) -> None:
+    assert is_away(error) is expected

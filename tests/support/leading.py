@@ -1,0 +1,78 @@
+"""Lead whole studies in this process, by workers that follow scripts."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import TINY
+from scripted import Script, ScriptedWorkers, succeed
+
+from digitlab.base import faults
+from digitlab.base.console import Board
+from digitlab.base.stop import StopSignal
+from digitlab.config.compose import compose
+from digitlab.study.driver import StudyDriver
+from digitlab.study.session import open_session
+from digitlab.workers.base import Job, Workers
+
+
+class ScriptedDriver(StudyDriver):
+    """Leads a study with the workers that it is given."""
+
+    workers: Workers
+
+    def _workers(self) -> Workers:
+        return self.workers
+
+
+def train_well(job: Job) -> Script:
+    """A job that finishes; wider is better, and all rungs are passed."""
+    accuracy = job.config.model.hidden / 100
+    return succeed(accuracy, tuple(accuracy for _ in job.rungs))
+
+
+def lead(
+    lab: Path,
+    write: Callable[[Job], Script],
+    *overrides: str,
+    count: int = 1,
+    stop: StopSignal | None = None,
+) -> tuple[int, list[Job]]:
+    """Run a study, or go on with it; return the exit status and the jobs that were submitted."""
+    composed = compose("sweep", [*TINY, *overrides])[0]
+    stop = stop or StopSignal()
+    with Board() as board, open_session(composed, lab, board, stop) as session:
+        driver = ScriptedDriver(session, lambda _session, _summary: {}, None)
+        workers = driver.workers = ScriptedWorkers(write, count)
+        status = driver.run()
+    return status, workers.submitted
+
+
+def lead_until_killed(
+    lab: Path, write: Callable[[Job], Script], *overrides: str, point: str, when: str = "trial"
+) -> None:
+    """Run a study in a process of its own that dies at a point of a job's end.
+
+    Args:
+        when: trial or final; the kind of the first job after whose script the point counts.
+    """
+    child = os.fork()
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        return
+    try:
+        armed = []
+
+        def hook(name: str) -> None:
+            if armed and name == point:
+                os._exit(9)
+
+        def arm(job: Job) -> Script:
+            if (job.config.data.evaluate_on == "test") == (when == "final"):
+                armed.append(job)
+            return write(job)
+
+        faults.hook = hook
+        lead(lab, arm, *overrides)
+    finally:
+        os._exit(1)
