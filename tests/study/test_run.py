@@ -17,6 +17,7 @@ from samples import copy_digits
 from serving import COMMAND, environment_of
 
 from digitlab.base import faults
+from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, TRAIN
@@ -205,10 +206,15 @@ def test_error_in_training_is_the_reason_that_is_recorded(lab: Path, at) -> None
     assert len(run_of(lab, "s-4").tags["digitlab.reason"]) == 5000  # MLflow takes 8,000 at most
 
 
-def test_missing_data_are_named(tmp_path: Path) -> None:
-    outcome = once(tmp_path)
-    assert outcome.state == "failed"
-    assert "train-images-idx3-ubyte is missing" in outcome.reason
+def test_data_that_are_missing_or_too_few_are_refused_before_anything_is_recorded(
+    lab: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is missing"):
+        once(tmp_path)
+    with pytest.raises(UserError, match=r"data\.validation_images=2000 is invalid"):
+        once(lab, "data.validation_images=2000")
+    for folder in (tmp_path, lab):
+        assert MlflowTracker(None, "digitlab", folder).find({}) == []
 
 
 # ---- a run that is killed ------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from digitlab.base.environment import describe_environment
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
+from digitlab.data.datamodule import DigitsData
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.workers.base import Job, WorkerSetup
@@ -27,7 +28,11 @@ class Outcome:
 
 
 def run_once(config: Config, identity: Identity, records: Records, lab: Path) -> Outcome:
-    """Train `config` in this process, record it, and print a line an epoch."""
+    """Train `config` in this process, record it, and print a line an epoch.
+
+    Raises UserError, and records nothing, where the data are missing, or not what it asks for.
+    """
+    DigitsData(config, lab).setup("fit")
     recorder = RunRecorder(records.outbox, config, identity)
     endings: list[Ending] = []
 
