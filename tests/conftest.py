@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import hypothesis
@@ -75,6 +76,14 @@ def call_in(
 LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a study imports
 
 
+def fork(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
+    """Start a process from one that has imported everything, `hooks` among it."""
+    processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 class Parent:
     """`digitlab sweep` in a process of its own, forked from one that has imported everything.
 
@@ -83,10 +92,7 @@ class Parent:
 
     def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
         self.log = lab / "log.txt"
-        processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
-        context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_sweep, args=(lab, list(overrides)))
-        self.process.start()
+        self.process = fork(_sweep, lab, list(overrides))
 
     def wait(self, seconds: float = 120) -> int | None:
         self.process.join(seconds)

@@ -5,16 +5,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, CallIn
+from conftest import DATA, CallIn, fork
 from samples import copy_digits
-from serving import COMMAND, environment_of
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError
@@ -223,11 +221,16 @@ def test_data_that_are_missing_or_too_few_are_refused_before_anything_is_recorde
 def killed_at(lab: Path, point: str) -> None:
     """A training whose process kills itself at a fault point."""
     (lab / "faults.json").write_text(json.dumps({"kill_at": {"point": point}}))
-    hooks = str(Path(__file__).parents[1] / "support" / "hooks.py")
-    command = [*COMMAND, "train", *SMALL, "trainer.epochs=5000"]
-    environment = environment_of(lab) | {"DIGITLAB_FAULTS": hooks}
-    done = subprocess.run(command, cwd=lab, env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    process = fork(train_there, lab, [*SMALL, "trainer.epochs=5000"])
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def train_there(lab: Path, overrides: list[str]) -> None:
+    os.chdir(lab)  # where `hooks` looks for orders
+    with open("log.txt", "a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        train(compose("train", overrides)[0], lab)
 
 
 # Before the tracker has the run, and after.
