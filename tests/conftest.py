@@ -78,14 +78,14 @@ LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a 
 class Parent:
     """`digitlab sweep` in a process of its own, forked from one that has imported everything.
 
-    It works in the folder of its lab, where `hooks` looks for orders.
+    It works in the folder of its lab, where `hooks` looks for orders. `command` may be train.
     """
 
-    def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, lab: Path, overrides: Sequence[str], command: str = "sweep") -> None:
         self.log = lab / "log.txt"
         processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_sweep, args=(lab, list(overrides)))
+        self.process = context.Process(target=_run, args=(lab, command, list(overrides)))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int | None:
@@ -108,10 +108,11 @@ def until(condition: Callable[[], bool], parent: Parent) -> None:
             assert condition(), parent.log.read_text()[-2000:]
 
 
-def _sweep(lab: Path, overrides: list[str]) -> None:
+def _run(lab: Path, command: str, overrides: list[str]) -> None:
     from digitlab.config.compose import compose
     from digitlab.results.publish import publish
     from digitlab.study.driver import sweep
+    from digitlab.study.run import train
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
@@ -125,7 +126,8 @@ def _sweep(lab: Path, overrides: list[str]) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            status = sweep(compose("sweep", overrides)[0], lab, publish)
+            composed = compose(command, overrides)[0]
+            status = sweep(composed, lab, publish) if command == "sweep" else train(composed, lab)
         except UserError as error:
             print(error)
             status = 2
