@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,14 +13,14 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, CallIn
+from samples import copy_digits
+from serving import COMMAND, environment_of
 
 from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
-from digitlab.records.mlflow import MlflowTracking
+from digitlab.records.mlflow import MlflowTracker
 
-DATA = Path(__file__).parent / "support" / "digits"
-DIGITLAB = Path(sys.executable).parent / "digitlab"
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
 
@@ -29,9 +28,9 @@ SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_siz
 def digitlab(
     *arguments: str, lab: Path | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"DIGITLAB_HOME": str(lab)} if lab else {})
+    environment = environment_of(lab or Path(os.environ["DIGITLAB_HOME"]))
     return subprocess.run(
-        [DIGITLAB, *arguments],
+        [*COMMAND, *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -53,7 +52,7 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
 
 
 def test_help_imports_no_framework() -> None:
-    command = [sys.executable, "-X", "importtime", DIGITLAB, "--help"]
+    command = [sys.executable, "-X", "importtime", *COMMAND[1:], "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "digitlab" in imported
@@ -78,7 +77,7 @@ def test_reader_of_the_output_may_leave() -> None:
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
-    command, both = [DIGITLAB, "--help"], {"stdout": writing, "stderr": subprocess.PIPE}
+    command, both = [*COMMAND, "--help"], {"stdout": writing, "stderr": subprocess.PIPE}
     done = subprocess.run(command, **both, env=buffered, timeout=60, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -102,14 +101,13 @@ class Trained:
         return found[1]
 
     @property
-    def tracking(self) -> MlflowTracking:
-        return MlflowTracking(None, "digitlab", self.lab)
+    def tracker(self) -> MlflowTracker:
+        return MlflowTracker(None, "digitlab", self.lab)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    lab = tmp_path_factory.mktemp("lab")
-    shutil.copytree(DATA, lab / "data" / "sample")
+    lab = copy_digits(tmp_path_factory.mktemp("trained") / "lab")
     cwd = tmp_path_factory.mktemp("cwd")
     return Trained(lab, cwd, digitlab("train", *SMALL, "trainer.epochs=1", lab=lab, cwd=cwd))
 
@@ -136,13 +134,13 @@ def test_train_tells_each_epoch_and_the_run(trained: Trained) -> None:
 
 
 def test_trained_run_is_recorded_whole(trained: Trained) -> None:
-    row = trained.tracking.get(trained.run_id)
+    row = trained.tracker.get(trained.run_id)
     assert (row.name, row.status) == ("smoke-seed-0", "FINISHED")
     assert (row.tags["digitlab.kind"], row.tags["digitlab.state"]) == ("train", "finished")
     assert json.loads(row.tags["digitlab.overrides"]) == [*SMALL, "trainer.epochs=1"]
     told = trained.done.stdout
     assert f"val_accuracy {row.metrics['val_accuracy']:.4f}" in told
-    kept = trained.tracking.artifact(row.run_id, "config.yaml").decode()
+    kept = trained.tracker.artifact(row.run_id, "config.yaml").decode()
     assert config_from_yaml(kept) == compose("train", [*SMALL, "trainer.epochs=1"])[0].config
 
 
@@ -164,14 +162,14 @@ def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trai
     status, out, err = call("train", *SMALL, *wild)
     assert (status, err) == (1, "")
     assert re.search(r"failed: Diverged: the loss is (nan|inf) in epoch \d", out)
-    assert trained.tracking.get("smoke-seed-77").tags["digitlab.state"] == "failed"
+    assert trained.tracker.get("smoke-seed-77").tags["digitlab.state"] == "failed"
 
 
 def test_interrupt_ends_a_run_within_seconds_and_is_recorded(trained: Trained) -> None:
-    command = [DIGITLAB, "train", *SMALL, "trainer.epochs=5000", "trainer.seed=99"]
+    command = [*COMMAND, "train", *SMALL, "trainer.epochs=5000", "trainer.seed=99"]
     process = subprocess.Popen(
         command,
-        env=os.environ | {"DIGITLAB_HOME": str(trained.lab)},
+        env=environment_of(trained.lab),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -186,7 +184,7 @@ def test_interrupt_ends_a_run_within_seconds_and_is_recorded(trained: Trained) -
         watchdog.cancel()
     assert (process.returncode, err) == (130, "")
     assert "interrupted" in out.splitlines()[-1]
-    row = trained.tracking.get("smoke-seed-99")
+    row = trained.tracker.get("smoke-seed-99")
     assert (row.status, row.tags["digitlab.state"]) == ("KILLED", "interrupted")
 
 
@@ -269,11 +267,11 @@ def test_port_that_is_taken_is_one_line(call: Call, monkeypatch: pytest.MonkeyPa
 
 
 def test_cfg_job_prints_the_configuration_and_trains_nothing(call: Call, trained: Trained) -> None:
-    before = len(trained.tracking.find({}))
+    before = len(trained.tracker.find({}))
     status, out, err = call("train", *SMALL, "--cfg", "job")
     assert (status, err) == (0, "")
     assert config_from_yaml(out) == compose("train", SMALL)[0].config
-    assert len(trained.tracking.find({})) == before
+    assert len(trained.tracker.find({})) == before
 
 
 def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:

@@ -1,102 +1,39 @@
 """MLflow's and Optuna's own pages on a study, in a real browser, from the servers that we start."""
 
-import base64
 import http.client
 import json
 import os
 import re
 import shlex
-import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 import urllib.error
-import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SHARE
-from digitlab.pages.views import describe_study, view_addresses, view_tags
+from browsing import look
+from conftest import SHARE, Call, CallIn
 from playwright.sync_api import Browser, Page
-from test_report import Study, configure, look, open_browser, recorded, studies
+from samples import Study, configure, recorded, studies
+from serving import HOST, Server, free_port, served
 
 from digitlab.base.paths import ROOT
-from digitlab.cli import main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
 from digitlab.pages import ui as ui_pages
-from digitlab.records.mlflow import open_tracking
-from digitlab.records.record import Identity, begin_record, stage, trial_tags
+from digitlab.records.record import Identity, RunRecorder, open_records, open_tracker, trial_tags
+from digitlab.records.views import view_tags
 from digitlab.study.storage import open_storage
-from digitlab.study.trials import Search
+from digitlab.study.summary import describe_study
+from digitlab.study.trials import TrialStore
 
-DIGITLAB = Path(sys.executable).parent / "digitlab"
-HOST = "127.0.0.1"
 BESIDE = "127.0.0.2"  # of this machine too, so what listens to all addresses answers there
-
-
-# ---- what is tagged ------------------------------------------------------------------------------
-
-TWELVE = {
-    "model.widths": "choice([16,24,48],[16,32,48],[16,32,64])",
-    "model.hidden": "tag(log,int(interval(16,64)))",
-    "model.dropout": "interval(0,0.5)",
-    "data.batch_size": "choice(64,128,256)",
-    "data.augment.shift": "interval(0,3)",
-    "data.augment.rotate": "interval(0,20)",
-    "data.augment.scale": "interval(0,0.2)",
-    "optim.learning_rate": "tag(log,interval(0.003,0.03))",
-    "optim.weight_decay": "tag(log,interval(0.0001,0.1))",
-    "optim.label_smoothing": "interval(0,0.1)",
-    "optim.warmup": "interval(0.1,0.5)",
-    "trainer.epochs": "range(1,6)",
-}
-
-
-def state_of(tag: str) -> dict[str, Any]:
-    """The state of a saved view, unpacked as MLflow's page does it."""
-    kind, packed = json.loads(tag)["state"].split(";")
-    assert kind == "deflate"
-    return dict(json.loads(zlib.decompress(base64.b64decode(packed, validate=True))))
-
-
-def test_view_of_twelve_knobs_fits_into_a_tag_and_shows_them_all() -> None:
-    tags = view_tags(replace(configure().study, name="a-study_of.mine", space=TWELVE))
-    assert sorted(tags) == [
-        "mlflow.sharedViewState.digitlab-a-study_of.mine-charts",
-        "mlflow.sharedViewState.digitlab-a-study_of.mine-table",
-    ]
-    assert max(map(len, tags.values())) < 5000  # what MLflow takes
-    for key, tag in tags.items():
-        title = "charts" if key.endswith("charts") else "best first"
-        assert json.loads(tag)["name"] == f"a-study_of.mine: {title}"
-        state = state_of(tag)
-        assert "'a-study_of.mine'" in state["searchFilter"]
-        assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val_accuracy`", False)
-        columns = state["selectedColumns"]
-        assert len(set(columns)) == len(columns)
-        assert {f"params.`{knob}`" for knob in TWELVE} < set(columns)
-        assert state["columnOrder"] == columns
-        assert state["compareRunCharts"][0]["selectedParams"] == list(TWELVE)
-        sections = {section["uuid"] for section in state["compareRunSections"]}
-        assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
-        assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 3
-
-
-def test_addresses_name_the_views_that_are_tagged() -> None:
-    study = configure().study
-    keys = {key.removeprefix("mlflow.sharedViewState.") for key in view_tags(study)}
-    addresses = view_addresses("http://there/#/runs?a=b", study.name)
-    assert {address.split("viewStateShareKey=")[1] for address in addresses.values()} == keys
-    assert all(address.startswith("http://there/#/runs?a=b&") for address in addresses.values())
 
 
 def test_a_studys_text_tells_its_space_and_what_came_of_it() -> None:
@@ -111,51 +48,6 @@ def test_a_studys_text_tells_its_space_and_what_came_of_it() -> None:
 
 
 # ---- the servers ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    told: str  # what it printed when it began
-
-    def get(self, path: str, host: str = HOST, **headers: str) -> bytes:
-        request = urllib.request.Request(f"http://{host}:{self.port}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return bytes(answer.read())
-
-
-@contextmanager
-def served(command: str, lab: Path, path: str, log: Path) -> Iterator[Server]:
-    """`digitlab ui` or `dashboard`, as a person starts it, until it answers on a path."""
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [DIGITLAB, command, "--port", str(port)],
-            env=os.environ | {"DIGITLAB_HOME": str(lab)},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            server = Server(port, log.read_text())
-            try:
-                server.get(path)
-                break
-            except OSError as error:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"{error}: {server.told}") from error
-                time.sleep(0.1)
-        yield server
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +66,6 @@ def ui(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    yield from open_browser()
-
-
 @dataclass(frozen=True)
 class Looking:
     """A browser before the pages of a server."""
@@ -193,8 +80,8 @@ class Looking:
 
     def address(self, study: str, kind: str) -> str:
         """As the command has printed it."""
-        found = re.search(rf"^{study}, {kind}: (\S+)$", self.server.told, re.MULTILINE)
-        assert found, self.server.told
+        found = re.search(rf"^{study}, {kind}: (\S+)$", self.server.printed, re.MULTILINE)
+        assert found, self.server.printed
         return found[1]
 
     def path(self, path: str) -> str:
@@ -246,7 +133,7 @@ def test_table_lists_the_studys_trials_and_nothing_else_best_first(
     looking: Looking, whole: Study
 ) -> None:
     looking.open(looking.address("smoke", "table"))
-    rows = whole.search.rows()
+    rows = whole.store.rows()
     looking.wait_rows(len(rows))
     looking.page.get_by_text(f"{len(rows)} matching runs").wait_for()
     values = {f"smoke-{row.number}": row.value for row in rows if row.state == "finished"}
@@ -258,17 +145,17 @@ def test_table_lists_the_studys_trials_and_nothing_else_best_first(
     assert [float(text) for text in accuracies[: len(values)]] == best_first
     headers = looking.page.locator(".ag-header-cell")
     columns = headers.evaluate_all("cells => cells.map(cell => cell.getAttribute('col-id'))")
-    wanted = {f"params.`{knob}`" for knob in [*whole.config.study.space, "trainer.epochs"]}
+    wanted = {f"params.`{name}`" for name in [*whole.config.study.space, "trainer.epochs"]}
     wanted |= {f"metrics.`{name}`" for name in ("val_accuracy", "model_parameters", "seconds")}
     assert wanted < set(columns)
     numbers = {name: rows[int(name.removeprefix("smoke-"))] for name in names}
-    for knob in whole.config.study.space:
-        told = looking.column(f"params.`{knob}`")
-        assert told == [str(numbers[name].values[knob]) for name in names]
+    for key in whole.config.study.space:
+        shown = looking.column(f"params.`{key}`")
+        assert shown == [str(numbers[name].values[key]) for name in names]
     assert set(looking.column("params.`trainer.epochs`")) == {"2"}
 
 
-def test_charts_show_knobs_curves_and_accuracy_against_seconds(
+def test_charts_show_hyperparameters_curves_and_accuracy_against_seconds(
     looking: Looking, whole: Study
 ) -> None:
     looking.open(looking.address("smoke", "charts"))
@@ -282,7 +169,7 @@ def test_charts_show_knobs_curves_and_accuracy_against_seconds(
     axes = coordinates.locator("svg text").all_text_contents()
     assert {"model.hidden", "rung_accuracy"} <= set(axes)  # where all trials have one
     assert any(axis.startswith("optim") for axis in axes)  # it is shortened
-    finished = {row.number: row for row in whole.search.rows() if row.state == "finished"}
+    finished = {row.number: row for row in whole.store.rows() if row.state == "finished"}
     lines = curves.locator(".js-plotly-plot").evaluate(
         "plot => plot.data.map(line => [line.name, line.mode, line.x, line.y])"
     )
@@ -298,15 +185,15 @@ def test_charts_show_knobs_curves_and_accuracy_against_seconds(
 
 
 def test_both_views_stand_in_the_menu_and_open_from_it(looking: Looking, whole: Study) -> None:
-    found = re.search(r"^runs: +(\S+) ", looking.server.told, re.MULTILINE)
+    found = re.search(r"^runs: +(\S+) ", looking.server.printed, re.MULTILINE)
     assert found
     looking.open(found[1])
     looking.page.get_by_role("button", name="Views").click()
     items = looking.page.get_by_role("menuitem").all_inner_texts()
     assert {"smoke: best first", "smoke: charts"} <= set(items)
     looking.page.get_by_role("menuitem", name="smoke: best first").click()
-    looking.wait_rows(len(whole.search.rows()))
-    assert set(looking.column(NAME)) == {f"smoke-{r.number}" for r in whole.search.rows()}
+    looking.wait_rows(len(whole.store.rows()))
+    assert set(looking.column(NAME)) == {f"smoke-{r.number}" for r in whole.store.rows()}
 
 
 def test_runs_page_lists_studies_and_unfolds_their_runs(looking: Looking, whole: Study) -> None:
@@ -315,16 +202,16 @@ def test_runs_page_lists_studies_and_unfolds_their_runs(looking: Looking, whole:
     assert looking.column(NAME) == ["stopped", "smoke"]
     row = looking.page.locator(".ag-row", has_text="smoke")
     row.locator("button[data-component-id*=runnamecell]").click()
-    children = whole.tracking.find({"digitlab.study": "smoke"})
+    children = whole.runs()
     looking.wait_rows(1 + len(children))
     names = looking.column(NAME)
     assert sorted(names) == sorted(["stopped", *(run.name for run in children)])
     assert names.index("smoke") < min(names.index(f"smoke-{n}") for n in range(6))
 
 
-def test_two_trials_side_by_side_show_the_knobs(looking: Looking, whole: Study) -> None:
-    rows = [row for row in whole.search.rows() if row.state == "finished"][:2]
-    ids = [whole.tracking.get(f"smoke-{row.number}").run_id for row in rows]
+def test_two_trials_side_by_side_show_the_hyperparameters(looking: Looking, whole: Study) -> None:
+    rows = [row for row in whole.store.rows() if row.state == "finished"][:2]
+    ids = [whole.trial_run(row.number).run_id for row in rows]
     looking.open(looking.path(f'/compare-runs?runs={json.dumps(ids)}&experiments=["1"]'))
     plot = looking.page.locator(".js-plotly-plot").first
     plot.locator("svg").first.wait_for()
@@ -339,13 +226,13 @@ def test_two_trials_side_by_side_show_the_knobs(looking: Looking, whole: Study) 
 def test_page_of_a_study_tells_its_space_its_champion_and_the_commands(
     looking: Looking, whole: Study
 ) -> None:
-    run = whole.search.notes()["run_id"]
-    champion = whole.search.notes()["champion"]
+    run = whole.store.notes()["run_id"]
+    champion = whole.store.notes()["champion"]
     looking.open(looking.path(f"/experiments/1/runs/{run}"))
     page = looking.page
     page.get_by_role("heading", name="Study smoke").wait_for()
-    knobs = [page.locator("table", has_text="searched").locator("tr").nth(i) for i in (1, 2)]
-    assert {row.inner_text().split()[0] for row in knobs} == set(whole.config.study.space)
+    lines = [page.locator("table", has_text="searched").locator("tr").nth(i) for i in (1, 2)]
+    assert {line.inner_text().split()[0] for line in lines} == set(whole.config.study.space)
     told = page.locator("pre", has_text="champion: trial").inner_text()
     assert f"champion: trial {champion['trial']} (" in told
     assert f"make reproduce RUN={champion['run_id']}" in told
@@ -356,7 +243,7 @@ def test_page_of_a_study_tells_its_space_its_champion_and_the_commands(
 
 
 def test_report_is_among_the_studys_artifacts_and_opens(looking: Looking, whole: Study) -> None:
-    run = whole.search.notes()["run_id"]
+    run = whole.store.notes()["run_id"]
     looking.open(looking.path(f"/experiments/1/runs/{run}/artifacts"))
     looking.page.get_by_text("report.html", exact=True).click()
     page = looking.page.frame_locator("iframe")
@@ -365,9 +252,9 @@ def test_report_is_among_the_studys_artifacts_and_opens(looking: Looking, whole:
 
 
 def test_film_of_a_trial_opens_among_its_artifacts(looking: Looking, whole: Study) -> None:
-    row = next(row for row in whole.search.rows() if row.state == "finished")
-    run = whole.tracking.get(f"smoke-{row.number}").run_id
-    picture = whole.tracking.artifact(run, "pictures/evolution.png")
+    row = next(row for row in whole.store.rows() if row.state == "finished")
+    run = whole.trial_run(row.number).run_id
+    picture = whole.tracker.artifact(run, "pictures/evolution.png")
     looking.open(looking.path(f"/experiments/1/runs/{run}/artifacts/pictures/evolution.png"))
     looking.page.wait_for_function(
         "width => [...document.images].some(i => i.src.startsWith('blob:') && "
@@ -398,7 +285,7 @@ def test_ui_answers_to_this_machine_alone(ui: Server) -> None:
 
 def test_dashboard_shows_the_studies_to_this_machine_alone(lab: Path, tmp_path: Path) -> None:
     with served("dashboard", lab, "/api/studies", tmp_path / "log") as server:
-        assert f"http://{HOST}:{server.port}" in server.told
+        assert f"http://{HOST}:{server.port}" in server.printed
         told = json.loads(server.get("/api/studies"))["study_summaries"]
         assert {study["study_name"] for study in told} == {"smoke", "stopped"}
         study = next(study for study in told if study["study_name"] == "smoke")
@@ -437,34 +324,32 @@ def test_password_of_the_storage_is_on_no_command_line(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dashboard is served by this process; it becomes no other that is given the address."""
-    become: list[object] = []
-    monkeypatch.setattr(os, "execv", lambda *given: become.append(given))
-    monkeypatch.setattr(ui_pages._Server, "serve_forever", lambda *_: None)
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
-    assert ui_pages.dashboard(lab, port) == 130
-    assert become == []
+    started: list[object] = []
+    monkeypatch.setattr(os, "execv", lambda *given: started.append(given))
+    monkeypatch.setattr(ui_pages._Server, "serve_forever", lambda *_: started.append("here"))
+    assert ui_pages.dashboard(lab, free_port()) == 130
+    assert started == ["here"]
+
+
+@pytest.fixture
+def call(lab: Path, call_in: CallIn) -> Call:
+    return call_in(lab)
 
 
 @pytest.mark.parametrize("command", ["ui", "dashboard"])
-def test_port_that_is_taken_is_told_in_one_line(
-    command: str, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("DIGITLAB_HOME", str(lab))
+def test_port_that_is_taken_is_reported_in_one_line(call: Call, command: str) -> None:
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-        assert main([command, "--port", str(port)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert f"--port={port}: taken" in told.err
-    advice = re.search(r"\((make [^)]*)\)", told.err)
+        status, out, err = call(command, "--port", str(port))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"--port={port}: taken" in err
+    advice = re.search(r"\((make [^)]*)\)", err)
     assert advice
     dry = [*shlex.split(advice[1]), "--dry-run", "--no-print-directory"]
     done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert f"{command} --port {port + 1}" in done.stdout, advice[1]
-    assert told.err.count("\n") == 1
-    assert main([command, "--port", "70000"]) == 2
-    assert "1 to 65535" in capsys.readouterr().err
+    status, _, err = call(command, "--port", "70000")
+    assert (status, "1 to 65535" in err) == (2, True)
 
 
 # ---- a large study -------------------------------------------------------------------------------
@@ -480,16 +365,16 @@ def fill(lab: Path) -> Study:
     config, environment = composed.config, {"commit": "c0ffee", "libraries": {}}
     config.study.trials = MANY
     lab.mkdir(exist_ok=True)
-    tracking = open_tracking(config, lab)
-    search = Search(open_storage(lab), config)
-    tracking.lay_out(view_tags(config.study))
+    store = TrialStore(open_storage(lab), config)
+    records = open_records(config, lab)
+    records.tracker.set_experiment_tags(view_tags(config.study))
     tags = {"mlflow.note.content": describe_study(config, composed.overrides)}
-    tags["digitlab.study"] = "large"
+    tags |= {"digitlab.study": "large", "digitlab.study_id": store.study_id}
     whole = Identity("large", "study", tags, None, composed.overrides, environment)
-    record = begin_record(tracking, config, whole)
-    record.keep(stage(lab, config, whole))
-    search.note("run_id", record.run_id)
-    search.note("config", config_to_yaml(config))
+    study = RunRecorder(records.outbox, config, whole)
+    run_id = study.run_id(60)
+    store.note("run_id", run_id)
+    store.note("config", config_to_yaml(config))
     chance = np.random.default_rng(1)
     for number in range(MANY):
         values = {
@@ -503,15 +388,16 @@ def fill(lab: Path) -> Study:
         metrics |= {"training_flops": 1e12, "val_accuracy": curve[-1]}
         shown = replace(config, optim=replace(config.optim))
         shown.optim.learning_rate = values["optim.learning_rate"]
-        identity = Identity(f"large-{number}", "trial", trial_tags("large", number), record.run_id)
-        run = begin_record(tracking, shown, identity)
+        tags = trial_tags(store.study_id, "large", number, 1)
+        run = RunRecorder(records.outbox, shown, Identity(f"large-{number}", "trial", tags, run_id))
         for epoch, accuracy in enumerate(curve, 1):
-            run.log({"val_accuracy": accuracy, "train_loss": 1 / epoch}, epoch)
-        run.log(metrics, values["trainer.epochs"])
-        run.end("finished")
-        search.add(values, curve[-1], {"metrics": metrics, "curve": curve})
-    record.end("finished")
-    return Study(search, config, tracking, lab)
+            run.epoch(epoch, {"val_accuracy": accuracy, "train_loss": 1 / epoch})
+        run.end("finished", metrics=metrics)
+        store.add(values, curve[-1], {"metrics": metrics, "curve": curve})
+    study.end("finished")
+    assert records.outbox.flush(300) == 0
+    records.outbox.close()
+    return Study(store, config, open_tracker(config, lab), lab)
 
 
 def timed(what: str, limit: float, do: Callable[[], Any], times: int = 1) -> Any:
@@ -538,7 +424,7 @@ def test_pages_of_five_hundred_trials_come_at_once(
     page = timed("report", 5, study.report, times=2)
     print(f"report of {MANY} trials: {len(page) / 1e6:.2f} MB")
     assert len(page) < 6e6
-    run = study.tracking.get("large-7").run_id
+    run = study.tracker.get("large-7").run_id
     with served("ui", study.lab, "/health", tmp_path / "log") as server:
         looking = look_at(browser, server)
         shown = looking.page

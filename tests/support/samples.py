@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from digitlab.config.types import Config
 from digitlab.records.record import Identity, RunRecorder, open_records, open_tracker, trial_tags
 from digitlab.records.store import NoTracker, RunRow, Tracker
 from digitlab.results.report import report
+from digitlab.study.run import train
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialStore, load_study
 
@@ -28,22 +29,49 @@ WHOLE += ["study.final_seeds=2", "study.retries=1"]
 METRICS = {"model_parameters": 1234.0, "seconds": 2.5, "val_accuracy": 0.5, "training_flops": 1e9}
 
 
+# A network that reads drawn digits, and one that learned little.
+LEARNED = ["experiments=smoke", "data=sample", "study.name=read", "trainer.epochs=30"]
+LEARNED += ["model.widths=[16,32]", "data.batch_size=64", "data.augment.shift=2"]
+LEARNED += ["data.augment.rotate=15", "data.augment.scale=0.2", "data.augment.shear=10"]
+HASTY = ["experiments=smoke", "data=sample", "study.name=hasty", "model.widths=[3,4,5]"]
+
+
 def studies(factory: pytest.TempPathFactory) -> Path:
     """A lab with a study that was run to its end, `smoke`, and one that was not, `stopped`.
 
-    The test process that needs it first makes it; nobody may change it but for reports.
+    Nobody may change it but for reports.
     """
+    return _made_once(factory, "studies", _run_studies)
+
+
+def readers(factory: pytest.TempPathFactory) -> Path:
+    """A copy of a lab with two trained networks, the runs `read-seed-0` and `hasty-seed-0`."""
+    lab = _made_once(factory, "readers", _train_readers)
+    return shutil.copytree(lab, factory.mktemp("copied") / "lab")
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A lab that the test process makes that needs it first."""
     mine = factory.getbasetemp()
     place = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
-    lab = place / "studies"
-    with FileLock(place / "studies.lock"):
+    lab = place / name
+    with FileLock(place / f"{name}.lock"):
         if not lab.exists():
-            copy_digits(lab)
-            if Parent(lab, WHOLE).wait() == 0:
-                stop_in_the_middle(lab)
-                (lab / "made").touch()
-        assert (lab / "made").exists(), (lab / "log.txt").read_text()
+            make(copy_digits(lab))
+            (lab / "made").touch()
+    assert (lab / "made").exists(), f"{lab} was not made: another test process has failed to"
     return lab
+
+
+def _run_studies(lab: Path) -> None:
+    parent = Parent(lab, WHOLE)
+    assert parent.wait() == 0, parent.log.read_text()
+    stop_in_the_middle(lab)
+
+
+def _train_readers(lab: Path) -> None:
+    for overrides in (LEARNED, HASTY):
+        assert train(compose("train", overrides)[0], lab) == 0
 
 
 def copy_digits(lab: Path) -> Path:
