@@ -99,7 +99,7 @@ def main(runs: list[str]) -> None:
         true = (said == test.labels).double()
         parts = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
         gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
-        print(f"{name}: temperature {predictor.calibration.temperature:.2f}, says {sure.mean():.2%}, "
+        print(f"{name}: T {predictor.calibration.temperature:.2f}, says {sure.mean():.2%}, "
               f"is right in {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
     things = {
         "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],

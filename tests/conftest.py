@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import hypothesis
@@ -76,23 +75,18 @@ def call_in(
 LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a study imports
 
 
-def fork(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
-    """Start a process from one that has imported everything, `hooks` among it."""
-    processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 class Parent:
     """`digitlab sweep` in a process of its own, forked from one that has imported everything.
 
-    It works in the folder of its lab, where `hooks` looks for orders.
+    It works in the folder of its lab, where `hooks` looks for orders. `command` may be train.
     """
 
-    def __init__(self, lab: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, lab: Path, overrides: Sequence[str], command: str = "sweep") -> None:
         self.log = lab / "log.txt"
-        self.process = fork(_sweep, lab, list(overrides))
+        processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=_run, args=(lab, command, list(overrides)))
+        self.process.start()
 
     def wait(self, seconds: float = 120) -> int | None:
         self.process.join(seconds)
@@ -114,10 +108,11 @@ def until(condition: Callable[[], bool], parent: Parent) -> None:
             assert condition(), parent.log.read_text()[-2000:]
 
 
-def _sweep(lab: Path, overrides: list[str]) -> None:
+def _run(lab: Path, command: str, overrides: list[str]) -> None:
     from digitlab.config.compose import compose
     from digitlab.results.publish import publish
     from digitlab.study.driver import sweep
+    from digitlab.study.run import train
 
     # This process was forked from the fork server, and lets it fork the workers too.
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None
@@ -131,7 +126,8 @@ def _sweep(lab: Path, overrides: list[str]) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            status = sweep(compose("sweep", overrides)[0], lab, publish)
+            composed = compose(command, overrides)[0]
+            status = sweep(composed, lab, publish) if command == "sweep" else train(composed, lab)
         except UserError as error:
             print(error)
             status = 2

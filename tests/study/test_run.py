@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, CallIn, fork
+from conftest import DATA, CallIn, Parent
 from samples import copy_digits
 
 from digitlab.base import faults
@@ -221,16 +221,7 @@ def test_data_that_are_missing_or_too_few_are_refused_before_anything_is_recorde
 def killed_at(lab: Path, point: str) -> None:
     """A training whose process kills itself at a fault point."""
     (lab / "faults.json").write_text(json.dumps({"kill_at": {"point": point}}))
-    process = fork(train_there, lab, [*SMALL, "trainer.epochs=5000"])
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
-def train_there(lab: Path, overrides: list[str]) -> None:
-    os.chdir(lab)  # where `hooks` looks for orders
-    with open("log.txt", "a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        train(compose("train", overrides)[0], lab)
+    assert Parent(lab, [*SMALL, "trainer.epochs=5000"], "train").wait() == -signal.SIGKILL
 
 
 # Before the tracker has the run, and after.

@@ -3,12 +3,14 @@
 Preloaded where workers are forked from, or named by DIGITLAB_FAULTS. A process that works in the
 folder of a lab without orders does nothing. Jobs are numbered from 1 over all workers of a lab.
 
-    {"kill": {"probability": p, "left": n, "seed": s, "points": [...]}}
-        kill itself with probability p at each point, at most n times in all; `killed` lists them
+    {"kill": {"probability": {role: p}, "left": n, "seed": s}}
+        kill itself with its role's probability at each point, n times in all; `killed` lists them
     {"kill_at": {"point": name, "count": n}}    kill itself once, at the n-th call of that point
-    {"hang": {"point": name, "jobs": [n, ...]}, "raise": {the same}}
+    {"hang": {"point": name, "jobs": [n, ...]}, "raise": {the same}, "die": {the same}}
+    {"record": true}    note each point that the driver passes in `points`
 
-Every opening of a test file is noted in `opened`, with the role of the process.
+A role is driver or worker. Every opening of a test file is noted in `opened`, with the role of the
+process, and every worker's process in `workers`.
 """
 
 import json
@@ -30,17 +32,23 @@ def hook(name: str) -> None:
     _counts[name] = _counts.get(name, 0) + 1
     if name == "worker.started":
         _state["role"] = "worker"
+        _append("workers", str(os.getpid()))
+        return  # three deaths before a worker is ready end a study
     if not Path("faults.json").exists():
         return
     if name == "job.started":
         _state["job"] = _next_job()
     orders = json.loads(Path("faults.json").read_text())
+    if orders.get("record") and _state["role"] == "driver":
+        _append("points", name)
     _kill(name, orders)
-    for what in ("hang", "raise"):
+    for what in ("hang", "raise", "die"):
         order = orders.get(what, {})
         if order.get("point") == name and _state["job"] in order["jobs"]:
             if what == "raise":
                 raise RuntimeError(f"raised at {name}")
+            if what == "die":
+                _die(name)
             while True:
                 time.sleep(3600)
 
@@ -58,9 +66,8 @@ def _kill(name: str, orders: dict[str, Any]) -> None:
         order = orders["kill"]
         if "chance" not in _state:  # another in each process, the same in each repetition
             _state["chance"] = random.Random(f"{order['seed']}/{len(lines)}/{_state['role']}")
-        points = order.get("points", [name])
-        struck = _state["chance"].random() < order["probability"]
-        if name in points and struck and len(lines) < order["left"]:
+        struck = _state["chance"].random() < order["probability"][_state["role"]]
+        if struck and len(lines) < order["left"]:
             _die(name)
     exact = orders.get("kill_at", {})
     if exact.get("point") == name and _counts[name] == exact.get("count", 1) and not lines:
@@ -68,15 +75,18 @@ def _kill(name: str, orders: dict[str, Any]) -> None:
 
 
 def _die(name: str) -> None:
-    with open("killed", "a") as file:
-        file.write(f"{_state['role']} {name}\n")
+    _append("killed", f"{_state['role']} {name}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _note_test_files(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and "t10k" in str(arguments[0]):
-        with open("opened", "a") as file:
-            file.write(f"{_state['role']} {Path(str(arguments[0])).name}\n")
+        _append("opened", f"{_state['role']} {Path(str(arguments[0])).name}")
+
+
+def _append(path: str, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
 
 
 if __name__ == "hooks":  # preloaded
