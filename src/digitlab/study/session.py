@@ -15,6 +15,7 @@ from digitlab.config.types import Config, Tracker
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.records.record import Identity, Records, RunRecorder, open_records, trial_tags
 from digitlab.records.spool import RunSpool
+from digitlab.records.views import view_tags
 from digitlab.study.fingerprint import check_fingerprint
 from digitlab.study.storage import LeaderLock, leader_lock, open_storage, study_names
 from digitlab.study.summary import describe_study
@@ -127,6 +128,7 @@ def _open_parent_run(session: StudySession) -> None:
     if known is None:  # or a call that was killed has created it and not noted it
         known = next((run.run_id for run in records.tracker.find(mine)), None)
     if known is None:
+        records.tracker.set_experiment_tags(view_tags(session.config.study))
         note = describe_study(session.config, session.overrides)
         tags = mine | {"digitlab.study": name, "mlflow.note.content": note}
         identity = session.identity("study", name, tags)
