@@ -414,7 +414,7 @@ def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
     predictor: Predictor,
 ) -> None:
     read, made_up = hammer(predictor, 150, 1)
-    assert 30 < read < 140
+    assert 10 < read < 140
     assert made_up <= read // 25  # by a network and a calibration that know 1,600 digits
 
 
