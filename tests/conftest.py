@@ -6,8 +6,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import hypothesis
 import pytest
@@ -32,12 +33,17 @@ os.environ["PYTHONPATH"] = f"{HERE.parent / 'src'}:{HERE / 'support'}"
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty lab but for the sample of digits; also what the command line takes for its lab."""
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty lab but for the sample of digits; also what the command line takes for its lab.
+
+    Studies that a failing test has left in it are killed.
+    """
     folder = tmp_path / "lab"
     shutil.copytree(DATA, folder / "data" / "sample", ignore=shutil.ignore_patterns("*.md"))
     monkeypatch.setenv("DIGITLAB_HOME", str(folder))
-    return folder
+    yield folder
+    while Parent.started:
+        Parent.started.pop().kill()
 
 
 Call = Callable[..., tuple[int, str, str]]
@@ -81,12 +87,16 @@ class Parent:
     It works in the folder of its lab, where `hooks` looks for orders. `command` may be train.
     """
 
+    started: ClassVar[list["Parent"]] = []
+
     def __init__(self, lab: Path, overrides: Sequence[str], command: str = "sweep") -> None:
         self.log = lab / "log.txt"
+        self.log.touch()
         processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
         context = multiprocessing.get_context("forkserver")
         self.process = context.Process(target=_run, args=(lab, command, list(overrides)))
         self.process.start()
+        Parent.started.append(self)
 
     def wait(self, seconds: float = 120) -> int | None:
         self.process.join(seconds)

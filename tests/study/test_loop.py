@@ -9,7 +9,7 @@ from scripted import Script, ScriptedWorkers, succeed
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.study.loop import Ending, JobLoop, Task
-from digitlab.workers.base import Epoch, Failed, Job, Lost, Progress, Rung, Started
+from digitlab.workers.base import Epoch, Failed, Job, Lost, Progress, Refused, Rung, Started
 
 
 class Recorder:
@@ -117,6 +117,23 @@ def test_a_stop_cancels_what_runs_once_and_charges_nothing(config) -> None:
     assert [ending.state for _, ending in endings] == ["interrupted"]
     assert not endings[0][1].is_charged
     assert len(workers.submitted) == 1  # nothing more was started
+
+
+def test_a_worker_that_cannot_serve_is_reported_and_the_others_go_on(config) -> None:
+    reasons: list[str] = []
+
+    class WithStranger(ScriptedWorkers):
+        def start(self) -> None:
+            super().start()
+            self.ready.append((1, Refused("its source code is another")))
+
+    task = Task("task", Job(config), Recorder())  # type: ignore[arg-type]
+    waiting, ended = [task], []
+    with WithStranger(lambda _: succeed()) as workers:
+        loop = JobLoop(workers, StopSignal(), refused=reasons.append)
+        loop.run(lambda: waiting.pop() if waiting else None, lambda _, end: ended.append(end))
+    assert reasons == ["its source code is another"]
+    assert ended == [Ending("finished")]
 
 
 def test_a_task_that_takes_too_long_has_failed_for_good(config) -> None:

@@ -560,12 +560,12 @@ class RayCluster:
     def labs(self) -> list[Path]:
         return [node.lab for node in self.nodes]
 
-    def add(self, cpus: int = 1) -> RayNode:
-        """One more node; the first is the head."""
+    def add(self, cpus: int = 1, **environment: str) -> RayNode:
+        """One more node, with more in its environment; the first is the head."""
         number = len(self.nodes)
         node = RayNode(self.folder / str(number), self._host(number))
         self.nodes.append(node)
-        self._start(node, cpus, self.environment)
+        self._start(node, cpus, self.environment | environment)
         return node
 
     def _host(self, number: int) -> str:
@@ -605,9 +605,8 @@ class RayCluster:
                 env=clean_environment(
                     node.folder,
                     DIGITLAB_HOME=str(node.lab),
-                    PYTHONPATH=str(ROOT / "src"),
                     SPT_NOENV="1",  # a worker's new title would overwrite its environment
-                    **environment,
+                    **{"PYTHONPATH": str(ROOT / "src"), **environment},
                 ),
                 cwd=node.folder,
                 stdin=subprocess.DEVNULL,

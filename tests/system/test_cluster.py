@@ -8,28 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hooks
 import pytest
-from conftest import DATA, TINY
+from conftest import DATA, SHARE, TINY
 
 from digitlab.base.paths import ROOT
-from digitlab.config.compose import compose
-from digitlab.study.storage import open_storage
-from digitlab.study.trials import Search, TrialRow
+from digitlab.study.trials import TrialRow, load_study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DIGITLAB = Path(sys.executable).with_name("digitlab")
-STUDY = ["study.sampler=random", "study.final_seeds=1", "study.confirm_seeds=1"]
+STUDY = [*TINY, "study.sampler=random", "study.pruner=none"]
+TRIALS = max(12, int(60 * SHARE))
+WAIT_S = 300.0  # for what must come: only a failing test takes so long
 
 
 class Site:
-    """A driver and workers, each with a lab of its own, on one storage and one tracker."""
+    """Machines, each with a lab of its own, on one storage and one tracker."""
 
     def __init__(self, folder: Path, postgres: Any, mlflow: Any) -> None:
         self.folder, self.postgres, self.mlflow = folder, postgres, mlflow
@@ -40,20 +40,17 @@ class Site:
     def lab(self, name: str) -> Path:
         lab = self.folder / name
         if not lab.exists():
-            ignore = shutil.ignore_patterns("*.md")
-            shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore)
+            copy_data(lab)
         return lab
 
-    def start(
-        self, lab: str, *arguments: str, prefix: Sequence[str] = (), **environment: str
-    ) -> subprocess.Popen[str]:
+    def start(self, lab: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """`digitlab` in a process of its own; what it prints goes to `log` in its lab."""
         place = {"DIGITLAB_HOME": str(self.lab(lab)), "PYTHONPATH": str(ROOT / "src")}
-        secrets = {k: v for k, v in self.secrets.items() if k not in environment}
         with open(self.lab(lab) / "log", "a") as log:
             process = subprocess.Popen(
-                [*prefix, str(DIGITLAB), *arguments],
-                env=os.environ | place | secrets | environment,
+                [str(DIGITLAB), *arguments],
+                env=os.environ | place | self.secrets | environment,
+                cwd=self.lab(lab),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -62,61 +59,77 @@ class Site:
         self.processes.append(process)
         return process
 
-    @cached_property
-    def search(self) -> Search:
-        config = compose("sweep", [*TINY, *STUDY])[0].config
-        storage = open_storage(self.folder, self.address, 60)
-        return Search(storage, config)
+    def sweep(
+        self, trials: int, *overrides: str, lab: str = "driver", **environment: str
+    ) -> subprocess.Popen[str]:
+        stores = [f"study.storage={self.address}", f"tracking.uri={self.mlflow.uri}"]
+        arguments = [*STUDY, *stores, f"study.trials={trials}", *overrides]
+        return self.start(lab, "sweep", *arguments, **environment)
+
+    def audit(self, lab: str = "audit", *flags: str) -> tuple[int, str]:
+        before = len(self.log(lab))
+        audit = self.start(lab, "audit", "smoke", *flags, DIGITLAB_STORAGE=self.address)
+        return self.wait(audit), self.log(lab)[before:]
 
     def rows(self) -> list[TrialRow]:
-        return self.search.rows()
+        try:
+            store, _ = load_study(self.folder, "smoke", self.address)
+        except ValueError:  # it does not exist yet
+            return []
+        store.storage.engine.dispose()
+        return store.rows()
 
-    def until(self, ended: int, seconds: float = 300) -> None:
-        """Wait until so many trials have ended."""
-        deadline = time.monotonic() + seconds
-        while sum(row.ended for row in self.rows()) < ended:
-            assert time.monotonic() < deadline, self.told()
-            time.sleep(0.3)
+    def ended(self) -> int:
+        return sum(row.is_ended for row in self.rows())
+
+    def until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+        """Wait until something holds, for as long as the process runs."""
+        while not condition():
+            assert process.poll() is None, self.logs()
+            time.sleep(0.2)
 
     def log(self, lab: str) -> str:
-        return (self.lab(lab) / "log").read_text()
+        path = self.lab(lab) / "log"
+        return path.read_text() if path.exists() else ""
 
-    def told(self) -> str:
+    def logs(self) -> str:
         logs = sorted(self.folder.glob("*/log"))
         return "\n".join(f"-- {log.parent.name}\n{log.read_text()[-2000:]}" for log in logs)
 
-    def wait(self, process: subprocess.Popen[str], seconds: float = 400) -> int:
+    def wait(self, process: subprocess.Popen[str], seconds: float = WAIT_S) -> int:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end after {seconds} s\n{self.told()}") from None
+            raise AssertionError(f"no end after {seconds} s\n{self.logs()}") from None
 
     def assert_whole(self, total: int) -> None:
         """An exact total, and both stores agree on every trial, by `digitlab audit`."""
         rows = self.rows()
         assert [row.number for row in rows] == list(range(total))
-        assert all(row.ended for row in rows)
-        place = {"DIGITLAB_STORAGE": self.address, "MLFLOW_TRACKING_URI": self.mlflow.uri}
-        audit = self.start("audit", "audit", "smoke", "--json", **place)
-        status = self.wait(audit)
-        told = self.log("audit")
-        assert status == 0, told
-        assert json.loads(told)["problems"] == []
+        assert {row.state for row in rows} == {"finished"}
+        status, text = self.audit("audit", "--json")
+        assert status == 0, text
+        assert json.loads(text)["problems"] == []
+        assert not list(self.folder.glob("*/outbox/*"))
 
     def close(self) -> None:
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        assert self.search.engine is not None
-        self.search.engine.dispose()
+
+
+def copy_data(lab: Path) -> None:
+    ignore = shutil.ignore_patterns("*.md")
+    shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore, dirs_exist_ok=True)
 
 
 @pytest.fixture
 def site(
     tmp_path: Path, postgres: Any, mlflow_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
-    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    for name, value in {"PGPASSWORD": postgres.password, **mlflow_server.credentials}.items():
+        monkeypatch.setenv(name, value)
     site = Site(tmp_path, postgres, mlflow_server)
     yield site
     site.close()
@@ -125,7 +138,7 @@ def site(
 def no_secret_is_recorded(site: Site) -> None:
     """Neither password stands in a lab, a log, an artifact, or either database."""
     secrets = [secret.encode() for secret in site.secrets.values() if len(secret) > 8]
-    assert secrets
+    assert len(secrets) == 2
     for path in site.folder.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
@@ -134,48 +147,127 @@ def no_secret_is_recorded(site: Site) -> None:
     assert not any(secret in dump for secret in secrets)
 
 
-def ray_sweep(site: Site, cluster: Any, trials: int, *overrides: str) -> subprocess.Popen[str]:
-    workers = ["launcher=ray", f"launcher.address={cluster.address}", "launcher.workers=2"]
-    stores = [f"study.storage={site.address}", f"tracking.uri={site.mlflow.uri}"]
-    total = f"study.trials={trials}"
-    arguments = [*TINY, *STUDY, *stores, total, *workers, *overrides]
-    return site.start("driver", "sweep", *arguments, **cluster.environment)
+def test_mlflow_is_away_and_postgresql_crashes_in_the_middle(site: Site) -> None:
+    # Passwords stand in the lab's .env alone, as on a machine of a person's.
+    secrets, site.secrets = site.secrets, {}
+    (site.lab("driver") / ".env").write_text("".join(f"{k}={v}\n" for k, v in secrets.items()))
+    driver = site.sweep(TRIALS, "study.workers=2")
+    site.until(lambda: site.ended() >= 2, driver)
+    site.mlflow.stop()
+    before = site.ended()
+    site.until(lambda: site.ended() >= before + 4, driver)  # nothing waits for it
+    site.postgres.stop("immediate")
+    site.postgres.start()
+    before = site.ended()
+    site.until(lambda: site.ended() >= before + 2, driver)
+    site.mlflow.start()
+    assert site.wait(driver) == 0, site.logs()
+    (site.lab("driver") / ".env").unlink()
+    site.secrets = secrets
+    site.assert_whole(TRIALS)
+    no_secret_is_recorded(site)
+
+
+def test_one_machine_leads_and_hears_ctrl_c_while_postgresql_is_away(site: Site) -> None:
+    (site.lab("driver") / "faults.json").write_text(json.dumps({"record": True}))
+    driver = site.sweep(100_000, "study.workers=2", DIGITLAB_FAULTS=str(hooks.__file__))
+    site.until(lambda: site.ended() >= 1, driver)
+
+    second = site.sweep(100_000, lab="second")
+    assert site.wait(second) == 2, site.logs()
+    assert "study.name=smoke is in use" in site.log("second")
+    for flags in ([], ["--repair"]):
+        status, text = site.audit("third", *flags)
+        assert status == 2
+        assert "study.name=smoke is in use" in text
+
+    site.postgres.stop("fast")
+    site.until(lambda: is_writing(site.lab("driver") / "points"), driver)
+    os.kill(driver.pid, signal.SIGINT)
+    begun = time.monotonic()
+    assert site.wait(driver) == 130, site.logs()
+    assert time.monotonic() - begun < 60, "far less than an outage may last"
+    assert "Traceback" not in site.log("driver")
+
+    site.postgres.start()
+    total = max(4, len(site.rows()))
+    assert site.wait(site.sweep(total)) == 0, site.logs()
+    site.assert_whole(total)
+
+
+def is_writing(points: Path) -> bool:
+    """Whether the driver's last point is one before a write to the storage."""
+    trial = [point for point in points.read_text().split() if point.startswith("trial.")]
+    return trial[-1] in ("trial.before_tell", "trial.drawn")
+
+
+# Ray
 
 
 def prepare_nodes(cluster: Any) -> None:
     for lab in cluster.labs:
-        ignore = shutil.ignore_patterns("*.md")
-        shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore, dirs_exist_ok=True)
+        copy_data(lab)
+
+
+def ray_sweep(site: Site, cluster: Any, trials: int, workers: int = 2) -> subprocess.Popen[str]:
+    ray = ["launcher=ray", f"launcher.address={cluster.address}", f"launcher.workers={workers}"]
+    return site.sweep(trials, *ray, **cluster.environment)
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("DIGITLAB_REPEATS", "1"))))
-def test_ray_node_is_killed_at_a_random_time(
-    site: Site, start_ray: Callable[[], Any], seed: int
+def test_a_ray_node_is_killed_at_a_random_trial(
+    site: Site, start_ray: Callable[..., Any], seed: int
 ) -> None:
     cluster = start_ray()
     prepare_nodes(cluster)
-    driver = ray_sweep(site, cluster, 60)
-    site.until(random.Random(seed).randint(3, 40))
+    driver = ray_sweep(site, cluster, TRIALS)
+    count = random.Random(seed).randint(3, TRIALS // 2)
+    site.until(lambda: site.ended() >= count, driver)
     cluster.kill(1)
-    assert site.wait(driver) == 0, site.told()
-    site.assert_whole(60)
-    no_secret_is_recorded(site)
+    assert site.wait(driver) == 0, site.logs()
+    site.assert_whole(TRIALS)
+    assert {row.notes.get("charged", 0) for row in site.rows()} == {0}
 
 
-def test_ray_study_is_stopped_and_its_driver_killed_and_goes_on(
-    site: Site, start_ray: Callable[[], Any]
+def test_a_study_on_ray_is_stopped_and_its_driver_killed_and_goes_on(
+    site: Site, start_ray: Callable[..., Any]
 ) -> None:
-    cluster = start_ray()
+    cluster = start_ray(nodes=1, cpus=2)
     prepare_nodes(cluster)
-    driver = ray_sweep(site, cluster, 40)
-    site.until(5)
+    driver = ray_sweep(site, cluster, TRIALS)
+    site.until(lambda: site.ended() >= 3, driver)
     os.kill(driver.pid, signal.SIGINT)
-    assert site.wait(driver, 120) == 130, site.told()
-    ended = sum(row.ended for row in site.rows())
+    assert site.wait(driver) == 130, site.logs()
+    ended = site.ended()
     assert not any(row.state == "running" for row in site.rows())
-    driver = ray_sweep(site, cluster, 40)
-    site.until(ended + 8)
+    driver = ray_sweep(site, cluster, TRIALS)
+    site.until(lambda: site.ended() >= min(TRIALS - 2, ended + 3), driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert site.wait(ray_sweep(site, cluster, 40)) == 0, site.told()
-    site.assert_whole(40)
+    assert site.wait(ray_sweep(site, cluster, TRIALS)) == 0, site.logs()
+    site.assert_whole(TRIALS)
+
+
+def test_nodes_with_other_data_or_code_are_refused_and_the_study_goes_on(
+    site: Site, start_ray: Callable[..., Any], tmp_path: Path
+) -> None:
+    cluster = start_ray(nodes=2)
+    prepare_nodes(cluster)
+    images = cluster.labs[1] / "data/sample/train-images-idx3-ubyte"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    shutil.copytree(ROOT / "src", tmp_path / "code" / "src")
+    with open(tmp_path / "code/src/digitlab/training/fit.py", "a") as file:
+        file.write("# another version\n")
+    for name in ("conf", "experiments"):
+        (tmp_path / "code" / name).symlink_to(ROOT / name)
+    node = cluster.add(PYTHONPATH=str(tmp_path / "code" / "src"))
+    copy_data(node.lab)
+    cluster.wait(3)
+    assert site.wait(ray_sweep(site, cluster, 6, workers=3)) == 0, site.logs()
+    refusals = [line for line in site.log("driver").splitlines() if "cannot serve" in line]
+    assert len(refusals) == 2, site.logs()
+    assert any("train-images-idx3-ubyte" in line for line in refusals)
+    assert any("its source code is" in line for line in refusals)
+    site.assert_whole(6)

@@ -107,7 +107,7 @@ class StudyDriver:
 
     def _phases(self, workers: Workers, search: TrialSearch) -> int:
         stop = self.session.stop
-        search.run(JobLoop(workers, stop, self._ticker("trials", self.study.trials)))
+        search.run(self._loop(workers, "trials", self.study.trials))
         rows = self.store.rows()
         best = candidates(rows, self.study.confirm)
         if stop():
@@ -158,8 +158,14 @@ class StudyDriver:
         return summarise(choice, tested)
 
     def _fits(self, workers: Workers, phase: str, fits: list[Any]) -> Results:
-        loop = JobLoop(workers, self.session.stop, self._ticker(phase, len(fits)))
+        loop = self._loop(workers, phase, len(fits))
         return FitPhase(self.session, phase).run(loop, fits)
+
+    def _loop(self, workers: Workers, phase: str, total: int) -> JobLoop:
+        def refused(reason: str) -> None:
+            self.board.say(f"a worker cannot serve this study, which goes on without it: {reason}")
+
+        return JobLoop(workers, self.session.stop, self._ticker(phase, total), refused)
 
     def _workers(self) -> Workers:
         config, session = self.session.config, self.session

@@ -16,6 +16,7 @@ from digitlab.workers.base import (
     Job,
     Lost,
     Progress,
+    Refused,
     Rung,
     Started,
     Stopped,
@@ -60,10 +61,19 @@ class JobLoop:
     """Gives tasks to workers as they become idle, until there are none or the user stops."""
 
     def __init__(
-        self, workers: Workers, stop: StopSignal, tick: Callable[["JobLoop"], None] = lambda _: None
+        self,
+        workers: Workers,
+        stop: StopSignal,
+        tick: Callable[["JobLoop"], None] = lambda _: None,
+        refused: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Args: tick: called at each turn of the loop, at least five times a second."""
-        self.workers, self.stop, self.tick = workers, stop, tick
+        """Create a loop that runs nothing yet.
+
+        Args:
+            tick: called at each turn of the loop, at least five times a second.
+            refused: receives the reason why a worker cannot serve; the others go on.
+        """
+        self.workers, self.stop, self.tick, self.refused = workers, stop, tick, refused
         self.running: dict[int, Task] = {}  # by worker
 
     def run(
@@ -104,6 +114,8 @@ class JobLoop:
 
     def _hear(self, worker: int, event: Event) -> Ending | None:
         """Pass an event on; return how the worker's task ended, if it did."""
+        if isinstance(event, Refused):
+            self.refused(event.reason)
         task = self.running.get(worker)
         if task is None:  # a worker that became ready, or was lost without a job
             return None
