@@ -1,4 +1,4 @@
-"""The article's program in Keras, as a beginner would type it: what `make bench` measures against.
+"""The article's program in Keras, as a beginner would type it: what `make bench` compares with.
 
     python experiments/article.py FOLDER      # with MNIST's four raw files
 
@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers, models, utils
 
 folder = Path(sys.argv[1])
-begun = time.perf_counter()
+started = time.perf_counter()
 
 
 def read(name: str, header: int) -> np.ndarray:
@@ -40,4 +40,4 @@ model.fit(train_images, train_labels, epochs=3, batch_size=32, verbose=0)
 trained = time.perf_counter()
 loss, accuracy = model.evaluate(test_images, test_labels, verbose=0)
 ended = time.perf_counter()
-print(json.dumps({"fit": trained - begun, "all": ended - begun, "accuracy": float(accuracy)}))
+print(json.dumps({"fit": trained - started, "all": ended - started, "accuracy": float(accuracy)}))

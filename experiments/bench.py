@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,8 +29,6 @@ import torch.nn.functional as F
 from optuna.samplers import RandomSampler
 from optuna.trial import create_trial
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from digitlab.base.console import Board, table
 from digitlab.base.environment import describe_environment
@@ -52,9 +50,7 @@ from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.trials import TrialStore
 from digitlab.training.evaluate import evaluate
-from digitlab.training.fit import fit
-from digitlab.training.module import DigitModule, build_optimizer, build_schedule
-from digitlab.training.observer import TrainingObserver
+from digitlab.training.module import build_optimizer, build_schedule
 from digitlab.workers.base import (
     Answer,
     End,
@@ -115,7 +111,7 @@ def main() -> None:
     require(options.repeats > 0, f"--repeats {options.repeats}", "an integer >= 1")
     chosen = [name for name in PARTS if options.only in name]
     require(bool(chosen), f"--only {options.only}", f"a part of {', '.join(PARTS)}")
-    lab = _leave_stores()
+    lab = leave_stores()
     preload()
     environment, load = describe_environment(), os.getloadavg()[0]
     machine = f"{environment['processor']}, {environment['cores']} cores, load {load:.1f} before"
@@ -129,7 +125,7 @@ def main() -> None:
     Board().print(table(machine, columns, [figure.row() for figure in figures]))
 
 
-def _leave_stores() -> Path:
+def leave_stores() -> Path:
     """Return the lab, and drop what names a person's stores, which children would inherit."""
     before = dict(os.environ)
     lab = lab_folder()  # which reads its .env
@@ -188,10 +184,10 @@ def start(lab: Path, repeats: int) -> list[Figure]:
 # What a training costs
 
 
-def _epochs(count: int, **more: Any) -> Config:
-    """The default recipe without EMA, for some epochs, on one thread."""
-    values = {"optim.ema": 0.0, "trainer.epochs": count, "trainer.threads": 1, **more}
-    return with_values(compose("train", list(OWN_STORES))[0].config, values)
+def _epochs(count: int) -> Config:
+    """The default recipe without EMA, which the bare loop has not, for some epochs."""
+    config = compose("train", list(OWN_STORES))[0].config
+    return with_values(config, {"optim.ema": 0.0, "trainer.epochs": count})
 
 
 def bare_loop(config: Config, lab: Path) -> None:
@@ -255,87 +251,6 @@ def _jobs(workers: Workers, config: Config, count: int) -> None:
                 ended += 1
 
 
-def limit(lab: Path, repeats: int) -> list[Figure]:
-    """An epoch on one thread against what the processor can multiply and copy; where it goes."""
-    config = _epochs(1)
-    torch.set_num_threads(1)
-    matrix, memory = torch.randn(2048, 2048), torch.zeros(2**26)
-    moved = _bytes_of_an_epoch(config, lab)
-    multiplied, copied = [], []
-    for _ in range(repeats):
-        peak = 2 * 2048**3 / min(_timed(lambda: matrix @ matrix) for _ in range(5))
-        width = 8 * 2**26 / min(_timed(memory.clone) for _ in range(5))  # read and written
-        observer = _Facts()
-        fit(config, lab, observer)
-        multiplied.append(observer.flops / observer.seconds / peak)
-        copied.append(moved / observer.seconds / width)
-    with torch.profiler.profile() as profile:
-        fit(config, lab, TrainingObserver())
-    spent: dict[str, float] = dict.fromkeys(_PARTS.values(), 0.0)
-    for event in profile.key_averages():
-        part = next(part for word, part in _PARTS.items() if word in event.key.lower())
-        spent[part] += event.self_cpu_time_total
-    whole = sum(spent.values())
-    return [
-        Figure("operations a second of an epoch / of a matrix product", "ratio", multiplied),
-        Figure("bytes a second of an epoch's operators / of a copy", "ratio", copied),
-        *(Figure(f"share of a run: {part}", "ratio", [t / whole]) for part, t in spent.items()),
-    ]
-
-
-# Parts of a step by a word in the names of torch's operators; the first that fits.
-_PARTS = {
-    "convolution": "convolutions",
-    "batch_norm": "batch norm",
-    "max_pool": "pooling",
-    "optimizer": "optimizer",
-    "fused": "optimizer",
-    "foreach": "optimizer",
-    "grid_sampler": "augmentation",
-    "aten::mm": "linear layers and the grid of augmentation",
-    "addmm": "linear layers and the grid of augmentation",
-    "": "the rest",
-}
-
-
-def _bytes_of_an_epoch(config: Config, lab: Path) -> float:
-    """Return what the operators of its steps read and write, as if nothing were cached."""
-    data = DigitsData(config, lab)
-    data.setup("fit")
-    batches = data.train_dataloader()
-    module = DigitModule(config, len(batches))
-    optimizer, batch = build_optimizer(config.optim, module.network), next(iter(batches))
-    with _Traffic() as traffic:  # type: ignore[no-untyped-call]
-        module.loss(batch)[0].backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return float(traffic.bytes) * len(batches)
-
-
-class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the sizes of what each operator takes and gives; views cost nothing."""
-
-    bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
-            self.bytes += sum(tensor.nbytes for tensor in tensors)
-        return result
-
-
-class _Facts(TrainingObserver):
-    """Keeps the operations and the seconds of a run of one epoch."""
-
-    flops = seconds = 0.0
-
-    def started(self, facts: Mapping[str, float]) -> None:
-        self.flops, self.start = facts["training_flops"], time.perf_counter()
-
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.seconds = time.perf_counter() - self.start
-
-
 # What the driver costs
 
 
@@ -395,7 +310,7 @@ def open_study(lab: Path, *overrides: str) -> Iterator[StudySession]:
 STUDY: list[str] = []  # more overrides of these studies
 
 
-def _fill(store: TrialStore, count: int) -> None:
+def fill(store: TrialStore, count: int) -> None:
     """Add finished trials with values drawn at random."""
     chance, blank = RandomSampler(seed=0), create_trial(value=0.0)
     draw = partial(chance.sample_independent, store.study, blank)
@@ -423,7 +338,7 @@ def driver(lab: Path, repeats: int) -> list[Figure]:
         with open_study(lab, "tracking=none", "study.sampler=random") as session:
             drawn.append(200 / lead(session, ClockWorkers(1, 0.0), 200))
         with open_study(lab, "tracking=none", "study.sampler=tpe") as session:
-            _fill(session.store, 300)
+            fill(session.store, 300)
             modelled.append(50 / lead(session, ClockWorkers(1, 0.0), 50))
         with open_study(lab, "tracking=none", "study.sampler=random") as session:
             seconds = lead(session, ClockWorkers(64, _SLEEP_S), 64 * _TURNS)
@@ -446,7 +361,7 @@ def trial(lab: Path, repeats: int) -> list[Figure]:
     figures = []
     for others in (100, 10_000):
         with open_study(lab, "tracking=mlflow", "study.sampler=tpe") as session:
-            _fill(session.store, others)
+            fill(session.store, others)
             workers = ClockWorkers(1, 0.0)
             took = [_timed(partial(_delivered, session, workers, 20)) for _ in range(repeats + 1)]
         values = [1000 * seconds / 20 for seconds in took[1:]]  # less the warm-up
@@ -633,7 +548,6 @@ def _drawing_page(lab: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "start": start,
-    "limit": limit,
     "tracked": tracked,
     "workers": two_workers,
     "driver": driver,

@@ -1,12 +1,12 @@
-"""The default study on the conventional stack: what `make bench` measures against.
+"""The default study on the conventional stack: what `make bench` compares with.
 
     python experiments/conventional.py FOLDER TRIALS whole|pruned   # data: FOLDER/MNIST/raw
 
 torchvision's MNIST through a DataLoader, Lightning with its defaults and its MLFlowLogger, Optuna's
 own loop on sqlite, one process: as their tutorials show it. The space, network, batches,
-augmentation, optimizer, schedule and holdout are those of `experiments/default.yaml`. `pruned` adds
-Optuna's default pruner after every epoch. A study in FOLDER is gone on with. Prints the seconds of
-each of the TRIALS as one JSON line.
+augmentation, optimizer, schedule and validation set are those of `experiments/default.yaml`. `pruned` adds
+Optuna's default pruner after every epoch. A study that is in FOLDER is continued. Prints the
+seconds of each of the TRIALS as one JSON line.
 """
 
 import json
@@ -29,9 +29,9 @@ normalise = [transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)]
 # Shift is a fraction of 28 pixels: 1.5 of them.
 moved = transforms.RandomAffine(12, (0.054, 0.054), (0.88, 1.12), 6)
 learned = MNIST(folder, train=True, transform=transforms.Compose([moved, *normalise]))
-held = MNIST(folder, train=True, transform=transforms.Compose(normalise))
+kept = MNIST(folder, train=True, transform=transforms.Compose(normalise))
 learn = DataLoader(Subset(learned, range(50000)), 128, shuffle=True)
-check = DataLoader(Subset(held, range(50000, 60000)), 128)
+check = DataLoader(Subset(kept, range(50000, 60000)), 128)
 
 
 def network(widths: list[int], hidden: int) -> nn.Sequential:
@@ -91,12 +91,12 @@ class Module(pl.LightningModule):
 
 
 def objective(trial: optuna.Trial) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     epochs = trial.suggest_int("epochs", 3, 5)
     logger = MLFlowLogger("conventional", tracking_uri=runs)
     trainer = pl.Trainer(max_epochs=epochs, logger=logger, default_root_dir=folder)
     trainer.fit(Module(trial), learn, check)
-    seconds.append(time.perf_counter() - begun)
+    seconds.append(time.perf_counter() - started)
     if trainer.current_epoch < epochs:
         raise optuna.TrialPruned
     return float(trainer.callback_metrics["val_accuracy"])

@@ -1,9 +1,9 @@
-"""What a network says of digits that are not MNIST's, and of what is no digit.
+"""Print what networks answer for digits that are not MNIST's, and for what is no digit.
 
     python experiments/robust.py RUN [RUN ...]      # named as for `digitlab reproduce`
 
-Prints the tables of robust.md: what is read, and what is said, of each kind of image, by each run.
-Digits of other people: the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
+Prints the tables of robust.md: the answers of each run to each kind of image. Digits of other
+people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
 """
 
 import sys
@@ -20,11 +20,10 @@ from sklearn.datasets import load_sample_images
 
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
-from digitlab.config.compose import compose
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import Grey, prepare
-from digitlab.records.mlflow import open_tracking
+from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
 
 CHANCE = np.random.default_rng(0)
@@ -76,8 +75,8 @@ def of_photos(count: int) -> Iterator[Grey]:
 
 def main(runs: list[str]) -> None:
     lab = lab_folder()
-    tracking = open_tracking(compose("train", [])[0].config, lab)
-    predictors = [Predictor(tracking, run, lab) for run in runs]
+    tracker = lab_tracker(lab, [])
+    predictors = [Predictor(tracker, run, lab) for run in runs]
     print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
     test = load_digits(lab, "mnist", TEST)
     uci = load_uci()
@@ -95,12 +94,12 @@ def main(runs: list[str]) -> None:
         again = evaluate(predictor.network, images, predictor.config.data).argmax(1)
         same = int((again == logits.argmax(1)).sum())
         print(f"{name}: in canvases of 30 to 120 pixels {same} of {len(again)} are read as before")
-        sure, said = predictor.calibration.probabilities(logits).max(1)
-        true = (said == test.labels).double()
+        sure, digits = predictor.calibration.probabilities(logits).max(1)
+        true = (digits == test.labels).double()
         parts = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
         gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
-        print(f"{name}: T {predictor.calibration.temperature:.2f}, says {sure.mean():.2%}, "
-              f"is right in {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
+        print(f"{name}: T {predictor.calibration.temperature:.2f}, confidence {sure.mean():.2%}, "
+              f"accuracy {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
     things = {
         "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],
         "digits of DejaVu fonts": [letter(font, digit) for font in FONTS for digit in "0123456789"],
@@ -116,11 +115,11 @@ def main(runs: list[str]) -> None:
     }  # fmt: skip
     for what, given in things.items():
         prepared = [("", prepare(picture)) for picture in given]
-        told = []
+        cells = []
         for predictor in predictors:
-            said = Counter(answer.status for answer in predictor.answer(prepared))
-            told.append(" / ".join(str(said[status]) for status in ("digit", "unsure", "none")))
-        print(f"| {what} ({len(given)}) | {' | '.join(told)} |", flush=True)
+            counts = Counter(answer.status for answer in predictor.answer(prepared))
+            cells.append(" / ".join(str(counts[status]) for status in ("digit", "unsure", "none")))
+        print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

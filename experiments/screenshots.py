@@ -1,51 +1,36 @@
-"""The pictures of the README, from a real study, a running `make ui` and a running `make draw`.
+"""Take the pictures of the README, from the lab's study, a running `make ui` and `make draw`.
 
 python experiments/screenshots.py default http://127.0.0.1:5000 http://127.0.0.1:8000
 """
 
-import json
 import shutil
 import sys
-import urllib.request
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from digitlab.base.paths import lab_folder
+from digitlab.records.reader import lab_tracker
+from digitlab.records.views import view_addresses
+from digitlab.study.trials import load_study
+
 study, server, drawing = sys.argv[1:]
 here = Path(__file__).parent
+lab = lab_folder()
 
 
-def ask(path: str, **body: object) -> dict:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(f"{server}/api/2.0/mlflow/{path}", data)  # noqa: S310
-    request.add_header("Content-Type", "application/json")
-    return json.load(urllib.request.urlopen(request))  # noqa: S310
-
-
-def artifact(run: str, path: str) -> bytes:
-    address = f"{server}/get-artifact?path={path}&run_uuid={run}"
-    return urllib.request.urlopen(address).read()  # noqa: S310
-
-
-experiment = ask("experiments/search", max_results=9, filter="name = 'digitlab'")["experiments"][0]
-mine = f"tags.`digitlab.study` = '{study}' AND tags.`digitlab.kind` = "
-runs = {
-    kind: ask("runs/search", experiment_ids=[experiment["experiment_id"]], filter=f"{mine}'{kind}'")
-    for kind in ("study", "champion", "final", "trial")
-}
-parent = runs["study"]["runs"][0]["info"]["run_id"]
-[champion] = runs["champion"]["runs"]
-tags = {tag["key"]: tag["value"] for tag in champion["data"]["tags"]}
-[trial] = [
-    run["info"]["run_id"]
-    for run in runs["trial"]["runs"]
-    if {"key": "digitlab.trial", "value": tags["digitlab.trial"]} in run["data"]["tags"]
-]
-(here / f"{study}-evolution.png").write_bytes(artifact(trial, "pictures/evolution.png"))
-misread = artifact(tags["digitlab.weights_run"], "pictures/misread.png")
-(here / f"{study}-misread.png").write_bytes(misread)
+tracker, mine = lab_tracker(lab, []), {"digitlab.study_id": load_study(lab, study)[0].study_id}
+parent = tracker.find(mine | {"digitlab.kind": "study"})[-1]
+champion = tracker.find(mine | {"digitlab.kind": "champion"})[-1]
+number = {"digitlab.trial": champion.tags["digitlab.trial"]}
+trial = tracker.find(mine | number | {"digitlab.kind": "trial", "digitlab.state": "finished"})[-1]
 report = here / f".{study}-report.html"
-report.write_bytes(artifact(parent, "report.html"))
+for run, path, file in (
+    (trial.run_id, "pictures/evolution.png", here / f"{study}-evolution.png"),
+    (champion.tags["digitlab.weights_run"], "pictures/misread.png", here / f"{study}-misread.png"),
+    (parent.run_id, "report.html", report),
+):
+    file.write_bytes(tracker.artifact(run, path))
 
 program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
 with sync_playwright() as playwright:
@@ -54,11 +39,9 @@ with sync_playwright() as playwright:
     # MLflow opens its assistant beside the runs on a browser's first visit.
     for key, value in (("panelOpen_v1", "false"), ("fab.autoOpenedOnFirstLoad_v1", "true")):
         page.add_init_script(f"localStorage.setItem('mlflow.assistant.{key}', '{value}')")
-    runs_page = (
-        f"{server}/#/experiments/{experiment['experiment_id']}/runs?workflowType=machine_learning"
-    )
-    for kind, mode in (("table", ""), ("charts", "&compareRunsMode=CHART")):
-        page.goto(f"{runs_page}{mode}&viewStateShareKey=digitlab-{study}-{kind}")
+    runs_page = f"{server}/#/experiments/{tracker.experiment}/runs?workflowType=machine_learning"
+    for kind, address in view_addresses(runs_page, study).items():
+        page.goto(address)
         page.get_by_text(f"{study}-", exact=False).first.wait_for()
         page.wait_for_timeout(3000)  # ms; charts are drawn one after another
         page.screenshot(path=here / f"{study}-{kind}.png")
@@ -70,15 +53,8 @@ with sync_playwright() as playwright:
     page.goto(drawing)
     page.locator("#run option").first.wait_for(state="attached")
     paper = page.locator("#paper").bounding_box()
-    three = [
-        (0.3, 0.28),
-        (0.5, 0.18),
-        (0.68, 0.3),
-        (0.5, 0.46),
-        (0.7, 0.62),
-        (0.5, 0.82),
-        (0.28, 0.7),
-    ]
+    three = [(0.3, 0.28), (0.5, 0.18), (0.68, 0.3), (0.5, 0.46), (0.7, 0.62), (0.5, 0.82)]
+    three.append((0.28, 0.7))
     places = [(paper["x"] + x * paper["width"], paper["y"] + y * paper["height"]) for x, y in three]
     page.mouse.move(*places[0])
     page.mouse.down()

@@ -145,8 +145,11 @@ def _audit(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
+    script = RECIPES / "bench.py"
+    if not script.is_file():
+        raise UserError("bench is not available here: it needs a checkout. Clone the repository")
     sys.argv[1:] = arguments
-    runpy.run_path(str(RECIPES / "bench.py"), run_name="__main__")
+    runpy.run_path(str(script), run_name="__main__")
     return 0
 
 

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import hooks
 import pytest
 from conftest import DATA, SHARE, TINY
 
@@ -23,6 +22,7 @@ from digitlab.study.trials import TrialRow, load_study
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 DIGITLAB = Path(sys.executable).with_name("digitlab")
+HOOKS = ROOT / "tests" / "support" / "hooks.py"
 STUDY = [*TINY, "study.sampler=random", "study.pruner=none"]
 TRIALS = max(12, int(60 * SHARE))
 WAIT_S = 300.0  # for what must come: only a failing test takes so long
@@ -170,7 +170,7 @@ def test_mlflow_is_away_and_postgresql_crashes_in_the_middle(site: Site) -> None
 
 def test_one_machine_leads_and_hears_ctrl_c_while_postgresql_is_away(site: Site) -> None:
     (site.lab("driver") / "faults.json").write_text(json.dumps({"record": True}))
-    driver = site.sweep(100_000, "study.workers=2", DIGITLAB_FAULTS=str(hooks.__file__))
+    driver = site.sweep(100_000, "study.workers=2", DIGITLAB_FAULTS=str(HOOKS))
     site.until(lambda: site.ended() >= 1, driver)
 
     second = site.sweep(100_000, lab="second")
