@@ -8,6 +8,7 @@ import pytest
 from leading import lead, lead_until_killed, train_well
 from scripted import Script
 from studies import open_store, problems_of, rows_of, runs_of
+from trackers import Gate
 
 from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
@@ -124,4 +125,20 @@ def test_a_sealed_fit_of_a_killed_driver_is_taken_over(lab: Path) -> None:
     accuracy = rows_of(lab)[0].value
     assert open_store(lab).notes()["champion"]["test_accuracy"]["mean"] == accuracy
     assert len(runs_of(lab, kind="final")) == 1
+    assert problems_of(lab) == []
+
+
+def test_a_tracker_that_is_away_between_two_phases_delays_nothing(lab: Path, gate: Gate) -> None:
+    """What an earlier call recorded is asked for once, when the study is opened."""
+
+    def write(job: Job) -> Script:
+        if is_final(job):
+            gate.open()
+        elif job.config.trainer.seed == 0:
+            gate.shut()
+        yield from train_well(job)
+
+    study = ("study.pruner=none", "study.trials=2", "study.confirm=2", f"tracking.uri={gate.uri}")
+    assert lead(lab, write, *study)[0] == 0
+    assert len(runs_of(lab, kind="confirm")) == 2
     assert problems_of(lab) == []

@@ -32,7 +32,8 @@ def hook(name: str) -> None:
     _counts[name] = _counts.get(name, 0) + 1
     if name == "worker.started":
         _state["role"] = "worker"
-        _append("workers", str(os.getpid()))
+        if Path("log.txt").exists():  # in a lab, and not where the tests themselves run
+            _append("workers", str(os.getpid()))
         return  # three deaths before a worker is ready end a study
     if not Path("faults.json").exists():
         return
@@ -80,7 +81,7 @@ def _die(name: str) -> None:
 
 
 def _note_test_files(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and "t10k" in str(arguments[0]):
+    if event == "open" and "t10k" in str(arguments[0]) and Path("log.txt").exists():
         _append("opened", f"{_state['role']} {Path(str(arguments[0])).name}")
 
 

@@ -10,14 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import DATA, SHARE, TINY
+from optuna.storages import RDBStorage
 
 from digitlab.base.paths import ROOT
-from digitlab.study.trials import TrialRow, load_study
+from digitlab.base.retry import retry
+from digitlab.config.compose import compose
+from digitlab.study.storage import is_away, open_storage
+from digitlab.study.trials import TrialRow, TrialStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -71,13 +76,19 @@ class Site:
         audit = self.start(lab, "audit", "smoke", *flags, DIGITLAB_STORAGE=self.address)
         return self.wait(audit), self.log(lab)[before:]
 
+    @cached_property
+    def storage(self) -> RDBStorage:
+        return open_storage(self.folder, self.address)
+
     def rows(self) -> list[TrialRow]:
-        try:
-            store, _ = load_study(self.folder, "smoke", self.address)
-        except ValueError:  # it does not exist yet
-            return []
-        store.storage.engine.dispose()
-        return store.rows()
+        """Return the study's trials; none where it does not exist yet."""
+        return retry(self._rows, is_away, WAIT_S)  # after a restart, old connections fail
+
+    def _rows(self) -> list[TrialRow]:
+        for study in self.storage.get_all_studies():
+            if "fingerprint" in self.storage.get_study_user_attrs(study._study_id):
+                return TrialStore(self.storage, compose("sweep", STUDY)[0].config).rows()
+        return []
 
     def ended(self) -> int:
         return sum(row.is_ended for row in self.rows())
@@ -117,6 +128,7 @@ class Site:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self.storage.engine.dispose()
 
 
 def copy_data(lab: Path) -> None:

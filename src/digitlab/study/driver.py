@@ -27,7 +27,7 @@ from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop, Task
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
-from digitlab.study.settle import settle
+from digitlab.study.settle import SealedFits, sealed_fits, settle
 from digitlab.study.storage import STORE_ERRORS
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow, best_first
@@ -81,6 +81,7 @@ class StudyDriver:
         self.started = time.monotonic()
         self.spent = float(self.store.notes().get("seconds", 0.0))  # in earlier calls
         self.noted = self.shown = self.started
+        self.sealed: SealedFits = {}
 
     def run(self) -> int:
         """Run what is left of the study; return the exit status."""
@@ -88,6 +89,7 @@ class StudyDriver:
         try:
             session = self.session
             settle(session.store, session.records, session.parent_run_id, self.board.say)
+            self.sealed = sealed_fits(session.store, session.records.tracker)
             search = TrialSearch(self.session, self._seconds)
             search.fork()
             with self._workers() as workers:
@@ -159,7 +161,7 @@ class StudyDriver:
 
     def _fits(self, workers: Workers, phase: str, fits: list[Any]) -> Results:
         loop = self._loop(workers, phase, len(fits))
-        return FitPhase(self.session, phase).run(loop, fits)
+        return FitPhase(self.session, phase, self.sealed).run(loop, fits)
 
     def _loop(self, workers: Workers, phase: str, total: int) -> JobLoop:
         def refused(reason: str) -> None:

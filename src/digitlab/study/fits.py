@@ -6,15 +6,21 @@ from typing import Any
 from digitlab.study.champion import Fit, Results
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
+from digitlab.study.settle import SealedFits
 from digitlab.workers.base import Job
 
 
 class FitPhase:
     """Runs the fits of one phase, each once over all calls of the study."""
 
-    def __init__(self, session: StudySession, phase: str) -> None:
-        """Args: phase: confirm, final or unpruned; the name of its results in the study's notes."""
-        self.session, self.store, self.phase = session, session.store, phase
+    def __init__(self, session: StudySession, phase: str, sealed: SealedFits) -> None:
+        """Create a phase that has run nothing yet.
+
+        Args:
+            phase: confirm, final or unpruned; the name of its results in the study's notes.
+            sealed: what earlier calls have recorded.
+        """
+        self.session, self.store, self.phase, self.sealed = session, session.store, phase, sealed
         self.charged: dict[str, int] = {}  # failed attempts of this call
 
     def results(self) -> Results:
@@ -34,15 +40,11 @@ class FitPhase:
         return {fit.key: self.results()[fit.key] for fit in fits if fit.key in self.results()}
 
     def _is_recorded(self, fit: Fit) -> bool:
-        """Note the result of a fit whose record a killed call has sealed; end what it left."""
-        study_id = self.store.study_id
-        tags = {"digitlab.study_id": study_id, "digitlab.kind": fit.kind}
-        tags |= {"digitlab.trial": str(fit.number), "digitlab.seed": str(fit.seed)}
-        for run in self.session.records.tracker.find(tags):
-            if run.tags.get("digitlab.state") == "finished":
-                self._note(fit, run.metrics)
-                return True
-        return False
+        """Note the result of a fit whose record a killed call has sealed."""
+        metrics = self.sealed.get((fit.kind, str(fit.number), str(fit.seed)))
+        if metrics is not None:
+            self._note(fit, metrics)
+        return metrics is not None
 
     def _task(self, fit: Fit) -> Task:
         attempt = 1 + self.charged.get(fit.key, 0)

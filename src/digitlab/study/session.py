@@ -21,7 +21,9 @@ from digitlab.study.storage import LeaderLock, leader_lock, open_storage, study_
 from digitlab.study.summary import describe_study
 from digitlab.study.trials import TrialStore
 
-_DELIVERY_S = 60.0  # to wait for a tracker whose answer is needed before the study can go on
+_DELIVERY_S = 300.0  # to wait for a tracker whose answer is needed before the study can go on
+_SILENT_S = 5.0  # of which nothing is said
+_CREATION_S = 60.0  # for the study's own run
 
 
 @dataclass
@@ -63,8 +65,15 @@ class StudySession:
         return Identity(name, kind, tags, self.parent_run_id, self.overrides, self.environment)
 
     def deliver(self) -> None:
-        """Wait until the tracker has every record; UserError if it is away or has refused one."""
-        pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
+        """Wait until the tracker has every record, as long as an outage may take.
+
+        Raises:
+            UserError: the tracker is still away, or has refused a record.
+        """
+        pending = self.records.outbox.flush(_SILENT_S, self.stop)
+        if pending and not self.stop():
+            self.board.say(f"waiting for the tracker, which has yet to take {pending} records")
+            pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
         self.records.outbox.check()
         if pending and not self.stop():
             raise UserError(
@@ -133,10 +142,10 @@ def _open_parent_run(session: StudySession) -> None:
         tags = mine | {"digitlab.study": name, "mlflow.note.content": note}
         identity = session.identity("study", name, tags)
         session.parent = RunRecorder(records.outbox, session.config, identity).spool
-        known = session.parent.run_id(_DELIVERY_S)
+        known = session.parent.run_id(_CREATION_S)
         if known is None:
             raise UserError(
-                f"study {name}: the tracker did not create its run within {_DELIVERY_S:g} s. "
+                f"study {name}: the tracker did not create its run within {_CREATION_S:g} s. "
                 "Every run of a study belongs to it: go on when the tracker answers"
             )
     elif records.tracker.is_deleted(known):

@@ -6,6 +6,9 @@ from digitlab.records.record import Records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
+# Metrics of finished fits, by kind, number of the trial, and seed, as they are tagged.
+SealedFits = dict[tuple[str, str, str], dict[str, float]]
+
 
 def trial_value(state: str, metrics: dict[str, float]) -> float | None:
     """Return what a trial is judged by: its last validation accuracy, or that of its rung."""
@@ -37,6 +40,24 @@ def settle(
     for run in records.tracker.find(mine) if running else []:
         if not run.is_ended and run.run_id != parent_run_id:
             records.outbox.resume_run(run.run_id).end("interrupted")
+
+
+def sealed_fits(store: TrialStore, tracker: Tracker) -> SealedFits:
+    """Return the fits that earlier calls have sealed, whether they came to note them or not.
+
+    It is asked once, when the study is opened: later the tracker may be away.
+    """
+    return {
+        (kind, run.tags["digitlab.trial"], run.tags["digitlab.seed"]): run.metrics
+        for kind in ("confirm", "final")
+        for run in tracker.find(
+            {
+                "digitlab.study_id": store.study_id,
+                "digitlab.kind": kind,
+                "digitlab.state": "finished",
+            }
+        )
+    }
 
 
 def has_result(run: RunRow, row: TrialRow) -> bool:
