@@ -148,10 +148,9 @@ class JobLoop:
         self.workers.answer(worker, Answer.stop if task.is_pruned else Answer.proceed)
 
     def _finish(self, task: Task, event: Finished) -> Ending:
-        task.metrics |= event.metrics | _seconds(task)
-        task.recorder.finish(
-            event.metrics | _seconds(task), event.files, event.environment, event.data_sha256
-        )
+        results = event.metrics | _seconds(task)
+        task.metrics |= results
+        task.recorder.finish(results, event.files, event.environment, event.data_sha256)
         return Ending("finished")
 
     def _end(self, task: Task, event: Event) -> Ending:
