@@ -92,7 +92,7 @@ class StudyDriver:
             self.sealed = sealed_fits(session.store, session.records.tracker)
             search = TrialSearch(self.session, self._seconds)
             search.fork()
-            with self._workers() as workers:
+            with _build_workers(session) as workers:
                 self.session.stop.on_second = workers.close
                 status = self._phases(workers, search)
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
@@ -136,7 +136,10 @@ class StudyDriver:
             summary |= self.publish(self.session, summary)
             self.store.note("champion", summary)
             self.store.note("published", asked)
-        self._show_result(rows, unpruned, summary)
+        self.board.print(trials_table(rows, self.study))
+        self.board.say(pruning_text(rows, finished_results(unpruned)))
+        overrides = None if self.again else self.session.overrides
+        self.board.say(champion_text(self.session.config, summary, overrides))
         return 0
 
     def _champion(self, workers: Workers, best: list[TrialRow]) -> dict[str, Any]:
@@ -169,19 +172,6 @@ class StudyDriver:
 
         return JobLoop(workers, self.session.stop, self._ticker(phase, total), refused)
 
-    def _workers(self) -> Workers:
-        config, session = self.session.config, self.session
-        setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
-        if config.launcher.name is Launcher.ray:
-            from digitlab.workers.ray import RayWorkers  # which imports Ray
-
-            return RayWorkers(setup, config.launcher)
-        from digitlab.workers.processes import ProcessWorkers
-
-        count = _count_workers(config, self.board)
-        self.store.note("workers", max(count, self.store.notes().get("workers", 0)))
-        return ProcessWorkers(setup, count)
-
     # Time, and what a person sees of it
 
     def _seconds(self) -> float:
@@ -213,14 +203,6 @@ class StudyDriver:
             return sum(row.is_ended for row in self.store.rows())
         return len(self.store.notes().get(phase, {}))
 
-    def _show_result(
-        self, rows: list[TrialRow], unpruned: Results, summary: Mapping[str, Any]
-    ) -> None:
-        self.board.print(trials_table(rows, self.study))
-        self.board.say(pruning_text(rows, finished_results(unpruned)))
-        overrides = None if self.again else self.session.overrides
-        self.board.say(champion_text(self.session.config, summary, overrides))
-
     def _leave(self, state: str) -> None:
         if not self.session.stop.has_terminal:
             self.board.mute()
@@ -233,6 +215,20 @@ class StudyDriver:
                 f"go on with: {self.again or sweep_command(self.session.overrides)}"
             )
         self.store.note("seconds", self._seconds())
+
+
+def _build_workers(session: StudySession) -> Workers:
+    config, store = session.config, session.store
+    setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
+    if config.launcher.name is Launcher.ray:
+        from digitlab.workers.ray import RayWorkers  # which imports Ray
+
+        return RayWorkers(setup, config.launcher)
+    from digitlab.workers.processes import ProcessWorkers
+
+    count = _count_workers(config, session.board)
+    store.note("workers", max(count, store.notes().get("workers", 0)))
+    return ProcessWorkers(setup, count)
 
 
 def _count_workers(config: Config, board: Board) -> int:
