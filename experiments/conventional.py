@@ -5,7 +5,7 @@
 torchvision's MNIST through a DataLoader, Lightning with its defaults and its MLFlowLogger, Optuna's
 own loop on sqlite, one process: as their tutorials show it. The space, network, batches,
 augmentation, optimizer, schedule and validation set are those of `experiments/default.yaml`.
-`pruned` adds Optuna's default pruner after every epoch. A study that is in FOLDER is continued. Prints the
+`pruned` adds Optuna's default pruner after every epoch. A study in FOLDER is continued. Prints the
 seconds of each of the TRIALS as one JSON line.
 """
 
