@@ -322,7 +322,9 @@ def lead(session: StudySession, workers: Workers, trials: int) -> float:
     """Return the seconds in which the driver gets so many more trials done."""
     total = len(session.store.rows()) + trials
     session.config = with_values(session.config, {"study.trials": total})
-    tick = StudyDriver(session, lambda _session, _summary: {}, None)._ticker("trials", total)
+    tick = StudyDriver(session, workers, lambda _session, _summary: {}, None)._ticker(
+        "trials", total
+    )
     search, loop = TrialSearch(session, lambda: 0.0), JobLoop(workers, session.stop, tick)
     seconds = _timed(lambda: search.run(loop))
     if session.stop():

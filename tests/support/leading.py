@@ -13,16 +13,7 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.study.driver import StudyDriver
 from digitlab.study.session import open_session
-from digitlab.workers.base import Job, Workers
-
-
-class ScriptedDriver(StudyDriver):
-    """Leads a study with the workers that it is given."""
-
-    workers: Workers
-
-    def _workers(self) -> Workers:
-        return self.workers
+from digitlab.workers.base import Job
 
 
 def train_well(job: Job) -> Script:
@@ -42,9 +33,8 @@ def lead(
     composed = compose("sweep", [*TINY, *overrides])[0]
     stop = stop or StopSignal()
     with Board() as board, open_session(composed, lab, board, stop) as session:
-        driver = ScriptedDriver(session, lambda _session, _summary: {}, None)
-        workers = driver.workers = ScriptedWorkers(write, count)
-        status = driver.run()
+        workers = ScriptedWorkers(write, count)
+        status = StudyDriver(session, workers, lambda _session, _summary: {}, None).run()
     return status, workers.submitted
 
 

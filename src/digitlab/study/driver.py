@@ -69,14 +69,16 @@ def sweep(
         )
     stop = StopSignal()
     with Board() as board, stop, open_session(composed, lab, board, stop) as session:
-        return StudyDriver(session, publish, again).run()
+        return StudyDriver(session, _build_workers(session), publish, again).run()
 
 
 class StudyDriver:
-    """Leads an open study through its phases."""
+    """Leads an open study through its phases, by workers that are not started yet."""
 
-    def __init__(self, session: StudySession, publish: Publish, again: str | None) -> None:
-        self.session, self.publish, self.again = session, publish, again
+    def __init__(
+        self, session: StudySession, workers: Workers, publish: Publish, again: str | None
+    ) -> None:
+        self.session, self.workers, self.publish, self.again = session, workers, publish, again
         self.store, self.board, self.study = session.store, session.board, session.config.study
         self.started = time.monotonic()
         self.spent = float(self.store.notes().get("seconds", 0.0))  # in earlier calls
@@ -90,11 +92,11 @@ class StudyDriver:
             session = self.session
             settle(session.store, session.records, session.parent_run_id, self.board.say)
             self.sealed = sealed_fits(session.store, session.records.tracker)
-            search = TrialSearch(self.session, self._seconds)
+            search = TrialSearch(session, self._seconds)
             search.fork()
-            with _build_workers(session) as workers:
-                self.session.stop.on_second = workers.close
-                status = self._phases(workers, search)
+            with self.workers:
+                session.stop.on_second = self.workers.close
+                status = self._phases(search)
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
         except STORE_ERRORS as error:
@@ -107,9 +109,9 @@ class StudyDriver:
             with suppress(*STORE_ERRORS):  # the user hears of the first failure already
                 self._leave(state)
 
-    def _phases(self, workers: Workers, search: TrialSearch) -> int:
+    def _phases(self, search: TrialSearch) -> int:
         stop = self.session.stop
-        search.run(self._loop(workers, "trials", self.study.trials))
+        search.run(self._loop("trials", self.study.trials))
         rows = self.store.rows()
         best = candidates(rows, self.study.confirm)
         if stop():
@@ -121,11 +123,11 @@ class StudyDriver:
             return 1
         asked = [len(rows), self.study.confirm, self.study.confirm_seeds, self.study.final_seeds]
         summary = self.store.notes().get("champion", {})
-        unpruned = self._fits(workers, "unpruned", unpruned_fits(self.session.config, rows))
+        unpruned = self._fits("unpruned", unpruned_fits(self.session.config, rows))
         if summary.get("asked") == asked:
             self.board.say(f"study {self.study.name} is complete: {len(rows)} trials")
         elif not stop():
-            summary = self._champion(workers, best) | {"asked": asked}
+            summary = self._champion(best) | {"asked": asked}
             if stop():
                 return 130
             self.store.note("champion", summary)
@@ -142,14 +144,14 @@ class StudyDriver:
         self.board.say(champion_text(self.session.config, summary, overrides))
         return 0
 
-    def _champion(self, workers: Workers, best: list[TrialRow]) -> dict[str, Any]:
+    def _champion(self, best: list[TrialRow]) -> dict[str, Any]:
         """Select the champion and test it; returns {} when the user stops."""
         config = self.session.config
-        confirmed = self._fits(workers, "confirm", confirm_fits(config, best))
+        confirmed = self._fits("confirm", confirm_fits(config, best))
         if self.session.stop():
             return {}
         choice = select_champion(best, finished_results(confirmed))
-        finals = self._fits(workers, "final", final_fits(config, choice.champion))
+        finals = self._fits("final", final_fits(config, choice.champion))
         if self.session.stop():
             return {}
         tested = finished_results(finals)
@@ -162,15 +164,15 @@ class StudyDriver:
             )
         return summarise(choice, tested)
 
-    def _fits(self, workers: Workers, phase: str, fits: list[Any]) -> Results:
-        loop = self._loop(workers, phase, len(fits))
+    def _fits(self, phase: str, fits: list[Any]) -> Results:
+        loop = self._loop(phase, len(fits))
         return FitPhase(self.session, phase, self.sealed).run(loop, fits)
 
-    def _loop(self, workers: Workers, phase: str, total: int) -> JobLoop:
+    def _loop(self, phase: str, total: int) -> JobLoop:
         def refused(reason: str) -> None:
             self.board.say(f"a worker cannot serve this study, which goes on without it: {reason}")
 
-        return JobLoop(workers, self.session.stop, self._ticker(phase, total), refused)
+        return JobLoop(self.workers, self.session.stop, self._ticker(phase, total), refused)
 
     # Time, and what a person sees of it
 
