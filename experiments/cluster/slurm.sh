@@ -39,8 +39,9 @@ export OPENBLAS_NUM_THREADS=1
 nodes="${SLURM_JOB_NUM_NODES:-1}"
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 # The first address of the first node: `ray symmetric-run` starts the head where it belongs.
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-address="$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | cut -d ' ' -f 1)"
+# Read whole, since a pipe that closes early would end its writer, and this script, by SIGPIPE.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r address _ < <(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname -I)
 
 # srun does not take --cpus-per-task from sbatch.
 srun --nodes="$nodes" --ntasks="$nodes" --cpus-per-task="$cpus" \
