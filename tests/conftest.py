@@ -78,7 +78,19 @@ def call_in(
     return call_in
 
 
-LATE = ("mlflow.pytorch", "torch.export", "torch._dynamo")  # what the end of a study imports
+# What studies import late, at their end for the most part.
+LATE = [
+    *("mlflow.store.tracking.sqlalchemy_workspace_store", "mlflow.pytorch", "mlflow.pyfunc"),
+    *("mlflow.store.model_registry.sqlalchemy_workspace_store", "torch.export", "torch._dynamo"),
+    *("digitlab.results.report", "optuna.visualization", "optuna.importance", "networkx"),
+    *("sklearn.ensemble", "plotly.express", "jinja2"),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Start the process that studies are forked from, before a test can start one without hooks."""
+    processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
 
 
 class Parent:
@@ -92,7 +104,6 @@ class Parent:
     def __init__(self, lab: Path, overrides: Sequence[str], command: str = "sweep") -> None:
         self.log = lab / "log.txt"
         self.log.touch()
-        processes.preload("digitlab.study.driver", "digitlab.results.publish", *LATE, "hooks")
         context = multiprocessing.get_context("forkserver")
         self.process = context.Process(target=_run, args=(lab, command, list(overrides)))
         self.process.start()

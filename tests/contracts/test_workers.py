@@ -1,7 +1,6 @@
 """What every implementation of Workers does, and what each does alone."""
 
 import importlib.util
-import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -65,16 +64,9 @@ def tiny(*overrides: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def orders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of orders, for a fork server of this module's own and for Ray's nodes."""
-    folder = tmp_path_factory.mktemp("orders")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIGITLAB_FAULTS", worker_faults.__file__)
-        patch.setenv("DIGITLAB_FAULT_ORDERS", str(folder))
-        patch.setenv("PYTHONPATH", str(ROOT / "src"))
-        multiprocessing.forkserver._forkserver._stop()
-        yield folder
-    multiprocessing.forkserver._forkserver._stop()
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of orders, which workers find in the folder that they work in."""
+    return tmp_path_factory.mktemp("workers") / "orders"
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +75,8 @@ def cluster(parts: Path, orders: Path) -> Iterator[RayCluster]:
     if importlib.util.find_spec("ray") is None:  # not imported yet: it reads its token then
         pytest.skip("Ray is missing: pip install -e '.[cluster]'")
     cluster = RayCluster(parts / "ray-contract")
-    names = ("DIGITLAB_FAULTS", "DIGITLAB_FAULT_ORDERS")
-    cluster.environment |= {name: os.environ[name] for name in names}
+    cluster.environment |= {"DIGITLAB_FAULTS": worker_faults.__file__}
+    cluster.environment |= {"DIGITLAB_FAULT_ORDERS": str(orders)}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
@@ -104,6 +96,7 @@ def copy_data(lab: Path) -> None:
 def order(orders: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """A function that orders a fault."""
     orders.mkdir(exist_ok=True)
+    monkeypatch.chdir(orders.parent)
     monkeypatch.setattr(faults, "hook", worker_faults.hook)
     yield lambda name: (orders / name).touch()
     shutil.rmtree(orders)  # ends what hangs

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import worker_faults
+
 from digitlab.base import faults
 
 _counts: dict[str, int] = {}
@@ -29,6 +31,7 @@ _state: dict[str, Any] = {"role": "driver", "job": 0}
 
 
 def hook(name: str) -> None:
+    worker_faults.hook(name)
     _counts[name] = _counts.get(name, 0) + 1
     if name == "worker.started":
         _state["role"] = "worker"

@@ -1,6 +1,7 @@
-"""Faults of workers under test: DIGITLAB_FAULTS names this file, DIGITLAB_FAULT_ORDERS a folder.
+"""Faults of workers under test, as a folder orders them: DIGITLAB_FAULT_ORDERS, or ./orders.
 
-A file `<action>@<point>` in the folder is obeyed by the first worker that comes to the point, and
+Part of `hooks` where workers are forked; DIGITLAB_FAULTS names this file for other processes. A
+file `<action>@<point>` in the folder is obeyed by the first worker that comes to the point, and
 removed; `always-<action>@<point>` stays. Actions: kill, hang (until the folder is gone), raise.
 """
 
@@ -11,7 +12,9 @@ from pathlib import Path
 
 
 def hook(name: str) -> None:
-    folder = Path(os.environ["DIGITLAB_FAULT_ORDERS"])
+    folder = Path(os.environ.get("DIGITLAB_FAULT_ORDERS", "orders")).absolute()
+    if not folder.exists():
+        return
     for action in ("kill", "hang", "raise"):
         once = folder / f"{action}@{name}"
         if not (folder / f"always-{action}@{name}").exists():
