@@ -97,15 +97,22 @@ class Parent:
     """`digitlab sweep` in a process of its own, forked from one that has imported everything.
 
     It works in the folder of its lab, where `hooks` looks for orders. `command` may be train.
+    A champion is registered and reported, which takes longer than all else, only if asked for.
     """
 
     started: ClassVar[list["Parent"]] = []
 
-    def __init__(self, lab: Path, overrides: Sequence[str], command: str = "sweep") -> None:
+    def __init__(
+        self,
+        lab: Path,
+        overrides: Sequence[str],
+        command: str = "sweep",
+        published: bool = False,
+    ) -> None:
         self.log = lab / "log.txt"
         self.log.touch()
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_run, args=(lab, command, list(overrides)))
+        self.process = context.Process(target=_run, args=(lab, command, list(overrides), published))
         self.process.start()
         Parent.started.append(self)
 
@@ -129,7 +136,7 @@ def until(condition: Callable[[], bool], parent: Parent) -> None:
             assert condition(), parent.log.read_text()[-2000:]
 
 
-def _run(lab: Path, command: str, overrides: list[str]) -> None:
+def _run(lab: Path, command: str, overrides: list[str], published: bool) -> None:
     from digitlab.config.compose import compose
     from digitlab.results.publish import publish
     from digitlab.study.driver import sweep
@@ -148,7 +155,10 @@ def _run(lab: Path, command: str, overrides: list[str]) -> None:
         os.dup2(log.fileno(), 2)
         try:
             composed = compose(command, overrides)[0]
-            status = sweep(composed, lab, publish) if command == "sweep" else train(composed, lab)
+            if command == "train":
+                status = train(composed, lab)
+            else:
+                status = sweep(composed, lab, *([publish] if published else []))
         except UserError as error:
             print(error)
             status = 2
@@ -168,4 +178,4 @@ TINY = [
 @pytest.fixture
 def run_sweep(lab: Path) -> Callable[..., Parent]:
     """Start a sweep of the smallest study there is, with more overrides."""
-    return lambda *overrides: Parent(lab, [*TINY, *overrides])
+    return lambda *overrides, **how: Parent(lab, [*TINY, *overrides], **how)

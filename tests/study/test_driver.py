@@ -17,7 +17,7 @@ from studies import assert_whole, problems_of, results_of, rows_of, runs_of, sta
 
 def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep) -> None:
     study = ("study.confirm=2", "study.final_seeds=2")
-    parent = run_sweep(*study)
+    parent = run_sweep(*study, published=True)
     assert parent.wait() == 0
     assert_whole(lab, 3)
     log = parent.log.read_text()
@@ -26,10 +26,10 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     before = results_of(lab)
     earlier = runs_of(lab, kind="champion")[0]
 
-    assert run_sweep(*study).wait() == 0
+    assert run_sweep(*study, published=True).wait() == 0
     assert "study smoke is complete: 3 trials" in parent.log.read_text()
 
-    assert run_sweep(*study, "study.trials=5").wait() == 0
+    assert run_sweep(*study, "study.trials=5", published=True).wait() == 0
     assert_whole(lab, 5)
     assert results_of(lab)[:3] == before
     # The earlier champion stays, so that what was printed for it still works.
@@ -48,7 +48,7 @@ def test_the_test_set_is_read_by_final_fits_alone_once_each(lab, run_sweep) -> N
 
 
 def test_every_run_of_a_study_is_recorded_whole(lab, run_sweep) -> None:
-    assert run_sweep("study.confirm=2", "study.pruner=none").wait() == 0
+    assert run_sweep("study.confirm=2", "study.pruner=none", published=True).wait() == 0
     kinds = {"study": 1, "trial": 3, "confirm": 2, "final": 1, "champion": 1}
     for kind, count in kinds.items():
         runs = runs_of(lab, kind=kind)

@@ -64,7 +64,7 @@ def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path]
 
 
 def _run_studies(lab: Path) -> None:
-    parent = Parent(lab, WHOLE)
+    parent = Parent(lab, WHOLE, published=True)
     assert parent.wait() == 0, parent.log.read_text()
     stop_in_the_middle(lab)
 
