@@ -175,6 +175,7 @@ def served(lab: Path, log: Path) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.long
 def test_moved_lab_is_read_written_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1178,6 +1178,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
     return shutil.copytree(studies(tmp_path_factory), tmp_path / "copied")
 
 
+@pytest.mark.long
 def test_study_is_replayed_trial_by_trial(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, document = parted(copied, "smoke", capsys)
     assert (status, document["verdict"], changes(document)) == (0, "identical", [])
