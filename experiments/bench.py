@@ -351,7 +351,7 @@ def driver(lab: Path, repeats: int) -> list[Figure]:
     ]
 
 
-_SLEEP_S, _TURNS = 1.0, 10  # length of a trial of 64 workers, and trials of each
+_SLEEP_S, _TURNS = 5.0, 4  # length of a trial of 64 workers, and trials of each
 
 
 def trial(lab: Path, repeats: int) -> list[Figure]:
