@@ -26,6 +26,8 @@ if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked f
 pytest_plugins = ["parts", "browsing"]  # PostgreSQL, MLflow, Ray; a browser
 DATA = Path(__file__).parent / "support" / "digits"
 
+# Processes that tests start hear Ctrl-C, though this one may run in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
 # Where processes that tests start find this checkout's code, and the fork server `hooks`.
 HERE = Path(__file__).parent

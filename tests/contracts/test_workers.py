@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import worker_faults
-from conftest import DATA
+from conftest import DATA, SHARE
 from parts import RayCluster, free_port
 
 from digitlab.base import faults
@@ -368,7 +368,7 @@ def test_memory_does_not_grow_over_five_hundred_jobs(kind: str, make: Make) -> N
     assert isinstance(ready, Ready)
     job = Job(tiny("trainer.epochs=1", "data.images=200", "data.validation_images=50"), (0.5,))
     sizes = []
-    for _ in range(500):
+    for _ in range(int(500 * SHARE)):
         assert isinstance(train(workers, job)[-1], Finished)
         sizes.append((resident_mb(ready.machine["pid"]), resident_mb(os.getpid())))
     for size in zip(*sizes, strict=True):  # of the worker, of the driver

@@ -22,9 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import worker_faults
-
 from digitlab.base import faults
+
+sys.path.append(str(Path(__file__).parent))  # where DIGITLAB_FAULTS names this file
+
+import worker_faults
 
 _counts: dict[str, int] = {}
 _state: dict[str, Any] = {"role": "driver", "job": 0}

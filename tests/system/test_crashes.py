@@ -89,7 +89,7 @@ def test_a_study_with_two_workers_and_three_rungs_is_whole_after_a_hundred_kills
     ids=["one-worker", "random-values"],
 )
 def test_kills_do_not_change_the_values_of_a_study(lab, run_sweep, seed, study) -> None:
-    trials, kills = int(60 * SHARE), int(50 * SHARE)
+    trials, kills = int(60 * SHARE), int(40 * SHARE)
     study = (*study, f"study.trials={trials}")
     assert disturb(lab, run_sweep, kills, seed, *study).total() >= kills
     assert_whole(lab, trials)

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import platform
+import site
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.metadata import distributions
 from pathlib import Path
@@ -26,8 +28,11 @@ def describe_environment() -> dict[str, Any]:
     `diff` and `untracked` (path -> text, None of a file too large or not text) are what a checkout
     of `commit` lacks. `source` is the package's own digest: the same code at another commit.
     """
+    # Ray and others add folders of their own to sys.path when they are imported.
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
     libraries: dict[str, str] = {}
-    for distribution in distributions():  # of two of a name, the first is the one imported
+    # Of two of a name, the first is the one imported.
+    for distribution in distributions(path=[place for place in sys.path if place in installed]):
         try:
             name = distribution.metadata["Name"]
         except FileNotFoundError:  # what an uninstallation left behind

@@ -4,7 +4,7 @@ A tracker that is slow or away delays nobody, and a process may be killed at any
 sends what it left behind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,9 +24,9 @@ class Outbox(Delivery):
         self._sessions = Sessions(self.folder, tracker.identity)
         self._count = 0
 
-    def open_run(self, run: NewRun) -> RunSpool:
-        """Start the record of a new run."""
-        return self._open(run.key, lambda spool: spool.create(run))
+    def open_run(self, run: NewRun, files: Mapping[str, bytes] = {}) -> RunSpool:
+        """Start the record of a new run, with its first artifacts by their path."""
+        return self._open(run.key, lambda spool: spool.create(run, files))
 
     def resume_run(self, run_id: str) -> RunSpool:
         """Go on with the record of a run that the tracker has."""

@@ -94,13 +94,13 @@ class RunRecorder:
         }
         self.tags = {key: value for key, value in tags.items() if value}
         params = row_params(config, identity.kind)
-        self.spool = outbox.open_run(
-            NewRun(identity.name, self.tags, params, identity.parent_run_id)
-        )
-        environment = json.dumps(self.environment).encode()
-        self.add_files(
-            {"config.yaml": config_to_yaml(config).encode(), "environment.json": environment}
-        )
+        files = {
+            "config.yaml": config_to_yaml(config).encode(),
+            "environment.json": json.dumps(self.environment).encode(),
+        }
+        self._digests |= {path: _sha256(content) for path, content in files.items()}
+        run = NewRun(identity.name, self.tags, params, identity.parent_run_id)
+        self.spool = outbox.open_run(run, files)
 
     def started(self, facts: Mapping[str, float]) -> None:
         self._log(facts, 0)

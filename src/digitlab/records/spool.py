@@ -117,8 +117,9 @@ class FileSpool(RunSpool):
         """Whether there is something to send, or the file is to be removed."""
         return self.sent < self.size or self.is_closed
 
-    def create(self, run: NewRun) -> None:
-        self._append({"do": "create", "run": asdict(run)})
+    def create(self, run: NewRun, files: Mapping[str, bytes]) -> None:
+        """Write the run and its first artifacts as one operation: a kill leaves all or nothing."""
+        self._append({"do": "create", "run": asdict(run)}, files)
         faults.point("outbox.created")
 
     def resume(self, run_id: str) -> None:
