@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from digitlab.base.errors import UserError, nearest
+from digitlab.base.files import disk_problem
 from digitlab.base.paths import RECIPES, lab_folder
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"digitlab: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        problem = disk_problem(error)
+        if debug or not problem:
+            raise
+        print(f"digitlab: the lab cannot be used: {problem}. Repair that first", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
