@@ -1,7 +1,6 @@
 """What a run ran on: code, libraries and machine."""
 
 import hashlib
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from digitlab.base.limits import usable_cores, usable_memory
 from digitlab.base.paths import ROOT
 
 _SOURCES = ("src", "conf", "experiments")  # whose untracked files may have taken part
@@ -44,7 +44,8 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
+        "memory_bytes": usable_memory(),
     }
 
 
