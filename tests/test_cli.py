@@ -83,15 +83,10 @@ def test_lab_that_may_only_be_read_is_one_line_whatever_is_asked(
         for command in (
             ("train", *SMALL),
             ("train", *SMALL, "tracking.uri=http://127.0.0.1:1"),
-            ("sweep", *SMALL),
             ("audit",),
-            ("report",),
             ("compare", "a", "b"),
             ("predict", "a.png"),
-            ("explain", "3"),
-            ("reproduce", "champion"),
             ("ui",),
-            ("dashboard",),
             ("data", "fashion_mnist"),
         ):
             status, _, err = call(*command)

@@ -41,17 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"digitlab: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         problem = disk_problem(error)
         if debug or not problem:
             raise
         print(f"digitlab: the lab cannot be used: {problem}. Repair that first", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _run(arguments: list[str]) -> int:
