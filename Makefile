@@ -14,8 +14,9 @@ TORCH ?= $(shell cat .venv/torch-backend 2>/dev/null || echo default)
 
 BIN := .venv/bin
 UV = $(BIN)/uv pip
-# The name changes with the lock; it is made last, so that half an installation has none.
-STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')-$(TORCH)
+# The name changes with the lock, and with the place: what is installed names its own in many
+# files. It is made last, so that half an installation has none.
+STAMP := .venv/installed-$(shell { cat requirements.lock pyproject.toml; pwd -P; } | cksum | tr ' ' '-')-$(TORCH)
 # In the lock, the entries that TORCH replaces.
 TORCH_ENTRIES := ^(torch|torchvision|triton|nvidia-.*|cuda-.*)==
 
@@ -29,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 		{ echo "Python 3.11 or newer is needed (found: $(PYTHON)): install it, or give PYTHON=/path/to/it"; exit 2; }
 	@rm -f .venv/installed-*
 	@echo "installing into .venv (once; some minutes on a slow line)"
-	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
+	@grep -qsF "$$(pwd -P)/$(BIN)/python" $(BIN)/pip || "$(PYTHON)" -m venv --clear .venv
 	@awk '/^uv==/ {on=1} on {print} on && !/\\$$/ {exit}' requirements.lock > .venv/uv.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.txt
 	@if [ "$(TORCH)" = default ]; then cp requirements.lock .venv/lock.txt; else \

@@ -32,6 +32,7 @@ from PIL import Image
 from digitlab.base.console import Board, table
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, require
+from digitlab.base.limits import usable_cores
 from digitlab.base.paths import ROOT, lab_folder
 from digitlab.base.stop import StopSignal
 from digitlab.cli import Parser
@@ -400,7 +401,7 @@ def article(lab: Path, repeats: int) -> list[Figure]:
     """
     script = str(ROOT / "experiments/article.py")
     theirs = [str(_article_python(lab)), script, str(lab / "data/mnist")]
-    threads = f"trainer.threads={os.cpu_count() or 1}"
+    threads = f"trainer.threads={usable_cores()}"
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("article", *_RECIPES)}
     wholes = []
     for seed in range(max(repeats, _SEEDS)):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, CallIn
+from disks import read_only
 from samples import copy_digits
 from serving import COMMAND, environment_of
 
@@ -70,6 +71,27 @@ def test_debug_shows_where_a_mistake_was_found() -> None:
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "did you mean train?" in done.stderr
+
+
+def test_lab_that_may_only_be_read_is_one_line_whatever_is_asked(
+    lab: Path, call_in: CallIn
+) -> None:
+    MlflowTracker(None, "digitlab", lab)
+    call = call_in(lab)
+    with read_only(lab):
+        assert call("data", "sample")[0] == 0
+        for command in (
+            ("train", *SMALL),
+            ("train", *SMALL, "tracking.uri=http://127.0.0.1:1"),
+            ("audit",),
+            ("compare", "a", "b"),
+            ("predict", "a.png"),
+            ("ui",),
+            ("data", "fashion_mnist"),
+        ):
+            status, _, err = call(*command)
+            assert status == 2, command
+            assert re.fullmatch(r"digitlab: .*cannot be used.*\n", err), command
 
 
 def test_reader_of_the_output_may_leave() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from digitlab.base.errors import UserError, nearest
+from digitlab.base.files import disk_problem
 from digitlab.base.paths import RECIPES, lab_folder
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        problem = disk_problem(error)
+        if debug or not problem:
+            raise
+        print(f"digitlab: the lab cannot be used: {problem}. Repair that first", file=sys.stderr)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:

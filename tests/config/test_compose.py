@@ -334,6 +334,8 @@ def test_a_checkout_in_any_folder_composes(
     )
     place = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=place, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=place, cwd=checkout, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [str(checkout / "lab"), "smoke", "smoke", "robust"]

@@ -303,9 +303,12 @@ def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
 ) -> None:
     tracker = MlflowTracker(None, "digitlab", trained_lab)
     [kept] = (trained_lab / "calibrations").iterdir()
-    kept.write_bytes(kept.read_bytes()[:1000])
-    again = Predictor(tracker, "read-seed-0", trained_lab)
-    assert again.calibration.temperature == predictor.calibration.temperature
+    whole = kept.read_bytes()
+    for damaged in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 1])):
+        kept.write_bytes(damaged)
+        again = Predictor(tracker, "read-seed-0", trained_lab)
+        assert again.calibration.temperature == predictor.calibration.temperature
+        assert kept.read_bytes() == whole
     shutil.rmtree(kept.parent)
     kept.parent.touch()  # no folder can be made there
     try:

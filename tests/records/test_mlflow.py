@@ -106,7 +106,7 @@ def response(status: int) -> requests.Response:
         (MlflowException("Not a proper runs:/ URI"), None),
         (requests.HTTPError(response=response(502)), 502),
         (requests.ConnectionError(), 503),
-        (OSError(28, "No space left"), 503),
+        (OSError(28, "No space left"), 400),
         (PermissionError(13, "no"), 400),
         (KeyError("mine"), None),
     ],

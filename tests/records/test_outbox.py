@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disks import full_databases
 from trackers import (
     FILES,
     HISTORY,
+    LONG,
     WHOLE,
     Gate,
     Server,
@@ -23,7 +25,14 @@ from trackers import (
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.spool import decode, encode
-from digitlab.records.store import Batch, NewRun, NoTracker, TrackerAway, TrackerRefused
+from digitlab.records.store import (
+    Batch,
+    NewRun,
+    NoTracker,
+    TrackerAway,
+    TrackerRefused,
+    TrackerUnwritable,
+)
 
 Open = Callable[..., Outbox]
 
@@ -233,6 +242,25 @@ def test_reading_from_a_tracker_that_is_away_is_reported_in_one_line(
         with pytest.raises(TrackerAway, match="does not answer") as raised:
             ask()
         assert "\n" not in str(raised.value)
+
+
+def test_run_that_the_tracker_always_fails_on_delays_no_other(tmp_path: Path) -> None:
+    class Failing(MlflowTracker):
+        def log(self, run_id: str, batch: Batch) -> None:
+            if "bad" in batch.tags:
+                raise TrackerAway("500")
+            super().log(run_id, batch)
+
+    outbox = Outbox(tmp_path, Failing(None, "digitlab", tmp_path))
+    bad, good = outbox.open_run(new("bad")), outbox.open_run(new("good"))
+    bad.log(tags={"bad": "yes"})
+    good.end("finished")
+    while outbox.pending() > 1:
+        outbox.flush(0.1)
+    assert outbox.tracker.get("good").status == "FINISHED"
+    assert outbox.problem == "500"
+    outbox.check()  # it may pass
+    outbox._stop(5)
 
 
 # A tracker that refuses
@@ -456,6 +484,25 @@ def test_full_disk_is_raised_and_leaves_no_half_operation(
         pass
     assert outbox.flush(60) == 0
     assert recorded(outbox.tracker) == [WHOLE]
+    outbox.close()
+
+
+def test_full_disk_of_the_lab_is_no_outage_and_space_lets_the_records_through(
+    tmp_path: Path,
+) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    outbox.open_run(new()).log({"loss": 1.0}, step=1)
+    assert outbox.flush(60) == 0
+    with full_databases():
+        later = outbox.open_run(NewRun("later", {}, {"seed": "3", "long": LONG[:6000]}))
+        assert outbox.flush(60) == 1  # at once
+        with pytest.raises(TrackerUnwritable, match="disk is full") as raised:
+            outbox.check()
+        assert "\n" not in str(raised.value)
+    later.end("finished")
+    assert outbox.flush(60) == 0
+    outbox.check()
+    assert outbox.tracker.get("later").status == "FINISHED"
     outbox.close()
 
 

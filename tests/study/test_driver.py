@@ -8,11 +8,16 @@ import signal
 import sqlite3
 import subprocess
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import TINY, Parent, until
 from studies import assert_whole, problems_of, results_of, rows_of, runs_of, states_of
+
+from digitlab.base.console import Board
+from digitlab.config.compose import compose
+from digitlab.study import driver
 
 
 def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep) -> None:
@@ -247,3 +252,14 @@ def test_a_trial_left_running_in_optuna_is_settled_from_its_sealed_run(lab, run_
     assert run_sweep("study.pruner=none").wait() == 0
     assert results_of(lab) == before
     assert_whole(lab, 3)
+
+
+def test_a_quota_of_one_core_gives_one_worker(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "usable_cores", lambda: 1)
+    config = compose("sweep", [*TINY, "study.trials=6"])[0].config
+    assert driver._count_workers(config, Board()) == 1
+    config = replace(config, study=replace(config.study, workers=3))
+    assert driver._count_workers(config, Board()) == 3
+    assert "asks for more threads than the 1 cores" in capsys.readouterr().out

@@ -5,11 +5,13 @@ from typing import Any
 
 import optuna
 import pytest
+from disks import full_databases
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import OperationalError
 
+from digitlab.base.files import disk_problem
 from digitlab.study.mirror import RESULT, MirroredStudy
-from digitlab.study.storage import open_storage
+from digitlab.study.storage import STORE_ERRORS, open_storage
 
 
 class Unreliable:
@@ -91,6 +93,15 @@ def test_a_stop_ends_the_attempts(lab: Path, storage: Unreliable) -> None:
     with pytest.raises(KeyboardInterrupt):
         mirror.insert(running())
     assert mirror.trials() == []
+
+
+def test_a_full_disk_is_no_outage(lab: Path) -> None:
+    mirror = MirroredStudy(open_storage(lab), "study", lambda: False)
+    with full_databases(), pytest.raises(STORE_ERRORS) as raised:  # at once
+        mirror.set_attribute("note", "x" * 100_000)
+    assert disk_problem(raised.value) == "database or disk is full"
+    mirror.set_attribute("note", 1)
+    assert mirror.attributes()["note"] == 1
 
 
 def test_the_next_process_has_the_same_copy(lab: Path, storage: Unreliable) -> None:

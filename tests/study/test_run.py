@@ -1,5 +1,6 @@
 """One run outside a study: how it can end, and what its record then holds."""
 
+import errno
 import hashlib
 import json
 import os
@@ -213,6 +214,26 @@ def test_data_that_are_missing_or_too_few_are_refused_before_anything_is_recorde
         once(lab, "data.validation_images=2000")
     for folder in (tmp_path, lab):
         assert MlflowTracker(None, "digitlab", folder).find({}) == []
+
+
+def test_full_disk_ends_a_run_in_one_line_and_the_next_ends_its_record(
+    lab: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    appended = []
+
+    def fill(name: str) -> None:
+        appended.extend([name] if name == "outbox.appended" else [])
+        if len(appended) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    call = call_in(lab)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "hook", fill)
+        status, _, err = call("train", *SMALL, "trainer.epochs=1")
+    assert status == 2
+    assert re.fullmatch(r"digitlab: .*No space left on device.*\n", err)
+    assert call("audit", "--repair")[0] == 0
+    assert state_of(lab) == "interrupted"
 
 
 # ---- a run that is killed ------------------------------------------------------------------------

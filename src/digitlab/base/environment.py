@@ -1,7 +1,6 @@
 """What a run ran on: code, libraries and machine."""
 
 import hashlib
-import os
 import platform
 import site
 import subprocess
@@ -11,6 +10,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from digitlab.base.limits import usable_cores, usable_memory
 from digitlab.base.paths import ROOT
 
 _SOURCES = ("src", "conf", "experiments")  # whose untracked files may have taken part
@@ -49,7 +49,8 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
+        "memory_bytes": usable_memory(),
     }
 
 

@@ -1,11 +1,38 @@
 """Writes that are whole on disk, or not there at all."""
 
 import ctypes
+import errno
 import os
 import re
+import sqlite3
 from pathlib import Path
 
 from digitlab.base.errors import UserError
+
+# What waiting does not repair: a disk that is full, read-only, closed to this user, or broken.
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+}
+_SQLITE_ERRORS = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB),
+}
+
+
+def disk_problem(error: BaseException | None) -> str:
+    """Return why the disk, or a database on it, cannot be used; empty if that is not the cause.
+
+    The cause may be hidden in the errors of the libraries between.
+    """
+    while error is not None:
+        code = getattr(error, "sqlite_errorcode", None) or 0
+        if code & 0xFF in _SQLITE_ERRORS:  # the other bits give details
+            return str(error)
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            name = f": {error.filename}" if error.filename else ""
+            return f"{error.strerror}{name}"
+        error = error.__cause__
+    return ""
 
 
 def write_synced(path: Path, content: bytes) -> None:

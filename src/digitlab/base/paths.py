@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from digitlab.base.env_file import load_env_file
 from digitlab.base.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -26,7 +27,11 @@ def lab_folder() -> Path:
 
     The folder is made if it is not there. Its file `.env`, if any, gives environment variables
     that are not set: passwords, say.
+
+    Raises:
+        UserError: the folder or its `.env` cannot be used, or this is another checkout's code.
     """
+    _refuse_other_checkout()
     home = ROOT if IS_CHECKOUT else Path.cwd()
     folder = Path(os.environ.get("DIGITLAB_HOME") or home / "lab").expanduser().resolve()
     try:
@@ -36,8 +41,18 @@ def lab_folder() -> Path:
             f"DIGITLAB_HOME={folder} is invalid: it must be a folder that can be written "
             f"({error.strerror})."
         ) from error
-    if (folder / ".env").exists():
-        from dotenv import load_dotenv  # which `digitlab --help` need not wait for
-
-        load_dotenv(folder / ".env")
+    load_env_file(folder / ".env")
     return folder
+
+
+def _refuse_other_checkout() -> None:
+    """Refuse to work in another checkout than the one whose code this is.
+
+    A copy of a checkout brings a `.venv` with it whose programs run the original's code.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents) if IS_CHECKOUT else ():
+        if (folder / "src/digitlab").is_dir() and folder.resolve() != ROOT:
+            raise UserError(
+                f"{folder} is a copy: this digitlab is installed from {ROOT}, and would work there."
+                " Run `make setup` in the copy first"
+            )

@@ -19,6 +19,7 @@ from digitlab.records.store import RunRow, Tracker
 from digitlab.training.evaluate import evaluate
 
 _VERSION = "3"  # of what is fitted here: a cache of another version is not used
+_DIGEST = 32  # bytes at the start of a cache: the SHA-256 of the rest
 _WITHIN = 0.99  # of the validation images lie within each limit
 _COMPONENTS = 48  # hold nine tenths of the variance of MNIST's images
 
@@ -67,15 +68,16 @@ def load_calibration(
     # weights, one may have a trial behind it and the other not.
     key = [_VERSION, row.tags["digitlab.weights_sha256"], asdict(config.data), bool(source)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    file = lab / "calibrations" / f"{digest}.safetensors"
-    try:
-        return _from_tensors(safetensors.torch.load(file.read_bytes()))
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-        pass  # not there yet, or damaged: fit it
+    file = lab / "calibrations" / f"{digest}.calibration"
+    with suppress(OSError):  # it is not there yet
+        content = file.read_bytes()
+        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:  # or it is damaged
+            return _from_tensors(safetensors.torch.load(content[_DIGEST:]))
     tensors = _fitted(tracker, source, config, network, lab)
     with suppress(OSError):  # a lab that cannot be written: fit it again the next time
+        content = safetensors.torch.save(tensors)
         file.parent.mkdir(exist_ok=True)
-        write_synced(file, safetensors.torch.save(tensors))
+        write_synced(file, hashlib.sha256(content).digest() + content)
     return _from_tensors(tensors)
 
 

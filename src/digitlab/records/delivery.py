@@ -10,7 +10,14 @@ from pathlib import Path
 from digitlab.base import faults
 from digitlab.base.files import sync_file_system
 from digitlab.records.spool import Changes, FileSpool, Operation
-from digitlab.records.store import Batch, NewRun, Tracker, TrackerAway, TrackerRefused
+from digitlab.records.store import (
+    Batch,
+    NewRun,
+    Tracker,
+    TrackerAway,
+    TrackerRefused,
+    TrackerUnwritable,
+)
 
 _GATHER_S = 0.4  # operations that come within it are sent in as few calls as possible
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0  # between two attempts to reach a tracker that is away
@@ -24,6 +31,8 @@ class Delivery:
     def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.folder, self.tracker = folder, tracker
         self.problem = ""  # why the tracker does not answer at the moment; empty while it does
+        self._disk_error: Exception | None = None  # of the last attempt; there will be others
+        self._wait_s = _FIRST_WAIT_S
         self._changes = Changes()
         self._spools: list[FileSpool] = []  # of which the tracker may lack something, in order
         self._failed: list[FileSpool] = []
@@ -31,10 +40,16 @@ class Delivery:
         self._is_closing = False
 
     def flush(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> int:
-        """Wait until the tracker has everything; return the number of runs still pending."""
+        """Wait until the tracker has everything; return the number of runs still pending.
+
+        A disk that takes nothing is not waited for: `check` says so.
+        """
         deadline = time.monotonic() + timeout_s
         with self._changes:
+            self._disk_error = None  # an attempt is made now, whatever became of the last one
             while self.pending() and not stopped() and (left := deadline - time.monotonic()) > 0:
+                if self._disk_error is not None:
+                    break
                 self._changes.hurry()
                 self._changes.wait(min(_POLL_S, left))
             return self.pending()
@@ -45,7 +60,9 @@ class Delivery:
             return sum(spool.is_pending for spool in self._spools)
 
     def check(self) -> None:
-        """Raise what the tracker refused, or what went wrong in the delivery itself."""
+        """Raise what the tracker refused, or what went wrong on this machine."""
+        if self._disk_error is not None:
+            raise self._disk_error
         for spool in self._failed:
             assert spool.failure is not None
             raise spool.failure
@@ -71,7 +88,6 @@ class Delivery:
             self._changes.notify_all()
 
     def _deliver(self) -> None:
-        wait_s = _FIRST_WAIT_S
         while True:
             with self._changes:
                 self._changes.wait_for(lambda: self._is_closing or self.pending())
@@ -81,13 +97,17 @@ class Delivery:
                 return
             try:
                 self._send_all()
-                self.problem, wait_s = "", _FIRST_WAIT_S
+                self.problem, self._disk_error = "", None
             except (TrackerAway, OSError) as error:  # a disk that takes nothing may do so later
                 self.problem = str(error)
+                if isinstance(error, TrackerUnwritable | OSError):
+                    with self._changes:
+                        self._disk_error = error
+                        self._changes.notify_all()
                 # Jitter, so that many clients of one server do not all come back at once.
                 time.sleep(_FIRST_WAIT_S * random.random())  # noqa: S311
-                self._pause(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                self._pause(self._wait_s)
+                self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
     def _pause(self, longest_s: float) -> None:
         with self._changes:
@@ -104,6 +124,10 @@ class Delivery:
                 try:
                     sent.append((spool, self._send(spool)))
                 except TrackerAway:
+                    # Perhaps of this run alone: the next attempt begins with the others.
+                    with self._changes:
+                        self._spools.remove(spool)
+                        self._spools.append(spool)
                     raise
                 except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
                     self._fail(spool, error)
@@ -131,6 +155,8 @@ class Delivery:
 
     def _acknowledge(self, sent: Sequence[tuple[FileSpool, int]]) -> None:
         """Note what was sent, and remove the files that the tracker has all of."""
+        if sent:
+            self._wait_s = _FIRST_WAIT_S
         with self._changes:
             for spool, size in sent:
                 spool.sent = size

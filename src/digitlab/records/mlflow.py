@@ -1,6 +1,5 @@
 """Records of runs in MLflow. The only module that imports mlflow."""
 
-import errno
 import functools
 import logging
 import os
@@ -22,9 +21,18 @@ import torch
 from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest
+from digitlab.base.files import disk_problem
 from digitlab.records import local
 from digitlab.records.local import LOCATION, place_of, prepare_database, sqlite_uri, write_artifacts
-from digitlab.records.store import Batch, NewRun, RunRow, Tracker, TrackerAway, TrackerRefused
+from digitlab.records.store import (
+    Batch,
+    NewRun,
+    RunRow,
+    Tracker,
+    TrackerAway,
+    TrackerRefused,
+    TrackerUnwritable,
+)
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -38,7 +46,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestException
 
-logging.getLogger("mlflow").setLevel(logging.ERROR)
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
 _STATUS = {
     "running": "RUNNING",
@@ -51,7 +59,6 @@ _LONGEST = 6000  # characters of a parameter's value in MLflow's stores
 _MOST_PARAMS, _MOST_METRICS, _MOST_TAGS = 100, 700, 100  # in one call
 # A locked database is an operational error.
 _AWAY = (requests.RequestException, ConnectionError, TimeoutError, sqlalchemy.exc.OperationalError)
-_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)  # of a disk
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -70,7 +77,7 @@ def _http_status(error: Exception) -> int | None:
             status = 503 if str(error).startswith("API request to ") else None
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
-    elif isinstance(error, _AWAY) or getattr(error, "errno", None) in _PASSING:
+    elif isinstance(error, _AWAY):
         status = 503
     elif isinstance(error, (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError)):
         status = 400
@@ -118,7 +125,14 @@ def _translated(method: _Method) -> _Method:
         try:
             return method(tracker, *arguments, **named)
         except Exception as error:
-            status = None if isinstance(error, UserError) else _http_status(error)
+            if isinstance(error, UserError):
+                raise
+            if problem := disk_problem(error):
+                raise TrackerUnwritable(
+                    f"The tracker {tracker.where} cannot be used ({problem}). What was recorded "
+                    "is kept in the outbox; repair that, and go on with the same command."
+                ) from error
+            status = _http_status(error)
             if status is None:
                 raise
             if status >= 500 or status in (408, 429):
@@ -149,11 +163,12 @@ class MlflowTracker(Tracker):
         try:
             self.client, self.opened = _open(uri, experiment, lab)
         except Exception as error:
-            kind = TrackerAway if (_http_status(error) or 400) >= 500 else UserError
+            problem = disk_problem(error)
+            is_away = not problem and (_http_status(error) or 400) >= 500
             place = f"tracking.uri={self.where}" if uri else str(lab / "mlflow.db")
-            raise kind(
-                f"{place} cannot be used ({first_line(error)}). It must be an MLflow server or "
-                "database. Correct it, or record nothing with tracking=none."
+            raise (TrackerAway if is_away else UserError)(
+                f"{place} cannot be used ({problem or first_line(error)}). It must be an MLflow "
+                "server or a writable database. Correct it, or record nothing with tracking=none."
             ) from error
         self.experiment: str = self.opened.experiment_id
         _require_active(self.opened, self.command)
@@ -241,6 +256,8 @@ class MlflowTracker(Tracker):
             with tempfile.TemporaryDirectory() as folder:
                 return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
         except (MlflowException, OSError) as error:
+            if disk_problem(error):
+                raise
             self.client.get_run(run_id)  # raises when it is the tracker that is away
             raise UserError(f"Run {run_id} has no artifact {path}.") from error
 

@@ -15,6 +15,10 @@ class TrackerAway(UserError):
     """The tracker does not answer at the moment: a lost connection, a time-out, 5xx or 429."""
 
 
+class TrackerUnwritable(TrackerAway):
+    """The tracker is a store on this machine's disk, which is full, read-only or damaged."""
+
+
 class TrackerRefused(UserError):
     """The tracker answered, and refused; the same request will be refused again."""
 

@@ -1,6 +1,5 @@
 """The driver: leads a study from its first trial to its champion, and keeps its books."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import Any
 from digitlab.base.console import Board, Busy, View
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
+from digitlab.base.limits import usable_cores
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, EvaluateOn, Launcher
@@ -234,8 +234,8 @@ def _build_workers(session: StudySession) -> Workers:
 
 
 def _count_workers(config: Config, board: Board) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = max(1, (cores or 1) // config.trainer.threads)
+    cores = usable_cores()
+    most = max(1, cores // config.trainer.threads)
     if config.study.workers > most:
         board.say(
             f"study.workers={config.study.workers} with trainer.threads={config.trainer.threads} "

@@ -1,6 +1,7 @@
 """One run outside a study: trained in this process, recorded, shown on the terminal."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def run_once(config: Config, identity: Identity, records: Records, lab: Path) ->
         with StopSignal() as stop, InlineWorkers(WorkerSetup(lab, config.data)) as workers:
             JobLoop(workers, stop).run(lambda: tasks.pop() if tasks else None, ended)
     except BaseException:
-        recorder.end("interrupted")
+        with suppress(OSError):  # a full disk: the next process ends the run
+            recorder.end("interrupted")
         raise
     records.outbox.flush(_DELIVERY_S)
     records.outbox.check()

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from digitlab.base.errors import UserError, first_line
+from digitlab.base.files import disk_problem
 from digitlab.base.locks import file_lock
 from digitlab.base.retry import retry
 
@@ -107,6 +108,8 @@ _MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of
 
 def is_away(error: BaseException | None) -> bool:
     """Whether an error of a storage is a lost connection: it shows in many ways."""
+    if disk_problem(error):  # of sqlite in the lab, which no server repairs
+        return False
     while error is not None:
         if isinstance(error, SQLAlchemyError):
             permanent = any(word in str(error) for word in _PERMANENT)
