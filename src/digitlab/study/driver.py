@@ -69,6 +69,8 @@ def sweep(
         )
     stop = StopSignal()
     with Board() as board, stop, open_session(composed, lab, board, stop) as session:
+        if again is not None:
+            session.store.note("again", again)
         return StudyDriver(session, _build_workers(session), publish, again).run()
 
 
