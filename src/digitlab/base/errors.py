@@ -37,7 +37,7 @@ def refuse_damage(what: str, *more: type[Exception]) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (*_DAMAGE, *more) as error:
+    except _DAMAGE + more as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{what} is damaged ({reason}): it must be as it was recorded.") from error
 
