@@ -7,14 +7,18 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
+from digitlab.base.errors import UserError
 from digitlab.workers.base import Event, Lost, Order, Pool, WorkerSetup
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+# Bytes of its path, of the 103 of a socket's on macOS; /pymp-xxxxxxxx/listener-xxxxxxxx is added.
+_LONGEST_FOLDER = 70
 _DEATH_S = 2.0  # from a closed pipe to the end of its process
 _LEFT_TO_DRIVER = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
@@ -28,9 +32,28 @@ def preload(*modules: str) -> None:
     _CONTEXT.set_forkserver_preload(["digitlab.workers.job", *modules])
     # It inherits what is ignored, and leaves Ctrl-C and a closed terminal to the driver.
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
-    multiprocessing.forkserver.ensure_running()
+    with _short_folder():
+        multiprocessing.forkserver.ensure_running()
     for name, handler in before.items():
         signal.signal(name, handler)
+
+
+@contextmanager
+def _short_folder() -> Iterator[None]:
+    """Let the socket that multiprocessing makes lie in a folder whose path is short enough."""
+    own = tempfile.gettempdir()
+    if len(os.fsencode(own)) > _LONGEST_FOLDER:
+        short = "/tmp"  # noqa: S108  multiprocessing makes a folder of this user's own in it
+        if not os.access(short, os.W_OK):
+            raise UserError(
+                f"TMPDIR={own} is too long for the socket of the workers: it must have at most "
+                f"{_LONGEST_FOLDER} bytes where {short} cannot be written. Set another TMPDIR"
+            )
+        tempfile.tempdir = short
+    try:
+        yield
+    finally:
+        tempfile.tempdir = own
 
 
 class PipePool(Pool):
