@@ -146,7 +146,7 @@ def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
     Raises:
         UserError: the weights are not those that were recorded, or of another format.
     """
-    content = _verified(tracker, row, "weights")
+    content = verified_file(tracker, row, "weights")
     metadata = _metadata(content)
     if metadata.get("format") != "1" or metadata.get("layout") != "channels_last":
         raise UserError(
@@ -158,7 +158,7 @@ def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
     return network.eval()
 
 
-def _verified(tracker: Tracker, row: RunRow, name: str) -> bytes:
+def verified_file(tracker: Tracker, row: RunRow, name: str) -> bytes:
     """Return an artifact whose digest is a tag of the run, once the two agree."""
     content = tracker.artifact(row.run_id, f"{name}.safetensors")
     if hashlib.sha256(content).hexdigest() != row.tags.get(f"digitlab.{name}_sha256"):
@@ -188,7 +188,7 @@ def recorded_environment(tracker: Tracker, row: RunRow) -> dict[str, Any]:
 
 def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple[Tensor, Tensor]:
     """Return predicted and true digits (M,) of the images that the run was measured on."""
-    tensors = safetensors.torch.load(_verified(tracker, row, "predictions"))
+    tensors = safetensors.torch.load(verified_file(tracker, row, "predictions"))
     return tensors["predictions"], tensors["labels"]
 
 
