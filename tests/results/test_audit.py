@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,45 @@ def test_study_of_another_program_is_skipped_by_name(lab: Path, call: Call) -> N
     assert "0 problems" in out
     status, out, _ = call("audit", "someone else's", "--json")
     assert (status, json.loads(out)["problems"]) == (0, [])
+
+
+def rename(lab: Path, old: str, new: str, **notes: object) -> None:
+    """Give a study another name, and notes in another's place, behind Optuna's back."""
+    with closing(sqlite3.connect(lab / "optuna.db")) as database, database:
+        for key, value in notes.items():
+            database.execute(
+                "UPDATE study_user_attributes SET value_json=? WHERE key=? AND study_id="
+                "(SELECT study_id FROM studies WHERE study_name=?)",
+                [json.dumps(value), key, old],
+            )
+        database.execute("UPDATE studies SET study_name=? WHERE study_name=?", [new, old])
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        ("team/vision", {}),
+        ("../../outside", {}),
+        ("/tmp/outside", {"config": "study: [", "study_id": 3}),
+        ("a\nb\x1b[31m", {"config": None}),
+    ],
+)
+def test_study_with_any_name_or_notes_is_named_and_touches_no_file_outside(
+    lab: Path, call: Call, name: str, notes: dict[str, object]
+) -> None:
+    rename(lab, "stopped", name, **notes)
+    before = {path for path in lab.parent.rglob("*") if lab not in path.parents}
+    status, out, err = call("audit")
+    assert (status, err) == (1, "")
+    [line] = [line for line in out.splitlines() if line.startswith("unreadable: ")]
+    assert repr(name) in line
+    assert "2 studies, 1 problems" in out  # the other one was audited
+    for command in (("report", name), ("reproduce", "--study", name)):
+        status, out, err = call(*command)
+        assert (status, out, err.count("digitlab: ")) == (2, "", 1)
+    assert {path for path in lab.parent.rglob("*") if lab not in path.parents} == before
+    assert not Path("/tmp/outside.leader").exists()
+    assert {path.parent for path in lab.rglob("*.leader")} == {lab / "locks"}
 
 
 def test_unknown_study_is_one_line(call: Call) -> None:

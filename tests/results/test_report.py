@@ -6,6 +6,7 @@ import json
 import os
 import pickletools
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import optuna
 import pytest
 import safetensors.torch
 from browsing import Page, look
@@ -26,13 +28,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from playwright.sync_api import Browser
-from samples import METRICS, Study, add_trials, fail, new_study, prune, recorded, studies
+from samples import (
+    METRICS,
+    Study,
+    add_trials,
+    configure,
+    fail,
+    new_study,
+    prune,
+    recorded,
+    studies,
+)
 from serving import HOST, free_port, served
 
 from digitlab.base.statistics import Interval, mean_interval
+from digitlab.config.recorded import config_to_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.local import sqlite_uri
+from digitlab.records.store import NoTracker
 from digitlab.results.charts import in_words, study_charts
+from digitlab.results.report import report
 from digitlab.study.storage import open_storage
 from digitlab.study.summary import short
 from digitlab.study.trials import TrialStore
@@ -453,6 +468,21 @@ def test_report_is_written_where_it_is_asked_for_and_kept_on_the_run(
     # Without a name it is the study that was created last, and its place is in the lab.
     page = lab / "reports" / "stopped.html"
     assert call("report") == (0, f"written: {page}\n", "")
+
+
+def test_report_is_of_the_study_that_was_created_last_and_is_nobody_elses(
+    lab: Path, call_in: CallIn, tmp_path: Path
+) -> None:
+    lab = shutil.copytree(lab, tmp_path / "lab")
+    storage = open_storage(lab)
+    replay = TrialStore(storage, configure("study.name=smoke-replay"))
+    replay.note("config", config_to_yaml(configure("study.name=smoke-replay")))
+    replay.note("again", "digitlab reproduce --study smoke")
+    optuna.create_study(storage=storage, study_name="made in the dashboard")
+    assert call_in(lab)("report") == (0, f"written: {lab}/reports/stopped.html\n", "")
+    page = Page(report(replay, configure("study.name=smoke-replay"), NoTracker(), lab))
+    assert "digitlab reproduce --study smoke" in page.sections["Commands"]
+    assert "make sweep" not in page.sections["Commands"]
 
 
 def test_report_of_an_unknown_study_is_refused_in_one_line(

@@ -15,6 +15,7 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.study.fingerprint import check_fingerprint
+from digitlab.study.trials import load_study
 
 DATA = {"train-images": "a" * 64}
 
@@ -55,6 +56,18 @@ def test_another_version_of_a_library_is_named(lab: Path, config: Config, librar
     then = store.notes()["fingerprint"]
     store.note("fingerprint", then | {f"version of {library}": "0.1"})
     assert f"(version of {library}: 0.1 -> {then[f'version of {library}']})" in refusal(lab, config)
+
+
+def test_configuration_that_is_noted_is_the_last_one_that_was_accepted(
+    lab: Path, config: Config
+) -> None:
+    extended = replace(config, study=replace(config.study, trials=50))
+    for asked in (config, extended):
+        check_fingerprint(open_store(lab), asked, DATA, "lab x")
+    refusal(lab, replace(config, trainer=replace(config.trainer, epochs=9)))
+    noted = load_study(lab, config.study.name)[1]
+    assert noted.study.trials == 50
+    assert noted.trainer.epochs == config.trainer.epochs
 
 
 def test_settings_that_no_result_depends_on_may_change(lab: Path, config: Config) -> None:

@@ -1,7 +1,8 @@
 """The exception for a caller's mistakes, and the words of its messages."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -19,6 +20,26 @@ def require(holds: bool, given: str, rule: str) -> None:
     """Raise UserError unless `holds`; `given` names the setting and its value."""
     if not holds:
         raise UserError(f"{given} is invalid: it must be {rule}.")
+
+
+# What it raises to read something that is not what it should be.
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@contextmanager
+def refuse_damage(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Read what a store holds: what damage raises becomes a UserError that names `what`.
+
+    Args:
+        more: errors of the library that reads it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (*_DAMAGE, *more) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{what} is damaged ({reason}): it must be as it was recorded.") from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

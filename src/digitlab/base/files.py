@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import sqlite3
@@ -67,8 +68,12 @@ def write_output(target: Path, content: bytes | str, option: str) -> None:
 
 
 def safe_name(name: str) -> str:
-    """Return a name from a store or a person as a part of a file's name: no folders, no codes."""
-    return re.sub(r"[^\w.=,-]+", "_", name).lstrip(".")[:100] or "unnamed"
+    """Return a name from a store or a person as a part of a file's name: no folders, no codes.
+
+    Two names that differ stay different.
+    """
+    safe = re.sub(r"[^\w.=,-]+", "_", name).lstrip(".")[:100]
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def sync_file_system(path: Path) -> None:

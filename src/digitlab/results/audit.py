@@ -12,7 +12,7 @@ from digitlab.records.record import Records, open_records
 from digitlab.records.store import RunRow
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import leader_lock, open_storage, study_names
-from digitlab.study.trials import TrialRow, TrialStore, load_study
+from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,12 @@ def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> in
         if name not in known:
             raise UserError(f"study {name} does not exist: {nearest(name, known)}")
         notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
-        if "config" not in notes:  # another program's, or its first call was refused
+        if not is_own(notes):  # another program's, or its first call was refused
             if not as_json:
                 print(f"skipped: {name!r} is no study of digitlab's, or has not started")
             continue
         with leader_lock(storage, lab, name):
-            opened = load_study(lab, name)
-            problems, rest = _audit_study(*opened, lab, checked, is_repair, as_json)
+            problems, rest = _audit_named(name, lab, checked, is_repair, as_json)
             found, left = found + problems, left + rest
     if as_json:
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
@@ -191,6 +190,19 @@ def _find_pending(
 def _print(problems: Iterable[Problem], as_json: bool) -> None:
     for problem in () if as_json else problems:
         print(f"{problem.kind}: {problem.detail}")
+
+
+def _audit_named(
+    name: str, lab: Path, checked: set[str], is_repair: bool, as_json: bool
+) -> tuple[list[Problem], list[Problem]]:
+    """As `_audit_study`; a study that cannot be read is a problem, and does not end the audit."""
+    try:
+        opened = load_study(lab, name)
+    except UserError as error:
+        problems = [Problem("unreadable", None, None, f"study {name!r}: {error}")]
+        _print(problems, as_json)
+        return problems, problems
+    return _audit_study(*opened, lab, checked, is_repair, as_json)
 
 
 def _audit_study(

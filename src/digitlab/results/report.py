@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from digitlab.results.page import render
 from digitlab.study.champion import finished_results, unpruned_fits
 from digitlab.study.storage import open_storage, study_names
 from digitlab.study.summary import champion_text, pruning_text, short, sweep_command
-from digitlab.study.trials import TrialRow, TrialStore, load_study
+from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 
 _TOP = 20  # trials in the table
 _STATES = ("finished", "pruned", "failed", "running", "waiting")
@@ -45,10 +44,7 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     Raises:
         UserError: there is no such study, or the file cannot be written.
     """
-    known = study_names(open_storage(lab))
-    if not known:
-        raise UserError("report: there is no study yet: run `make sweep`")
-    name = study or known[-1]
+    name = study or _newest(lab)
     store, config = load_study(lab, name)
     with open_records(config, lab) as records:
         page = report(store, config, records.tracker, lab)
@@ -61,16 +57,30 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     return 0
 
 
+def _newest(lab: Path) -> str:
+    """Return the study that was created last, but for replays and other programs' studies."""
+    storage = open_storage(lab)
+    known = study_names(storage)
+    if not known:
+        raise UserError("report: there is no study yet: run `make sweep`")
+    notes = {
+        name: storage.get_study_user_attrs(storage.get_study_id_from_name(name)) for name in known
+    }
+    own = [name for name in known if is_own(notes[name]) and "again" not in notes[name]]
+    return (own or known)[-1]
+
+
 def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> str:
     """Return the page; a study that still runs, or whose trials all failed, has one too."""
     rows, notes = store.rows(), store.notes()
     champion: Mapping[str, Any] = notes.get("champion", {})
     parent = tracker.get(notes["run_id"]) if notes.get("run_id") else None
-    overrides = json.loads(parent.tags.get("digitlab.overrides", "[]")) if parent else []
+    overrides = None if "again" in notes else notes.get("overrides", [])
     unpruned = notes.get("unpruned", {})
     asked = [fit.key for fit in unpruned_fits(config, rows) if fit.key in unpruned]
     counts = {state: sum(row.state == state for row in rows) for state in _STATES}
-    commands = [sweep_command(overrides), f"make report ARGS={config.study.name}"]
+    begin = str(notes["again"]) if overrides is None else sweep_command(overrides)
+    commands = [begin, f"make report ARGS={config.study.name}"]
     if champion.get("run_id"):
         commands.insert(1, f"make reproduce RUN={champion['run_id']}")
     charts = study_charts(store, config.trainer.epochs)

@@ -70,6 +70,8 @@ def sweep(
     stop = StopSignal()
     try:
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
+            if again is not None:
+                session.store.note("again", again)
             return StudyDriver(session, _build_workers(session), publish, again).run()
     except STORE_ERRORS as error:
         reason = first_line(error.__cause__ or error)

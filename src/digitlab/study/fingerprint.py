@@ -21,7 +21,10 @@ _MAKERS = ("code of training", "tracker", *(f"version of {name}" for name in _LI
 def check_fingerprint(
     store: TrialStore, config: Config, data_sha256: Mapping[str, str], tracker: str
 ) -> None:
-    """Note what the study is created with, or name each difference from it in a UserError."""
+    """Note what the study is created with, or name each difference from it in a UserError.
+
+    The configuration that is noted is the last call's: it may ask for more trials than the first.
+    """
     now = _facts(config, data_sha256, tracker)
     then = store.notes().get("fingerprint")
     if then is None:
@@ -40,6 +43,7 @@ def check_fingerprint(
             "keeps those that its results depend on. Restore them, or start a new study with "
             f"study.name=NEW (study.fork_from={name} reuses its finished trials where they fit)"
         )
+    store.note("config", config_to_yaml(config))
 
 
 def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict[str, Any]:

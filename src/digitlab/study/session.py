@@ -104,6 +104,7 @@ def open_session(
         _refuse_foreign_runs(records, name, study_id)
         store = TrialStore(storage, config, stop)
         check_fingerprint(store, config, digits.sha256, records.tracker.identity)
+        store.note("overrides", list(composed.overrides))
         session = StudySession(
             config, composed.overrides, lab, store, records, lock, board, stop, digits.sha256,
             describe_environment(),

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.base.files import disk_problem
+from digitlab.base.files import disk_problem, safe_name
 from digitlab.base.locks import file_lock
 from digitlab.base.retry import retry
 
@@ -126,7 +126,7 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
         "or choose another study.name"
     )
     if storage.engine.dialect.name == "sqlite":
-        with file_lock(lab / "locks" / f"{study}.leader", problem):
+        with file_lock(lab / "locks" / f"{safe_name(study)}.leader", problem):
             yield LeaderLock()
         return
     lock = ServerLock(storage, f"digitlab/{study}", problem)

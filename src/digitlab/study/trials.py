@@ -1,7 +1,7 @@
 """One study's trials: drawn, reported, ended, requeued."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
-from digitlab.base.errors import UserError, nearest
-from digitlab.config.recorded import config_from_yaml
+from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points
@@ -198,8 +198,14 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     if name not in known:
         raise UserError(f"study {name} does not exist: {nearest(name, known)}")
     notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
-    if "config" not in notes:
+    if not is_own(notes):
         raise UserError(f"study {name} has not started yet: run `digitlab sweep` for it first")
-    config = config_from_yaml(str(notes["config"]))
-    config = replace(config, study=replace(config.study, name=name))  # it may have been renamed
-    return TrialStore(storage, config), config
+    with refuse_damage(f"what the storage holds of study {name!r}"):
+        config = config_from_yaml(str(notes["config"]))
+        config = with_values(config, {"study.name": name})  # it may have been renamed
+        return TrialStore(storage, config), config
+
+
+def is_own(notes: Mapping[str, Any]) -> bool:
+    """Whether a study is digitlab's and has started, by what is noted of it."""
+    return "config" in notes and "study_id" in notes
