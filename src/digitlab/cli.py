@@ -177,6 +177,7 @@ def _reproduce(arguments: list[str]) -> int:
     parser.add_argument(
         "--at-commit", action="store_true", help="run the recorded code: trust it first"
     )
+    parser.add_argument("--yes", action="store_true", help="run the recorded code without asking")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in (options.run, *options.overrides) if word and "=" in word]
@@ -200,7 +201,7 @@ def _reproduce(arguments: list[str]) -> int:
 
     if options.config:
         return reproduce_file(Path(options.config), overrides, lab)
-    return reproduce(runs[0], overrides, lab, options.json, options.at_commit)
+    return reproduce(runs[0], overrides, lab, options.json, options.at_commit, options.yes)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Reproduction: what is found before training, the verdict after it, and whose code trains."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,9 +13,10 @@ import sqlite3
 import statistics
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +42,7 @@ from digitlab.records.record import SUMS, Identity, open_records, seal, trial_ta
 from digitlab.records.store import Batch, NewRun, RunRow, now_ms
 from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
-from digitlab.results.at_commit import verdict_at_commit
+from digitlab.results.at_commit import confirm_code, train_at_commit
 from digitlab.results.replay import compare_studies, replay
 from digitlab.results.reproduce import reproduce
 from digitlab.results.verdict import Difference, Verdict, differences, reach_verdict
@@ -924,17 +926,17 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# A project whose command says what code it is; `reproduce` is all that it can do.
+# A project whose command says what code it is, and that all is well; it trains nothing.
 STUB = """import json, os, sys
 from digitlab import kept
 from digitlab import version
 
 def main():
-    assert sys.argv[1] == "reproduce" and sys.argv[3] == "--json"
-    told = [version.NAME, kept.NAME, os.environ["DIGITLAB_HOME"], *sys.argv[4:]]
-    print(json.dumps(dict(verdict="not comparable", differences=told, run_id=None,
-                          original_run_id=sys.argv[2])))
-    return 3
+    assert sys.argv[1] == "reproduce"
+    told = [version.NAME, kept.NAME, os.environ["DIGITLAB_HOME"], *sys.argv[2:]]
+    print(json.dumps(dict(verdict="identical", differences=[], run_id="0", original_run_id="0")))
+    print(json.dumps(told), file=sys.stderr)
+    return 0
 """
 
 
@@ -955,12 +957,85 @@ def test_recorded_code_is_run_when_the_checkout_has_moved_on(
     commit(repository)
     (package / "version.py").write_text("NAME = 'now'\n")
     (package / "kept.py").unlink()
-    verdict = verdict_at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
-    told = ["changed", "untracked", str(recorded.lab), "trainer.threads=2"]
-    assert verdict == Verdict("not comparable", told, None, recorded.run_id)
+    line = train_at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
+    told = ["changed", "untracked", str(recorded.lab), recorded.run_id, "trainer.threads=2"]
+    assert json.loads(line) == told
     assert work_trees(repository) == 1
     assert (package / "version.py").read_text() == "NAME = 'now'\n"
     assert not (package / "kept.py").exists()
+
+
+def judge(recorded: Recorded, trained: Callable[[], str], patch: pytest.MonkeyPatch) -> Verdict:
+    """The verdict on recorded code that does `trained`, and says what that returns."""
+    patch.setattr(reproduction, "train_at_commit", lambda *_: trained())
+    config = compose("train", SMALL)[0].config
+    return reproduction._train_at_commit(recorded.tracker, recorded.row, [], config, recorded.lab)
+
+
+def test_recorded_code_is_judged_by_the_record_that_it_leaves_and_not_by_its_words(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = {"digitlab.reproduction_of": recorded.run_id}
+
+    def say() -> str:
+        return '{"verdict": "identical"}'
+
+    def train_otherwise() -> str:
+        train(compose("train", [*SMALL, "trainer.seed=7"])[0], recorded.lab, tags)
+        return say()
+
+    def forge() -> str:
+        same = recorded.row.tags["digitlab.weights_sha256"]
+        written(recorded, "forged", weights=same, tags=tags)
+        return say()
+
+    def fail() -> str:
+        written(recorded, "failed", state="failed", tags=tags | {"digitlab.reason": "broken"})
+        return say()
+
+    with pytest.raises(UserError, match="left no record of a run") as raised:
+        judge(recorded, say, monkeypatch)
+    assert "\n" not in str(raised.value)
+    verdict = judge(recorded, train_otherwise, monkeypatch)
+    assert verdict.verdict == "not reproduced"
+    assert any(text.startswith("SHA-256 of the weights was") for text in verdict.differences)
+    for act, reason in ((forge, "seal"), (fail, "failed: broken")):
+        verdict = judge(recorded, act, monkeypatch)
+        assert verdict.verdict == "not reproduced"
+        assert reason in verdict.differences[0]
+
+
+class Answering(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "is_trusted", "reason"),
+    [
+        (io.StringIO("y\n"), False, "give --yes"),  # nobody has seen it
+        (None, False, "give --yes"),
+        (Answering("\n"), False, "was not run"),
+        (Answering("no\n"), False, "was not run"),
+        (Answering("y\n"), False, ""),
+        (None, True, ""),
+    ],
+)
+def test_recorded_code_is_shown_and_run_only_if_a_person_says_so(
+    recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stdin: io.StringIO | None,
+    is_trusted: bool,
+    reason: str,
+) -> None:
+    then = {"commit": "c0ffee", "diff": "+import os\x1b[2J\n", "untracked": {"src/x.py": "evil()"}}
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(UserError, match=reason) if reason else nullcontext():
+        confirm_code(recorded.row, then, is_trusted)
+    out = capsys.readouterr().out
+    for shown in ("commit c0ffee", "+import os\\x1b[2J\n", "src/x.py", "evil()"):
+        assert shown in out
 
 
 OTHER_DIFF = "--- a/src/x.py\n+++ b/src/x.py\n@@ -1 +1 @@\n-never\n+there\n"
@@ -986,7 +1061,7 @@ def test_code_that_cannot_be_had_any_more_is_refused(
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     before = set(repository.parent.rglob("*"))
     with pytest.raises(UserError, match=reason) as told:
-        verdict_at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
+        train_at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
     assert "\n" not in str(told.value)
     assert str(told.value).startswith("--at-commit: smoke-seed-0")
     assert work_trees(repository) == 1
@@ -997,8 +1072,9 @@ def test_code_that_cannot_be_had_any_more_is_refused(
 def test_commit_that_is_not_there_is_one_line(
     call: Call, recorded: Recorded, repository: Path
 ) -> None:
-    status, out, err = call("reproduce", recorded.run_id, "--at-commit")
-    assert (status, out) == (2, "")
+    status, out, err = call("reproduce", recorded.run_id, "--at-commit", "--yes")
+    assert status == 2
+    assert out.startswith("the code of smoke-seed-0")
     assert len(err.splitlines()) == 1
     assert "--at-commit: smoke-seed-0" in err
 
@@ -1009,13 +1085,13 @@ def test_recorded_code_that_breaks_is_refused(recorded: Recorded, repository: Pa
     (package / "__init__.py").touch()
     (package / "cli.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(UserError, match="--at-commit"):
-        verdict_at_commit(recorded.row, {"commit": commit(repository)}, [], recorded.lab)
+        train_at_commit(recorded.row, {"commit": commit(repository)}, [], recorded.lab)
 
 
 def test_commit_without_the_code_is_refused(recorded: Recorded, repository: Path) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     with pytest.raises(UserError, match="--at-commit") as told:
-        verdict_at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
+        train_at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
     assert "its code ended with status" not in str(told.value)
 
 
@@ -1024,7 +1100,7 @@ def test_code_outside_a_repository_is_refused(
 ) -> None:
     monkeypatch.setattr(at_commit, "ROOT", tmp_path)
     with pytest.raises(UserError, match="not a git repository"):
-        verdict_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+        train_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
 
 
 def test_recorded_code_without_git_is_refused(
@@ -1032,7 +1108,7 @@ def test_recorded_code_without_git_is_refused(
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match="git"):
-        verdict_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
+        train_at_commit(recorded.row, {"commit": "0" * 40}, [], recorded.lab)
 
 
 @pytest.mark.parametrize("path", ["", "src", "src/x.py/y"])
@@ -1041,9 +1117,7 @@ def test_untracked_path_that_cannot_be_written_is_refused(
 ) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     with pytest.raises(UserError, match="--at-commit"):
-        verdict_at_commit(
-            recorded.row, {"commit": head, "untracked": {path: "x"}}, [], recorded.lab
-        )
+        train_at_commit(recorded.row, {"commit": head, "untracked": {path: "x"}}, [], recorded.lab)
 
 
 @pytest.mark.parametrize(
@@ -1143,7 +1217,7 @@ def test_uncommitted_code_trains_the_same_again_when_the_checkout_has_moved_on(
     (package / "workers" / "job.py").write_text("raise SystemExit('the present code is broken')")
     monkeypatch.setattr(at_commit, "ROOT", clone)
     call = call_in(lab)
-    status, out, _ = call("reproduce", "smoke-seed-0", "--at-commit", "--json")
+    status, out, _ = call("reproduce", "smoke-seed-0", "--at-commit", "--yes", "--json")
     document = json.loads(out)
     assert (status, document["verdict"], document["differences"]) == (0, "identical", [])
     assert work_trees(clone) == 1

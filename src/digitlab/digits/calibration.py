@@ -15,6 +15,7 @@ from digitlab.base.files import write_synced
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
 from digitlab.data.images import to_unit
+from digitlab.records.reader import recorded_logits
 from digitlab.records.store import RunRow, Tracker
 from digitlab.training.evaluate import evaluate
 
@@ -117,8 +118,7 @@ def _fitted(
     logits, temperature = evaluate(network, images[held], data), 1.0
     if source is not None:
         if data.evaluate_on is not EvaluateOn.validation:
-            predictions = tracker.artifact(source.run_id, "predictions.safetensors")
-            logits = safetensors.torch.load(predictions)["logits"]  # of the same images, in order
+            logits = recorded_logits(tracker, source, len(held))  # of the same images, in order
         temperature = fit_temperature(logits, labels[held])
     flat = to_unit(images[learn]).flatten(1)
     basis = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -_COMPONENTS:].contiguous()

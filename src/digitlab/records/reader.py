@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
@@ -96,7 +97,7 @@ def damage(tracker: Tracker, row: RunRow) -> list[str]:
         if hashlib.sha256(tracker.artifact(row.run_id, path)).hexdigest() != digest:
             found.append(f"{path} {name} is not the file that was recorded")
     if not found:
-        known = row_params(recorded_config(tracker, row), row.tags["digitlab.kind"])
+        known = row_params(recorded_config(tracker, row), row.tags.get("digitlab.kind", ""))
         found += [
             f"parameter {key} {name} is {row.params.get(key)}, {known.get(key)} in its config.yaml"
             for key in sorted(known.keys() | row.params.keys())
@@ -146,24 +147,30 @@ def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
     Raises:
         UserError: the weights are not those that were recorded, or of another format.
     """
-    content = verified_file(tracker, row, "weights")
-    metadata = _metadata(content)
+    content = verified(tracker, row, "weights")
+    with refuse_damage(_of("weights.safetensors", row)):
+        metadata = _metadata(content)
     if metadata.get("format") != "1" or metadata.get("layout") != "channels_last":
         raise UserError(
-            f"weights.safetensors of {row.name} ({row.run_id}) cannot be used: its metadata must "
+            f"{_of('weights.safetensors', row)} cannot be used: its metadata must "
             "have format=1 and layout=channels_last. Train the run again."
         )
     network = build_network(config.model)
-    network.load_state_dict(safetensors.torch.load(content))
+    with refuse_damage(_of("weights.safetensors", row), SafetensorError):
+        network.load_state_dict(safetensors.torch.load(content))
     return network.eval()
 
 
-def verified_file(tracker: Tracker, row: RunRow, name: str) -> bytes:
+def _of(file: str, row: RunRow) -> str:
+    return f"{file} of {row.name} ({row.run_id})"
+
+
+def verified(tracker: Tracker, row: RunRow, name: str) -> bytes:
     """Return an artifact whose digest is a tag of the run, once the two agree."""
     content = tracker.artifact(row.run_id, f"{name}.safetensors")
     if hashlib.sha256(content).hexdigest() != row.tags.get(f"digitlab.{name}_sha256"):
         raise UserError(
-            f"{name}.safetensors of {row.name} ({row.run_id}) is not the file that was recorded: "
+            f"{_of(f'{name}.safetensors', row)} is not the file that was recorded: "
             "its SHA-256 must be that of the run's tag. Reproduce the run."
         )
     return content
@@ -177,19 +184,43 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def recorded_environment(tracker: Tracker, row: RunRow) -> dict[str, Any]:
     """Return what `describe_environment` found when the run started, and torch's numerics."""
-    try:
-        environment: Any = json.loads(tracker.artifact(row.run_id, "environment.json"))
-        return dict(environment)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"environment.json of {row.name} ({row.run_id}) is damaged") from error
+    content = tracker.artifact(row.run_id, "environment.json")
+    with refuse_damage(_of("environment.json", row)):
+        environment = dict(json.loads(content))
+        for key in ("libraries", "numerics", "untracked"):
+            if not isinstance(environment.get(key, {}), dict):
+                raise TypeError(f"{key} must be a mapping")
+    return environment
 
 
 def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple[Tensor, Tensor]:
     """Return predicted and true digits (M,) of the images that the run was measured on."""
-    tensors = safetensors.torch.load(verified_file(tracker, row, "predictions"))
-    return tensors["predictions"], tensors["labels"]
+    guesses, labels = _recorded_answers(tracker, row, "predictions", "labels")
+    if guesses.shape != labels.shape or guesses.ndim != 1:
+        raise UserError(f"{_of('predictions.safetensors', row)} has other sizes than were recorded")
+    return guesses, labels
+
+
+def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> Tensor:
+    """Return the logits (count, 10) of the images that the run was measured on."""
+    [logits] = _recorded_answers(tracker, row, "logits")
+    if logits.shape != (count, 10):
+        raise UserError(f"{_of('predictions.safetensors', row)} is not of {count} images")
+    return logits
+
+
+def _recorded_answers(tracker: Tracker, row: RunRow, *names: str) -> list[Tensor]:
+    content = verified(tracker, row, "predictions")
+    with refuse_damage(_of("predictions.safetensors", row), SafetensorError):
+        tensors = safetensors.torch.load(content)
+        return [tensors[name] for name in names]
+
+
+def recorded_data(row: RunRow) -> dict[str, str] | None:
+    """Return the SHA-256 of the files that a run read, by name; None if it names none."""
+    with refuse_damage(_of("the tag digitlab.data_sha256", row)):
+        digests = json.loads(row.tags.get("digitlab.data_sha256", "null"))
+        return None if digests is None else dict(digests)
 
 
 def accuracy_name(row: RunRow) -> str:
@@ -203,6 +234,7 @@ def over_seeds(tracker: Tracker, row: RunRow) -> list[float]:
     accuracies: dict[str, float] = {}
     for other in [*tracker.find({"digitlab.state": "finished"}), row]:
         is_whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
+        is_whole = is_whole and "trainer.seed" in other.params
         others = {key: value for key, value in other.params.items() if key != "trainer.seed"}
         if is_whole and others == same:
             accuracies[other.params["trainer.seed"]] = other.metrics[accuracy_name(row)]

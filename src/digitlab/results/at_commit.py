@@ -1,6 +1,5 @@
-"""`digitlab reproduce --at-commit`: the recorded code on its own run, in a temporary work tree."""
+"""`digitlab reproduce --at-commit`: the recorded code trains its run again, in a work tree."""
 
-import json
 import os
 import re
 import shutil
@@ -16,15 +15,45 @@ from digitlab.base.environment import source_digest
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
 from digitlab.records.store import RunRow
-from digitlab.results.verdict import Verdict
 
 _COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"
 
 
-def verdict_at_commit(
+def confirm_code(row: RunRow, then: Mapping[str, Any], is_trusted: bool) -> None:
+    """Show the recorded code that is to be run, and ask, unless it `is_trusted` already.
+
+    Raises:
+        UserError: nobody can be asked, or the answer is no.
+    """
+    print(f"the code of {row.name} ({row.run_id}): commit {_printable(str(then.get('commit')))}")
+    if then.get("diff"):
+        print(f"changed after the commit:\n{_printable(str(then['diff']))}")
+    for path, text in (then.get("untracked") or {}).items():
+        print(f"beside the commit, {_printable(str(path))}:\n{_printable(str(text))}")
+    if is_trusted:
+        return
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise UserError(
+            f"--at-commit runs the recorded code of {row.name} on this machine: look at it, and "
+            "give --yes to run it"
+        )
+    print("run this code on this machine? [y/N] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError(f"--at-commit: the recorded code of {row.name} was not run")
+
+
+def _printable(text: str) -> str:
+    """Return a text without what controls a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def train_at_commit(
     row: RunRow, then: Mapping[str, Any], overrides: Sequence[str], lab: Path
-) -> Verdict:
-    """Return the verdict of the recorded code on its own run.
+) -> str:
+    """Let the recorded code reproduce its run; the record is in the lab's tracker afterwards.
+
+    Returns:
+        The last line that the code wrote: why there is no record, if there is none.
 
     Raises:
         UserError: the code is not available any more.
@@ -43,11 +72,9 @@ def verdict_at_commit(
             package = tree / "src" / "digitlab"
             if not package.is_dir() or source_digest(package) != then.get("source"):
                 raise UserError(f"{name}: its code is not all in its record")
-            command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, "--json"]
+            command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, *overrides]
             place = os.environ | {"PYTHONPATH": str(tree / "src"), "DIGITLAB_HOME": str(lab)}
-            done = subprocess.run(
-                [*command, *overrides], cwd=tree, env=place, capture_output=True, check=False
-            )
+            done = subprocess.run(command, cwd=tree, env=place, capture_output=True, check=False)
         except subprocess.CalledProcessError as error:
             raise UserError(f"{name}: {_last_line(error.stderr) or error}") from error
         except OSError as error:
@@ -56,12 +83,7 @@ def verdict_at_commit(
             shutil.rmtree(tree, ignore_errors=True)
             with suppress(OSError, subprocess.CalledProcessError):
                 _git("worktree", "prune")
-    try:
-        answer = json.loads(done.stdout)
-        return Verdict(**{key: answer[key] for key in Verdict.__annotations__})
-    except (ValueError, KeyError, TypeError) as error:
-        reason = _last_line(done.stderr) or f"it ended with status {done.returncode}"
-        raise UserError(f"{name}: its code failed: {reason}") from error
+    return _last_line(done.stderr) or f"it ended with status {done.returncode}"
 
 
 def _restore(tree: Path, commit: str, diff: str, untracked: Mapping[str, str], name: str) -> None:
@@ -84,4 +106,4 @@ def _git(*arguments: str, given: str = "") -> None:
 
 
 def _last_line(output: bytes) -> str:
-    return (output.decode(errors="replace").strip().splitlines() or [""])[-1]
+    return _printable((output.decode(errors="replace").strip().splitlines() or [""])[-1])

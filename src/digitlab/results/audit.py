@@ -42,8 +42,12 @@ def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Prob
     problems = []
     by_trial: dict[int, list[RunRow]] = {}
     for run in runs:
-        if run.tags.get("digitlab.kind") == "trial":
-            by_trial.setdefault(int(run.tags["digitlab.trial"]), []).append(run)
+        number = _trial_of(run)
+        if run.tags.get("digitlab.kind") == "trial" and number is not None:
+            by_trial.setdefault(number, []).append(run)
+        elif run.tags.get("digitlab.kind") == "trial":
+            detail = f"run {run.name} is of a trial, and does not say which"
+            problems.append(Problem("no trial", None, run.run_id, detail))
         elif not run.is_ended:
             problems.append(_left_running(run, None))
     for row in rows:
@@ -54,6 +58,11 @@ def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Prob
             for run in orphans
         ]
     return problems
+
+
+def _trial_of(run: RunRow) -> int | None:
+    number = run.tags.get("digitlab.trial", "")
+    return int(number) if number.isdecimal() else None
 
 
 def _left_running(run: RunRow, number: int | None) -> Problem:
@@ -108,7 +117,7 @@ def find_damage(records: Records, runs: Iterable[RunRow]) -> list[Problem]:
         trained = "digitlab.weights_sha256" in run.tags
         if run.tags.get("digitlab.state") != "finished" or not trained:
             continue
-        number = int(run.tags["digitlab.trial"]) if "digitlab.trial" in run.tags else None
+        number = _trial_of(run)
         try:
             details = damage(records.tracker, run)
         except UserError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from digitlab.base.console import table
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, require
 from digitlab.base.files import write_output
 from digitlab.base.statistics import holm, mcnemar, mean_interval
 from digitlab.records.reader import (
@@ -123,6 +123,7 @@ def _test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
         return result | {"none": "they were measured on different images"}
     try:
         right = [g == y for g, y in (recorded_guesses(tracker, row) for row in pair)]
+        require(len(right[0]) == len(right[1]), "predictions.safetensors", "of as many images each")
     except UserError as error:
         return result | {"none": str(error)}
     only = [(right[i] & ~right[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]

@@ -14,7 +14,7 @@ from digitlab.base.statistics import Interval
 from digitlab.config.types import Config, DataConfig, Tracker
 from digitlab.networks.table import build_network
 from digitlab.records.mlflow import save_servable
-from digitlab.records.reader import verified_file
+from digitlab.records.reader import verified
 from digitlab.records.record import RunRecorder, trial_tags
 from digitlab.records.store import RunRow
 from digitlab.study.champion import Fit, final_fits, test_metrics
@@ -48,7 +48,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     row = session.store.rows()[summary["trial"]]
     fit = next(f for f in final_fits(config, row) if f.key == summary["weights_of"])
     weights_run = _final_run(session, fit)
-    weights = verified_file(tracker, weights_run, "weights")
+    weights = verified(tracker, weights_run, "weights")
     earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
     tags = trial_tags(study_id, study, row.number, 1) | {
         "digitlab.weights_run": weights_run.run_id,

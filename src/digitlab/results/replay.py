@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.config.compose import Composed
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
@@ -43,7 +43,8 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
     notes = original.notes()
     if "champion" not in notes:
         raise UserError(f"{study} has no champion yet: finish it with `make sweep` first")
-    config = _replay_config(original, recorded, notes)
+    with refuse_damage(f"what the storage holds of study {study!r}"):
+        config = _replay_config(original, recorded, notes)
     with open_records(recorded, lab) as records:
         tracker = records.tracker
         row = tracker.get(str(notes["run_id"])) if notes.get("run_id") else None

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.files import safe_name, write_output
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.records.reader import recorded_environment
+from digitlab.records.reader import recorded_environment, recorded_logits
 from digitlab.records.record import open_records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
@@ -47,7 +46,8 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
     name = study or _newest(lab)
     store, config = load_study(lab, name)
     with open_records(config, lab) as records:
-        page = report(store, config, records.tracker, lab)
+        with refuse_damage(f"what the storage holds of study {name!r}"):
+            page = report(store, config, records.tracker, lab)
         target = out or lab / "reports" / f"{safe_name(name)}.html"
         write_output(target, page, "--out")
         if "run_id" in store.notes():
@@ -135,12 +135,11 @@ def _misread(
     weights_run = tracker.get(run).tags.get("digitlab.weights_run") if run else None
     if not weights_run:
         return {"missing": "no champion is recorded."}
+    digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
     try:
-        predictions = tracker.artifact(weights_run, "predictions.safetensors")
+        logits = recorded_logits(tracker, tracker.get(weights_run), len(digits.labels))
     except UserError as error:
         return {"missing": str(error)}
-    logits = safetensors.torch.load(predictions)["logits"]
-    digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
     misread = []
     for place in (logits.argmax(1) != digits.labels).nonzero().flatten().tolist():
         shares, guesses = (part.tolist() for part in logits[place].softmax(0).topk(3))

@@ -1,6 +1,5 @@
 """`digitlab reproduce`: train a run again from its record alone, and give a verdict."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.config.compose import Composed, compose, override_values
 from digitlab.config.recorded import config_from_yaml, config_to_plain, flat, with_values
 from digitlab.config.types import Config, EvaluateOn
@@ -18,12 +17,13 @@ from digitlab.records.reader import (
     find_run,
     lab_records,
     recorded_config,
+    recorded_data,
     recorded_environment,
     trained,
 )
 from digitlab.records.record import Identity, Records
 from digitlab.records.store import RunRow, Tracker
-from digitlab.results.at_commit import verdict_at_commit
+from digitlab.results.at_commit import confirm_code, train_at_commit
 from digitlab.results.verdict import (
     INCOMPARABLE,
     NOT,
@@ -36,12 +36,19 @@ from digitlab.study.run import run_once, train
 
 
 def reproduce(
-    name: str, overrides: Sequence[str], lab: Path, as_json: bool, at_commit: bool
+    name: str,
+    overrides: Sequence[str],
+    lab: Path,
+    as_json: bool,
+    at_commit: bool = False,
+    is_trusted: bool = False,
 ) -> int:
     """Train the run again and compare; returns the exit status of the verdict.
 
     Args:
         overrides: of `trainer.threads` and `tracking.*`; anything else is another run.
+        at_commit: the recorded code trains; it is shown, and run if a person says yes.
+        is_trusted: nobody is asked.
 
     Raises:
         UserError: there is no such run, or its record does not allow it.
@@ -56,10 +63,13 @@ def reproduce(
     with lab_records(lab, stores) as records:
         tracker = records.tracker
         row = trained(tracker, name)
-        if at_commit and not damage(tracker, row):
-            then = recorded_environment(tracker, row)
-            return _conclude(tracker, row, verdict_at_commit(row, then, overrides, lab), as_json)
-        return _reproduce(records, row, values, lab, as_json)
+        if not at_commit or damage(tracker, row):
+            return _reproduce(records, row, values, lab, as_json)
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            confirm_code(row, recorded_environment(tracker, row), is_trusted)
+            config = with_values(recorded_config(tracker, row), values)
+            verdict = _train_at_commit(tracker, row, overrides, config, lab)
+        return _conclude(tracker, row, verdict, as_json)
 
 
 def _stores(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -90,20 +100,16 @@ def _conclude(tracker: Tracker, row: RunRow, verdict: Verdict, as_json: bool) ->
 
 def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: Path) -> Verdict:
     tracker = records.tracker
-    recorded = recorded_config(tracker, row)
-    config = with_values(recorded, values)
+    config = with_values(recorded_config(tracker, row), values)
     environment = describe_environment()
     then = recorded_environment(tracker, row)
-    digests = json.loads(row.tags.get("digitlab.data_sha256", "null"))
-    data = Difference("data", digests, _data_sha256(config, lab))
-    threads = Difference("trainer.threads", recorded.trainer.threads, config.trainer.threads)
-    given = [item for item in (data, threads) if item.was != item.now]
+    given = _given(tracker, row, config, lab)
     before = {key: value for key, value in then.items() if key != "numerics"}
     print(f"reproducing {row.name} ({row.run_id})")
     for difference in [*given, *differences(before, environment)]:
         print(f"  {difference}")
-    if data in given:
-        return Verdict(INCOMPARABLE, [str(data)], None, row.run_id)
+    if any(difference.name == "data" for difference in given):
+        return Verdict(INCOMPARABLE, [str(given[0])], None, row.run_id)
     tags = {"digitlab.reproduction_of": row.run_id}
     identity = Identity(f"{row.name}-again", "reproduction", tags, None, (), environment)
     outcome = run_once(config, identity, records, lab)
@@ -112,9 +118,48 @@ def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: 
     if outcome.state != "finished" or outcome.run_id is None:
         failed = f"the reproduction {outcome.state}: {outcome.reason}"
         return Verdict(NOT, [failed], outcome.run_id, row.run_id)
-    again = tracker.get(outcome.run_id)
-    found = given + differences(then, recorded_environment(tracker, again))
-    verdict, reasons = reach_verdict(tracker, row, again, found)
+    return _judge(tracker, row, tracker.get(outcome.run_id), given)
+
+
+def _train_at_commit(
+    tracker: Tracker, row: RunRow, overrides: Sequence[str], config: Config, lab: Path
+) -> Verdict:
+    """Let the recorded code train; what it says is not asked, its record is judged here."""
+    given = _given(tracker, row, config, lab)
+    if any(difference.name == "data" for difference in given):
+        return Verdict(INCOMPARABLE, [str(given[0])], None, row.run_id)
+    mine = {"digitlab.reproduction_of": row.run_id}
+    before = {run.run_id for run in tracker.find(mine)}
+    reason = train_at_commit(row, recorded_environment(tracker, row), overrides, lab)
+    new = [run for run in tracker.find(mine) if run.run_id not in before]
+    if not new:
+        raise UserError(f"--at-commit: {row.name}: its code left no record of a run: {reason}")
+    again = new[-1]
+    state = again.tags.get("digitlab.state")
+    if state != "finished":
+        failed = f"the reproduction {state}: {again.tags.get('digitlab.reason', reason)}"
+        return Verdict(NOT, [failed], again.run_id, row.run_id)
+    damaged = damage(tracker, again)
+    if damaged:
+        return Verdict(NOT, damaged, again.run_id, row.run_id)
+    return _judge(tracker, row, again, given)
+
+
+def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Difference]:
+    """Return what differs before anything is trained: the data first, and the threads."""
+    threads = recorded_config(tracker, row).trainer.threads, config.trainer.threads
+    both = [
+        Difference("data", recorded_data(row), _data_sha256(config, lab)),
+        Difference("trainer.threads", *threads),
+    ]
+    return [item for item in both if item.was != item.now]
+
+
+def _judge(tracker: Tracker, row: RunRow, again: RunRow, given: list[Difference]) -> Verdict:
+    then, now = (recorded_environment(tracker, run) for run in (row, again))
+    found = given + differences(then, now)
+    with refuse_damage(f"the record of {row.name} ({row.run_id})"):
+        verdict, reasons = reach_verdict(tracker, row, again, found)
     return Verdict(verdict, [*map(str, found), *reasons], again.run_id, row.run_id)
 
 

@@ -48,7 +48,7 @@ def sealed_fits(store: TrialStore, tracker: Tracker) -> SealedFits:
     It is asked once, when the study is opened: later the tracker may be away.
     """
     return {
-        (kind, run.tags["digitlab.trial"], run.tags["digitlab.seed"]): run.metrics
+        (kind, run.tags.get("digitlab.trial", ""), run.tags.get("digitlab.seed", "")): run.metrics
         for kind in ("confirm", "final")
         for run in tracker.find(
             {
