@@ -287,12 +287,14 @@ def convnets(draw: st.DrawFn) -> ConvnetConfig:
 
 @st.composite
 def studies(draw: st.DrawFn) -> limits.StudyConfig:
-    rungs = sorted(draw(st.sets(fractions(0, 1, exclude_min=True, exclude_max=True), max_size=4)))
+    rungs = [n / 100 for n in sorted(draw(st.sets(st.integers(1, 99), max_size=4)))]
+    sampler = draw(st.sampled_from(limits.Sampler))
+    others = [None, "a-study-of-before"]
     return limits.StudyConfig(
         name=draw(NAMES),
         storage=draw(st.none() | NAMES),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
-        fork_from=draw(st.sampled_from([None, "a-study-of-before"])),
+        fork_from=draw(st.sampled_from(others[: 1 if sampler == "grid" else 2])),
         trials=draw(COUNTS),
         workers=draw(st.integers(0, 64)),
         minutes=draw(fractions(0, 1e6)),
@@ -300,14 +302,14 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         trial_minutes=draw(fractions(0, 1e6)),
         retries=draw(st.integers(0, 9)),
         count_failed=draw(st.booleans()),
-        sampler=draw(st.sampled_from(limits.Sampler)),
+        sampler=sampler,
         startup_trials=draw(COUNTS),
         seed=draw(st.integers(0, 2**31)),
         pruner=draw(st.sampled_from(limits.Pruner)) if rungs else limits.Pruner.none,
         rungs=rungs,
         audit_pruning=draw(st.integers(0, 9)),
         confirm=draw(COUNTS),
-        confirm_seeds=draw(COUNTS),
+        confirm_seeds=draw(st.integers(1, 1000)),
         final_seeds=draw(COUNTS),
     )
 

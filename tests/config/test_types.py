@@ -125,10 +125,13 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.retries": ([0], [-1]),
     "study.startup_trials": ([1], [0]),
     "study.seed": ([0, 2**32 - 1], [-1, 2**32]),
-    "study.rungs": ([[], [0.5], [0.001, 0.999]], [[0.0], [1.0], [0.5, 0.5], [0.5, 0.2], [NAN]]),
+    "study.rungs": (
+        [[], [0.5], [0.001, 0.999]],
+        [[0.0], [1.0], [0.5, 0.5], [0.5, 0.2], [0.101, 0.104], [NAN]],
+    ),
     "study.audit_pruning": ([0], [-1]),
     "study.confirm": ([1], [0]),
-    "study.confirm_seeds": ([1], [0]),
+    "study.confirm_seeds": ([1, 1000], [0, 1001]),
     "study.final_seeds": ([1], [0]),
     "launcher.workers": ([0, 10_000], [-1]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
@@ -234,6 +237,11 @@ def test_a_batch_of_one_with_batch_norm_is_refused_by_both_names(config: Config,
     assert "model.batch_norm=true" in message
     for model in ({"model.batch_norm": False}, {"model": {"name": "seed"}}):
         assert with_values(config, model | {key: 1})
+
+
+def test_a_grid_takes_over_no_trials(config: Config) -> None:
+    message = refusal(config, {"study.fork_from": "other", "study.sampler": "grid"})
+    assert "study.fork_from=other with study.sampler=grid" in message
 
 
 def test_a_study_takes_over_trials_of_another_one_only(config: Config) -> None:

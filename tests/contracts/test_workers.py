@@ -284,15 +284,25 @@ def test_a_result_of_five_megabytes_arrives_whole(kind: str, make: Make) -> None
 def test_workers_with_other_data_are_refused(kind: str, make: Make, setup: WorkerSetup) -> None:
     other = dict(setup.data_sha256) | {TRAIN[0]: "0" * 64}
     workers = make(kind, setup=replace(setup, data_sha256=other))
-    with pytest.raises(UserError, match=f"No worker can serve .*{TRAIN[0]} differ"):
+    with pytest.raises(UserError, match=f"No worker can serve: .*{TRAIN[0]} differ"):
         first(workers, Ready)
 
 
 @every_kind
 def test_workers_with_other_code_are_refused(kind: str, make: Make, setup: WorkerSetup) -> None:
     workers = make(kind, setup=replace(setup, source_digest="0" * 12))
-    with pytest.raises(UserError, match=r"No worker can serve .*source code"):
+    with pytest.raises(UserError, match=r"No worker can serve: .*source code"):
         first(workers, Ready)
+
+
+@every_kind
+def test_a_worker_without_the_data_of_its_job_is_refused(kind: str, make: Make) -> None:
+    """Not the job's fault: on a machine that has them it would be trained."""
+    workers = make(kind)
+    first(workers, Ready)
+    workers.submit(0, Job(tiny("data.name=elsewhere")))
+    with pytest.raises(UserError, match=r"No worker can serve: .*no such data set"):
+        first(workers, End)
 
 
 @that_can_die

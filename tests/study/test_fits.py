@@ -1,6 +1,6 @@
 """Confirmations and final fits, by scripted workers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from trackers import Gate
 
 from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
+from digitlab.study.session import StudySession
 from digitlab.workers.base import Failed, Job, Lost, Progress
 
 PLAIN = ("tracking=none", "study.pruner=none")
@@ -142,3 +143,18 @@ def test_a_tracker_that_is_away_between_two_phases_delays_nothing(lab: Path, gat
     assert lead(lab, write, *study)[0] == 0
     assert len(runs_of(lab, kind="confirm")) == 2
     assert problems_of(lab) == []
+
+
+def test_a_champion_is_published_again_where_the_user_stopped_meanwhile(lab: Path) -> None:
+    stop, published = StopSignal(), []
+
+    def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]:
+        published.append(summary["trial"])
+        stop.count = len(published) == 1
+        return {}
+
+    study = (*PLAIN, "study.trials=1")
+    assert lead(lab, train_well, *study, stop=stop, publish=publish)[0] == 130
+    assert lead(lab, train_well, *study, publish=publish)[0] == 0
+    assert lead(lab, train_well, *study, publish=publish)[0] == 0
+    assert published == [0, 0]

@@ -94,6 +94,7 @@ def test_a_rung_is_answered_by_the_pruner_and_ends_the_task_as_pruned(config) ->
         (Failed("RuntimeError: x", is_deterministic=False), "failed", True, False),
         (Lost("killed by SIGKILL", is_charged=True), "interrupted", True, False),
         (Lost("its node was lost", is_charged=False), "interrupted", False, False),
+        (Refused("its test images are missing"), "interrupted", False, False),
     ],
 )
 def test_what_counts_as_a_failed_attempt(config, event, state, is_charged, is_final) -> None:

@@ -12,6 +12,7 @@ from studies import open_store, problems_of, results_of, rows_of, runs_of
 from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
 from digitlab.study import driver
+from digitlab.study.trials import TrialStore
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
 
 PLAIN = ("tracking=none", "study.pruner=none")
@@ -170,6 +171,32 @@ def test_a_sealed_trial_of_a_killed_driver_is_taken_over(lab: Path, point: str) 
     assert problems_of(lab) == []
 
 
+def test_a_stop_at_the_start_leaves_a_sealed_trial_to_the_next_call(lab: Path) -> None:
+    """Its record may still be on its way to the tracker, where it would be missed."""
+    study = ("study.trials=1", "study.pruner=none")
+    lead_until_killed(lab, train_well, *study, point="trial.before_tell")
+    stop = StopSignal()
+    stop.count = 1
+    assert lead(lab, train_well, *study, stop=stop) == (130, [])
+    assert [row.state for row in rows_of(lab)] == ["running"]
+    status, jobs = lead(lab, train_well, *study)
+    assert (status, [is_final(job) for job in jobs]) == (0, [True])
+    assert rows_of(lab)[0].attempt == 1
+    assert problems_of(lab) == []
+
+
+def test_a_complete_study_waits_for_no_worker(lab: Path) -> None:
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    assert lead(lab, train_well, *PLAIN, count=0) == (0, [])
+
+
+def test_a_trial_that_finishes_in_the_end_has_no_reason(lab: Path) -> None:
+    lead_until_killed(lab, train_well, *PLAIN, point="trial.before_tell")
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    assert [row.state for row in rows_of(lab)] == ["finished"] * 3
+    assert all("reason" not in row.notes for row in rows_of(lab))
+
+
 def test_a_pruned_trial_of_a_killed_driver_stays_pruned(lab: Path) -> None:
     def get_worse(job: Job) -> Script:
         yield Rung(0, 0.5 / (1 + len(rows_of(lab))))
@@ -216,4 +243,30 @@ def test_trials_of_other_code_or_versions_say_who_made_them(lab: Path) -> None:
     assert [row[2:] for row in results_of(lab, "fork")] == [row[2:] for row in results_of(lab)]
     tags = {run.tags["digitlab.made_by"] for run in runs_of(lab, "fork", kind="trial")}
     assert tags == {"; ".join(made_by)}
+    assert problems_of(lab, "fork") == []
+
+
+def test_no_more_trials_are_taken_over_than_the_study_asks_for(lab: Path) -> None:
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    fork = (*PLAIN, "study.name=fork", "study.fork_from=smoke", "study.trials=2")
+    assert lead(lab, train_well, *fork)[0] == 0
+    assert [row.state for row in rows_of(lab, "fork")] == ["finished"] * 2
+
+
+def test_a_trial_is_taken_over_once_by_a_call_that_was_killed_and_the_next(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ("study.pruner=none", "study.trials=2")
+    assert lead(lab, train_well, *plain)[0] == 0
+    fork = (*plain, "study.name=fork", "study.fork_from=smoke")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(TrialStore, "add", die)  # after the run was recorded
+        with pytest.raises(KeyboardInterrupt):
+            lead(lab, train_well, *fork)
+    assert lead(lab, train_well, *fork)[0] == 0
+    assert len(runs_of(lab, "fork", kind="trial")) == 2
     assert problems_of(lab, "fork") == []

@@ -11,7 +11,7 @@ from digitlab.base import faults
 from digitlab.base.console import Board
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
-from digitlab.study.driver import StudyDriver
+from digitlab.study.driver import Publish, StudyDriver
 from digitlab.study.session import open_session
 from digitlab.workers.base import Job
 
@@ -28,13 +28,14 @@ def lead(
     *overrides: str,
     count: int = 1,
     stop: StopSignal | None = None,
+    publish: Publish = lambda _session, _summary: {},
 ) -> tuple[int, list[Job]]:
     """Run a study, or go on with it; return the exit status and the jobs that were submitted."""
     composed = compose("sweep", [*TINY, *overrides])[0]
     stop = stop or StopSignal()
     with Board() as board, open_session(composed, lab, board, stop) as session:
         workers = ScriptedWorkers(write, count)
-        status = StudyDriver(session, workers, lambda _session, _summary: {}, None).run()
+        status = StudyDriver(session, workers, publish, None).run()
     return status, workers.submitted
 
 

@@ -9,6 +9,7 @@ from digitlab.workers.base import (
     Finished,
     Job,
     Ready,
+    Refused,
     Rung,
     Started,
     Stopped,
@@ -66,7 +67,7 @@ class ScriptedWorkers(Workers):
                 answer = self.answers.pop(worker)
                 script = self.scripts[worker]
                 event = next(script) if answer is None else script.send(answer)
-            if isinstance(event, End):
+            if isinstance(event, End | Refused):
                 self.scripts.pop(worker)
                 self.answers.pop(worker, None)
             elif not isinstance(event, Rung):  # which waits for its answer

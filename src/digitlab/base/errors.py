@@ -33,11 +33,12 @@ def refuse_damage(what: str, *more: type[Exception]) -> Iterator[None]:
     Args:
         more: errors of the library that reads it.
     """
+    damage: tuple[type[Exception], ...] = (*_DAMAGE, *more)
     try:
         yield
     except UserError:
         raise
-    except _DAMAGE + more as error:
+    except damage as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{what} is damaged ({reason}): it must be as it was recorded.") from error
 

@@ -127,7 +127,7 @@ class StudyConfig:
     )
     audit_pruning: Count = Field(description="Pruned trials that are trained to the end after all.")
     confirm: Positive = Field(description="Best configurations trained again on new seeds.")
-    confirm_seeds: Positive = Field(description="New seeds for each of them.")
+    confirm_seeds: int = Field(ge=1, le=1000, description="New seeds for each of them.")
     final_seeds: Positive = Field(description="Fits of the champion, each tested once.")
 
     @model_validator(mode="after")
@@ -136,12 +136,19 @@ class StudyConfig:
         short = len(self.name.encode()) <= 200
         require(short, f"study.name={self.name}", "at most 200 bytes long in UTF-8")
         _refuse_password("study.storage", self.storage, "PGPASSWORD or ~/.pgpass")
-        rule = "a list of fractions > 0 and < 1 in ascending order"
-        require(self.rungs == sorted(set(self.rungs)), f"study.rungs={self.rungs}", rule)
+        rule = "a list of fractions > 0 and < 1 in ascending order, a hundredth apart or more"
+        # They are recorded as whole hundredths of the schedule.
+        hundredths = [round(100 * rung) for rung in self.rungs]
+        require(hundredths == sorted(set(hundredths)), f"study.rungs={self.rungs}", rule)
         if self.pruner is not Pruner.none and not self.rungs:
             raise UserError(
                 f"study.pruner={self.pruner} with study.rungs=[] never prunes: give a rung, or "
                 "study.pruner=none."
+            )
+        if self.fork_from is not None and self.sampler is Sampler.grid:
+            raise UserError(
+                f"study.fork_from={self.fork_from} with study.sampler=grid is invalid: a grid "
+                "visits its points by the numbers of its own trials. Use another sampler"
             )
         if self.fork_from == self.name:
             raise UserError(

@@ -82,6 +82,10 @@ class Digits:
     sha256: dict[str, str]
 
 
+class DataUnavailable(UserError):
+    """This machine lacks a data set, or has other files than it should: another may have them."""
+
+
 def find_known(name: str) -> Known:
     """Return the table's entry for `data.name`; UserError if no data set has this name."""
     if name not in KNOWN:
@@ -103,11 +107,14 @@ def load_digits(
     The bytes that are parsed are the bytes that were hashed.
 
     Raises:
-        UserError: a file is not available, or has another SHA-256 than the known one while
+        DataUnavailable: a file is not available, or has another SHA-256 than the known one while
             `allow_unknown` is off, or is not an idx file.
     """
     load = _load_training if files == TRAIN else _load_digits
-    return load(lab, name, files, allow_unknown)
+    try:
+        return load(lab, name, files, allow_unknown)
+    except UserError as error:
+        raise DataUnavailable(str(error)) from error
 
 
 def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bool) -> Digits:

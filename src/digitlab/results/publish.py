@@ -1,6 +1,5 @@
 """What is published of a study: its champion as a model, its report, its text in MLflow."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +52,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
     tags = trial_tags(study_id, study, row.number, 1) | {
         "digitlab.weights_run": weights_run.run_id,
-        "digitlab.weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "digitlab.weights_sha256": weights_run.tags["digitlab.weights_sha256"],
         "digitlab.champion_of": f"{len(session.store.rows())} trials",
     }
     identity = session.identity("champion", f"{study}-champion", tags)

@@ -68,10 +68,17 @@ def sweep(
             "`digitlab train`"
         )
     stop = StopSignal()
-    with Board() as board, stop, open_session(composed, lab, board, stop) as session:
-        if again is not None:
-            session.store.note("again", again)
-        return StudyDriver(session, _build_workers(session), publish, again).run()
+    try:
+        with Board() as board, stop, open_session(composed, lab, board, stop) as session:
+            if again is not None:
+                session.store.note("again", again)
+            return StudyDriver(session, _build_workers(session), publish, again).run()
+    except STORE_ERRORS as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"study {config.study.name}: its storage or the lab cannot be written ({reason}). "
+            "Everything recorded stays: repair that, and go on with the same command"
+        ) from error
 
 
 class StudyDriver:
@@ -92,6 +99,8 @@ class StudyDriver:
         state = "interrupted"
         try:
             session = self.session
+            if session.stop():  # records of an earlier call may be where `settle` does not look
+                return 130
             settle(session.store, session.records, session.parent_run_id, self.board.say)
             self.sealed = sealed_fits(session.store, session.records.tracker)
             search = TrialSearch(session, self._seconds)
@@ -101,12 +110,6 @@ class StudyDriver:
                 status = self._phases(search)
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
-        except STORE_ERRORS as error:
-            reason = first_line(error.__cause__ or error)
-            raise UserError(
-                f"study {self.study.name}: its storage or the lab cannot be written ({reason}). "
-                "Everything recorded stays: repair that, and go on with the same command"
-            ) from error
         finally:
             with suppress(*STORE_ERRORS):  # the user hears of the first failure already
                 self._leave(state)
@@ -137,7 +140,12 @@ class StudyDriver:
             return 130
         if self.store.notes().get("published") != asked:
             self.session.deliver()  # a champion is published from complete records
-            summary |= self.publish(self.session, summary)
+            if not stop():
+                summary |= self.publish(self.session, summary)
+            if stop():  # perhaps before the tracker had all of it: the next call publishes again
+                return 130
+            if self.session.parent is not None:
+                self.session.parent.seal()  # on the disk before Optuna's study says so
             self.store.note("champion", summary)
             self.store.note("published", asked)
         self.board.print(trials_table(rows, self.study))
@@ -208,6 +216,8 @@ class StudyDriver:
         return len(self.store.notes().get(phase, {}))
 
     def _leave(self, state: str) -> None:
+        if self.session.lock.is_lost:
+            return
         if not self.session.stop.has_terminal:
             self.board.mute()
         if self.session.parent is not None:

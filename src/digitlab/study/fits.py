@@ -36,7 +36,8 @@ class FitPhase:
             if not self._is_over(task, ending):
                 waiting.append(task.about)
 
-        loop.run(lambda: self._task(waiting.pop(0)) if waiting else None, ended)
+        if waiting:
+            loop.run(lambda: self._task(waiting.pop(0)) if waiting else None, ended)
         return {fit.key: self.results()[fit.key] for fit in fits if fit.key in self.results()}
 
     def _is_recorded(self, fit: Fit) -> bool:

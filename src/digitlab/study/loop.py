@@ -135,7 +135,7 @@ class JobLoop:
                 task.on_epoch(epoch, metrics)
             case Finished():
                 return self._finish(task, event)
-            case Stopped() | Failed() | Lost():
+            case Stopped() | Failed() | Lost() | Refused():
                 return self._end(task, event)
         return None
 
@@ -163,6 +163,8 @@ class JobLoop:
                 return Ending("pruned", f"val_accuracy {task.accuracy:.4f} at its last rung")
             case Failed(reason, is_deterministic):
                 return Ending("failed", reason, is_charged=True, is_final=is_deterministic)
+            case Refused(reason):
+                return Ending("interrupted", reason, is_final=False)
             case Lost(cause, is_charged):
                 return Ending("interrupted", cause, is_charged and not self.stop(), is_final=False)
         return Ending("interrupted", "the study was stopped", is_final=False)

@@ -31,7 +31,9 @@ class TrialSearch:
             self._say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
         elif not self.store.is_full(total):
             self._say(f"study {name}: going on from {ended} of {total} trials")
-        loop.run(self._next_task, self._ended)
+        # A study that is complete waits for no worker.
+        if not self.store.is_full(total) or any(not row.is_ended for row in rows):
+            loop.run(self._next_task, self._ended)
 
     def _is_exhausted(self) -> bool:
         """Whether the study's limits of time or patience let no further trial start."""
@@ -140,11 +142,16 @@ class TrialSearch:
             )
         source, _ = load_study(self.session.lab, other, self.study.storage)
         done = {row.notes.get("taken_from") for row in self.store.rows()}
-        fitting = fitting_trials(self.store, source)
+        # A call that was killed may have recorded one more than it has inserted.
+        own = {"digitlab.study_id": self.store.study_id, "digitlab.kind": "trial"}
+        recorded = {run.tags["digitlab.trial"] for run in self.session.records.tracker.find(own)}
+        fitting = fitting_trials(self.store, source)[: self.study.trials]
         for trial in fitting:
+            number = len(self.store.rows())
             if trial.notes["taken_from"] not in done:
                 config = with_values(self.session.config, trial.values)
-                self._record_taken(len(self.store.rows()), 1, config, trial.notes)
+                if str(number) not in recorded:
+                    self._record_taken(number, 1, config, trial.notes)
                 self.store.add(trial.values, trial.value or 0.0, trial.notes)
         self.store.note("forked", True)
         self._say(f"{len(fitting)} trials taken over from study {other}")

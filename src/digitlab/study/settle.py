@@ -37,7 +37,7 @@ def settle(
             store.requeue(row.number, is_charged=False, reason="its driver was killed")
         state = store.rows()[row.number].state
         say(f"trial {row.number}: left by an earlier call; {state}")
-    for run in records.tracker.find(mine) if running else []:
+    for run in records.tracker.find(mine | {"digitlab.state": "running"}):
         if not run.is_ended and run.run_id != parent_run_id:
             records.outbox.resume_run(run.run_id).end("interrupted")
 

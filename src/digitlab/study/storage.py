@@ -139,6 +139,8 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
 class LeaderLock:
     """A lock that lasts as long as this process."""
 
+    is_lost = False  # another process leads the study: nothing more may be written
+
     def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Make sure that the lock is still held."""
 
@@ -181,6 +183,7 @@ class ServerLock(LeaderLock):
         while not connection.execute(query, {"name": self.name}).scalar():
             if time.monotonic() > deadline:
                 connection.close()
+                self.is_lost = True
                 raise UserError(self.problem)
             time.sleep(0.2)
         return connection

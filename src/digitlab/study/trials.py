@@ -179,7 +179,8 @@ class TrialStore:
         values: list[float] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> TrialRow:
-        result = None if notes is None else self._rows[number].notes | dict(notes)
+        earlier = {key: x for key, x in self._rows[number].notes.items() if key != "reason"}
+        result = None if notes is None else earlier | dict(notes)
         self._rows[number] = self._row(self.mirror.set_state(number, state, values, result))
         return self._rows[number]
 

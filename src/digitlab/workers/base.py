@@ -281,7 +281,7 @@ class Pool(Workers):
         if isinstance(event, Ready):
             self._states[worker] = _State(is_ready=True)
         elif isinstance(event, Refused):
-            state.refusal = event.reason
+            self._states[worker] = _State(refusal=event.reason)
             self._discard(worker)
         elif isinstance(event, End):
             self._states[worker] = _State(is_ready=True)
@@ -314,4 +314,4 @@ class Pool(Workers):
             raise UserError(self._problem)
         if all(state.refusal for state in self._states):
             reasons = "; ".join(dict.fromkeys(state.refusal for state in self._states))
-            raise UserError(f"No worker can serve this study: {reasons}")
+            raise UserError(f"No worker can serve: {reasons}")

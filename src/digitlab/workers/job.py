@@ -11,7 +11,7 @@ from typing import Any
 from digitlab.base import faults
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
-from digitlab.data.datasets import TRAIN, load_digits
+from digitlab.data.datasets import TRAIN, DataUnavailable, load_digits
 from digitlab.training.fit import fit
 from digitlab.training.module import Diverged
 from digitlab.training.observer import StopTraining, TrainingObserver
@@ -58,7 +58,10 @@ def serve(
         while True:
             number, order = channel.recv()
             if isinstance(order, Job):  # else it is an answer to a job that has ended meanwhile
-                channel.send(_run(order, setup, _JobObserver(channel, number), environment))
+                end = _run(order, setup, _JobObserver(channel, number), environment)
+                channel.send(end)
+                if isinstance(end, Refused):
+                    return
                 gc.collect()  # Lightning's objects refer to one another
 
 
@@ -87,6 +90,8 @@ def _run(
         faults.point("job.finished")
     except StopTraining:
         return Stopped()
+    except DataUnavailable as error:  # the machine's fault, not the job's
+        return Refused(first_line(error))
     except (UserError, Diverged) as error:
         return Failed(str(error), is_deterministic=True)
     except Exception as error:  # noqa: BLE001  the driver decides whether to try again

@@ -113,7 +113,8 @@ class RayWorkers(Pool):
             if worker in self._nodes:
                 self._probe(worker)
             else:  # it died before it was ready
-                yield worker, Lost(str(error).strip().splitlines()[-1], False)
+                cause = str(error).strip() or "it ended without a reason"
+                yield worker, Lost(cause.splitlines()[-1], False)
             return
         if isinstance(event, Ready):
             self._nodes[worker] = event.machine["node"]
