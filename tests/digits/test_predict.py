@@ -25,13 +25,13 @@ from PIL import Image, ImageDraw, ImageOps
 from samples import readers, studies
 
 from digitlab.base.errors import UserError
-from digitlab.digits.calibration import fit_temperature
 from digitlab.digits.decode import decode
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage
+from digitlab.training.evaluate import fit_temperature
 
 DIGITS = np.fromfile(DATA / "t10k-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
 TRUE = np.fromfile(DATA / "t10k-labels-idx1-ubyte", np.uint8)[8:]
@@ -287,6 +287,12 @@ def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     picture(DIGITS[0]).save(tmp_path / "new.png")
     status, out, _ = call_in(champion_lab)("predict", str(tmp_path / "new.png"))
     assert (status, out.count("\n")) == (0, 1)
+    # The report names both the network's own probabilities, and these.
+    page = tmp_path / "page.html"
+    assert call_in(champion_lab)("report", "smoke", "--out", str(page))[0] == 0
+    shown = f"`predict` gives, with temperature {predictor.calibration.temperature:.2f}"
+    assert shown in page.read_text(encoding="utf-8")
+    assert "own probabilities are" in page.read_text(encoding="utf-8")
 
 
 def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: Path) -> None:

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from digitlab.data.datasets import TRAIN, load_digits, stratified_split
 from digitlab.data.images import to_unit
 from digitlab.records.reader import recorded_logits
 from digitlab.records.store import RunRow, Tracker
-from digitlab.training.evaluate import evaluate
+from digitlab.training.evaluate import evaluate, fit_temperature
 
 _VERSION = "3"  # of what is fitted here: a cache of another version is not used
 _DIGEST = 32  # bytes at the start of a cache: the SHA-256 of the rest
@@ -128,14 +127,3 @@ def _fitted(
     limits = unlimited.scores(images[held][sample], logits[sample]).quantile(_WITHIN, 0)
     fitted = {"temperature": torch.tensor(temperature), "limits": limits, "basis": basis}
     return fitted | {f"known{digit}": known[digit] for digit in range(10)}
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the number above 0 by which to divide logits (N, 10) for the least cross-entropy."""
-    from scipy.optimize import minimize_scalar
-
-    def loss(logarithm: float) -> float:
-        scaled = logits / float(np.exp(logarithm))
-        return float(nn.functional.cross_entropy(scaled, labels))
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))

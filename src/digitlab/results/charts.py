@@ -248,9 +248,13 @@ _DRAWERS: dict[str, Callable[[_Trials], _Drawn]] = {
 }
 
 
-def champion_charts(logits: Tensor, labels: Tensor) -> list[Chart]:
-    """Draw what the champion's weights make of the test images, (M, 10) and (M,)."""
-    confidence, guesses = (part.numpy() for part in logits.softmax(1).max(1))
+def champion_charts(logits: Tensor, labels: Tensor, temperature: float | None) -> list[Chart]:
+    """Draw what the champion's weights make of the test images, (M, 10) and (M,).
+
+    Args:
+        temperature: by which `predict` divides the logits; None if it is not known.
+    """
+    guesses = logits.argmax(1).numpy()
     tested = pd.DataFrame({"true digit": labels.numpy(), "read as": guesses})
     counts = pd.crosstab(tested["true digit"], tested["read as"])
     counts = counts.reindex(index=range(10), columns=range(10), fill_value=0)
@@ -263,18 +267,38 @@ def champion_charts(logits: Tensor, labels: Tensor) -> list[Chart]:
         true, read = wrong.stack().idxmax()
         message += f", most often a {true} as a {read} ({wrong.loc[true, read]} times)"
     confusion = Chart("Confusion", f"{message}.", matrix, counts.reset_index())
+    return [confusion, _calibration(logits, labels, temperature)]
 
+
+_GIVEN, _RIGHT, _WHOSE = "mean probability (%)", "correct (%)", "probabilities"
+
+
+def _calibration(logits: Tensor, labels: Tensor, temperature: float | None) -> Chart:
+    """Draw how often the probabilities are right: the network's own, and those of `predict`."""
+    own, own_error = _reliability(logits, labels)
+    parts = [own.assign(**{_WHOSE: "the network's own"})]
+    message = f"The network's own probabilities are {own_error:.2f} percentage points off on "
+    message += "average (expected calibration error)"
+    if temperature is not None:
+        tempered, error = _reliability(logits / temperature, labels)
+        parts.append(tempered.assign(**{_WHOSE: "of predict"}))
+        message += f"; those that `predict` gives, with temperature {temperature:.2f}, {error:.2f}"
+    bins = pd.concat(parts)
+    figure = px.line(bins, x=_GIVEN, y=_RIGHT, text="images", markers=True, color=_WHOSE)
+    figure.update_traces(textposition="top left")
+    start = min(99.0, float(bins[[_GIVEN, _RIGHT]].min(axis=None)))
+    figure.add_scatter(x=[start, 100], y=[start, 100], mode="lines", line_dash="dot", name="ideal")
+    return Chart("Calibration", f"{message}.", figure, bins)
+
+
+def _reliability(logits: Tensor, labels: Tensor) -> tuple[pd.DataFrame, float]:
+    """Return bins of images by their probability, and the expected calibration error (%)."""
+    confidence, guesses = (part.numpy() for part in logits.softmax(1).max(1))
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    tested = tested.assign(given=100 * confidence, hit=100.0 * (guesses == labels.numpy()))
+    tested = pd.DataFrame({"given": 100 * confidence, "hit": 100.0 * (guesses == labels.numpy())})
     bins = tested.groupby(place).agg(
         images=("hit", "size"), given=("given", "mean"), hit=("hit", "mean")
     )
     error = ((bins["given"] - bins["hit"]).abs() * bins["images"]).sum() / len(tested)
-    bins.columns = pd.Index(["images", "mean probability (%)", "correct (%)"])
-    figure = px.line(bins, x="mean probability (%)", y="correct (%)", text="images", markers=True)
-    figure.update_traces(textposition="top left")
-    start = min(99.0, float(bins[bins.columns[1:]].min(axis=None)))
-    figure.add_scatter(x=[start, 100], y=[start, 100], mode="lines", line_dash="dot", name="ideal")
-    message = "The network's own probabilities (without the temperature of `predict`) are "
-    message += f"{error:.2f} percentage points off on average (expected calibration error)."
-    return [confusion, Chart("Calibration", message, figure, bins)]
+    bins.columns = pd.Index(["images", _GIVEN, _RIGHT])
+    return bins, float(error)

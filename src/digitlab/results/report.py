@@ -14,7 +14,7 @@ from digitlab.base.files import safe_name, write_output
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.records.reader import recorded_environment, recorded_logits
+from digitlab.records.reader import recorded_environment, recorded_guesses, recorded_logits
 from digitlab.records.record import open_records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
@@ -23,6 +23,7 @@ from digitlab.study.champion import finished_results, unpruned_fits
 from digitlab.study.storage import open_storage, study_names
 from digitlab.study.summary import champion_text, pruning_text, short, sweep_command
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
+from digitlab.training.evaluate import fit_temperature
 
 _TOP = 20  # trials in the table
 _STATES = ("finished", "pruned", "failed", "running", "waiting")
@@ -100,7 +101,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
         reasons=sorted({str(row.notes["reason"]) for row in rows if "reason" in row.notes})[:3],
         charts=charts,
         pruning=pruning_text(rows, finished_results({key: unpruned[key] for key in asked})),
-        **_misread(config, champion, tracker, lab),
+        **_misread(store, config, champion, tracker, lab),
         film=_film(store, champion, tracker),
         commands=commands,
         environment=_environment(tracker, parent) if parent else [],
@@ -128,7 +129,7 @@ def _best(rows: Sequence[TrialRow], champion: Mapping[str, Any], config: Config)
 
 
 def _misread(
-    config: Config, champion: Mapping[str, Any], tracker: Tracker, lab: Path
+    store: TrialStore, config: Config, champion: Mapping[str, Any], tracker: Tracker, lab: Path
 ) -> dict[str, Any]:
     """Return what the first final fit made of the test images when it was tested."""
     run = champion.get("run_id")
@@ -150,12 +151,27 @@ def _misread(
         text = f"test image {place}, a {true}, read as {read}"
         shown = {"read": guesses[0], "percent": f"{shares[0]:.0%}"}
         misread.append({"text": text, "image": image, "true": true} | shown)
-    charts = champion_charts(logits, digits.labels)
+    charts = champion_charts(logits, digits.labels, _temperature(store, champion, tracker))
     return {"missing": "", "champion_charts": charts, "misread": misread}
 
 
 def _data_address(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _temperature(store: TrialStore, champion: Mapping[str, Any], tracker: Tracker) -> float | None:
+    """Return the champion's temperature, of its trial's validation images, as `predict` has it."""
+    trial = {"digitlab.kind": "trial", "digitlab.study_id": store.study_id}
+    trial |= {"digitlab.trial": str(champion["trial"]), "digitlab.state": "finished"}
+    for row in tracker.find(trial):
+        if "digitlab.predictions_sha256" in row.tags:
+            try:
+                _, labels = recorded_guesses(tracker, row)
+                logits = recorded_logits(tracker, row, len(labels))
+            except UserError:  # its record is damaged, which an audit says
+                continue
+            return fit_temperature(logits, labels.long())
+    return None
 
 
 def _film(store: TrialStore, champion: Mapping[str, Any], tracker: Tracker) -> str:
