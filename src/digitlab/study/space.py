@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, QuotedString, RangeSweep
 from hydra.errors import HydraException
@@ -17,6 +16,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import create_trial
 
 from digitlab.base.errors import UserError, nearest, require
 from digitlab.config.recorded import config_to_plain, flat, with_values
@@ -58,11 +58,14 @@ class Hyperparameter:
     def holds(self, value: Any) -> bool:
         """Return whether the configuration's value lies in the range."""
         try:
-            return self.distribution._contains(
-                self.distribution.to_internal_repr(self.encode(value))
+            create_trial(
+                value=0.0,
+                params={self.name: self.encode(value)},
+                distributions={self.name: self.distribution},
             )
-        except (TypeError, ValueError):
+        except (TypeError, ValueError):  # Optuna's own check
             return False
+        return True
 
     def extremes(self) -> list[Any]:
         """Return the values that decide whether the whole range is valid."""
@@ -152,9 +155,3 @@ def _checked(hyperparameter: Hyperparameter, config: Config) -> Hyperparameter:
 
 def _is_fixed(key: str) -> bool:
     return key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_GROUPS
-
-
-def suggest(trial: optuna.Trial, space: list[Hyperparameter]) -> dict[str, Any]:
-    """Suggest a value for each hyperparameter, in the configuration's terms."""
-    # Optuna's public `suggest_...` take a distribution apart, and build the same one again.
-    return {one.name: one.decode(trial._suggest(one.name, one.distribution)) for one in space}

@@ -16,7 +16,7 @@ from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points
-from digitlab.study.space import read_space, suggest
+from digitlab.study.space import read_space
 from digitlab.study.storage import open_storage, study_names
 
 _STATES = {
@@ -113,7 +113,7 @@ class TrialStore:
         """Draw the next trial and insert it, running, with all its values in one write."""
         study = self.mirror.study
         study.sampler = build_sampler(self.config, self.space, len(self._rows))
-        suggest(study.ask(), self.space)
+        study.ask({one.name: one.distribution for one in self.space})
         drawn = self.mirror.trials()[-1]
         faults.point("trial.drawn")
         trial = create_trial(
