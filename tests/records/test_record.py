@@ -64,7 +64,10 @@ def finish(records: Records, name: str = "run", *overrides: str, kind: str = "tr
     recorder.epoch(1, {"val_accuracy": 0.5, "train_loss": 1.5})
     recorder.epoch(2, {"val_accuracy": 0.75, "train_loss": 0.5})
     recorder.finish(
-        {"val_accuracy": 0.75, "seconds": 2.5}, results(config), {"numerics": {"threads": 1}}, {"t": "d"}
+        {"val_accuracy": 0.75, "seconds": 2.5},
+        results(config),
+        {"numerics": {"threads": 1}},
+        {"t": "d"},
     )
     assert records.outbox.flush(60) == 0
     records.outbox.check()
@@ -97,7 +100,10 @@ def test_finished_run_holds_everything_and_nothing_twice(records: Records, tmp_p
         ("val_accuracy", 2, 0.75),
     ]
     assert recorded_config(records.tracker, row) == configure()
-    assert recorded_environment(records.tracker, row) == {"commit": "abc", "numerics": {"threads": 1}}
+    assert recorded_environment(records.tracker, row) == {
+        "commit": "abc",
+        "numerics": {"threads": 1},
+    }
     guesses, labels = recorded_guesses(records.tracker, row)
     assert (guesses.tolist(), labels.tolist()) == ([1, 2, 3], [3, 2, 1])
     assert damage(records.tracker, row) == []
