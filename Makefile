@@ -3,6 +3,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup data train sweep audit report predict draw ui dashboard reproduce compare bench check test clean
 SHELL := /bin/bash
+# So that the commands that digitlab prints are those of make.
+export DIGITLAB_CALLER := make
 
 EXPERIMENT ?= default
 ARGS ?=
@@ -41,6 +43,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c "from digitlab.records.mlflow import keep_tables; keep_tables()"
 	@echo "$(TORCH)" > .venv/torch-backend
+	@echo "installed; \`source $(BIN)/activate\` lets this shell find the command digitlab"
 	@touch $@
 
 data: $(STAMP) ## fetch MNIST and verify it
@@ -67,11 +70,11 @@ draw: $(STAMP) ## draw a digit on a page, and see what the network reads (PORT=)
 	@$(BIN)/digitlab draw --port $(PORT) $(ARGS)
 
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
-	@$(BIN)/digitlab ui --port $(PORT)
+	@$(BIN)/digitlab ui --port $(PORT) $(ARGS)
 
 dashboard: PORT = 8080
 dashboard: $(STAMP) ## open Optuna's pages on 127.0.0.1 (PORT=)
-	@$(BIN)/digitlab dashboard --port $(PORT)
+	@$(BIN)/digitlab dashboard --port $(PORT) $(ARGS)
 
 reproduce: $(STAMP) ## train a run again, with a verdict (RUN= an id, a name, study/7 or champion)
 	@test -n "$(RUN)" || { echo "RUN= is missing: an id, a name, study/7, or champion"; exit 2; }

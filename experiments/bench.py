@@ -102,7 +102,7 @@ def _verdict(met: bool, missed: bool) -> str:
 
 def main() -> None:
     """Measure, print a table and write it as JSON."""
-    parser = Parser("digitlab bench", description="Time things in turns.")
+    parser = Parser(prog="digitlab bench", description="Time things in turns.")
     parser.add_argument("--repeats", type=int, default=5, help="of each figure (default: 5)")
     text = f"parts whose name contains this (default: all): {' '.join(PARTS)}"
     parser.add_argument("--only", default="", help=text, metavar="PART")
@@ -531,7 +531,7 @@ def _drawing_page(lab: Path) -> Iterator[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [PROGRAM, "draw", "--run", "fast98-seed-0", "--port", str(port)]
+        command = [PROGRAM, "draw", "--run", "fast98", "--port", str(port)]
         place = os.environ | {"DIGITLAB_HOME": str(own)}
         with subprocess.Popen(command, env=place, stdout=subprocess.DEVNULL) as process:
             try:

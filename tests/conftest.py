@@ -28,6 +28,9 @@ DATA = Path(__file__).parent / "support" / "digits"
 
 # Processes that tests start hear Ctrl-C, though this one may run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop(
+    "DIGITLAB_CALLER", None
+)  # `make test` sets it; commands are shown as `digitlab` ones
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
 # Where processes that tests start find this checkout's code, and the fork server `hooks`.
 HERE = Path(__file__).parent

@@ -1,13 +1,16 @@
 """The command line: exit statuses, one line for a mistake, and runs from end to end."""
 
+import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from samples import copy_digits
 from serving import COMMAND, environment_of
 
 from digitlab.base.errors import UserError
+from digitlab.cli import build_parser, main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.records.mlflow import MlflowTracker
@@ -51,13 +55,76 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
         assert re.search(rf"^ +{command} +\w+", done.stdout, re.MULTILINE), command
 
 
-def test_help_imports_no_framework() -> None:
-    command = [sys.executable, "-X", "importtime", *COMMAND[1:], "--help"]
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_no_framework(option: str) -> None:
+    command = [sys.executable, "-X", "importtime", *COMMAND[1:], option]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "digitlab" in imported
     heavy = {"torch", "numpy", "hydra", "omegaconf", "mlflow", "optuna", "pytorch_lightning"}
-    assert imported & heavy == set()
+    assert imported & (heavy | {"rich", "pydantic", "shtab"}) == set()
+
+
+# What a command may not wait for: torch takes longer to import than most of them take.
+@pytest.mark.parametrize(
+    ("modules", "unused"),
+    [
+        ("results.lists results.show results.removal results.exchange results.audit", "torch"),
+        ("digits.predict records.mlflow", "pytorch_lightning captum matplotlib plotly"),
+        ("results.compare", "torch optuna"),
+    ],
+)
+def test_commands_import_no_more_than_they_need(modules: str, unused: str) -> None:
+    code = "import sys; import {}; print(*sys.modules)"
+    named = ", ".join(f"digitlab.{module}" for module in modules.split())
+    command = [sys.executable, "-c", code.format(named)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert set(unused.split()) & set(done.stdout.split()) == set()
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"digitlab {version('digitlab')}\n"
+
+
+def test_help_of_a_command_is_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in (["help", "predict"], ["predict", "--help"]):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("usage: digitlab predict ")
+
+
+def test_every_option_explains_itself_with_its_default() -> None:
+    _, commands = build_parser()
+    for name, command in commands.items():
+        for action in command._actions:
+            assert action.help, (name, action.dest)
+            if action.default not in (None, False, argparse.SUPPRESS, []):
+                shown = action.help % {"default": action.default}
+                assert f"(default: {action.default}" in shown, (name, action.dest)
+
+
+def test_one_thing_has_one_name() -> None:
+    _, commands = build_parser()
+    options = {name: set(command._option_string_actions) for name, command in commands.items()}
+    for name in ("audit", "compare", "evaluate", "predict", "reproduce", "runs", "show", "studies"):
+        assert "--json" in options[name], name
+    for name in ("compare", "explain", "predict", "report"):
+        assert "--out" in options[name], name
+    for name in ("dashboard", "draw", "report", "ui"):
+        assert "--open" in options[name], name
+    for name in ("draw", "evaluate", "explain", "predict"):
+        assert "--run" in options[name], name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_the_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("digitlab", *COMMANDS, "--config-from"):
+        assert word in script
 
 
 def test_misspelt_command_is_one_line_with_the_nearest() -> None:
@@ -139,24 +206,31 @@ def call(trained: Trained, call_in: CallIn) -> Call:
     return call_in(trained.lab)
 
 
-def test_train_tells_each_epoch_and_the_run(trained: Trained) -> None:
+def test_train_tells_each_epoch_the_layers_the_run_and_what_can_follow(trained: Trained) -> None:
     done = trained.done
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(lines) == 2
     assert re.fullmatch(
         r"epoch 1/1  train_accuracy 0\.\d{4}  train_loss \d+\.\d{4}"
         r"  val_accuracy 0\.\d{4}  val_loss \d+\.\d{4}",
         lines[0],
     )
-    assert re.fullmatch(
-        r"run [0-9a-f]{32} \(smoke-seed-0\): val_accuracy \d+\.\d\d% in \d+\.\d s", lines[1]
-    )
+    layers = [re.split(r" *[│┃] *", line)[1:-1] for line in lines if line[0] in "│┃"]
+    assert layers[0] == ["layer", "output", "parameters"]
+    assert layers[1] == ["Conv2d", "4x28x28", "36"]
+    [parameters] = (count for layer, _, count in layers if layer == "all")
+    row = trained.tracker.get(trained.run_id)
+    assert int(parameters.replace(",", "")) == row.metrics["model_parameters"]
+    text = r"run [0-9a-f]{32} \(smoke .+\): val_accuracy \d+\.\d\d% in \d+\.\d s"
+    assert re.fullmatch(text, lines[-3])
+    assert lines[-2].split(":")[1].split() == ["digitlab", "draw", f"--run={row.run_id[:12]}"]
+    assert lines[-1].split(":")[1].split() == ["digitlab", "reproduce", row.run_id[:12]]
 
 
 def test_trained_run_is_recorded_whole(trained: Trained) -> None:
     row = trained.tracker.get(trained.run_id)
-    assert (row.name, row.status) == ("smoke-seed-0", "FINISHED")
+    name = "smoke data=sample widths=4 batch_size=200 epochs=1"
+    assert (row.name, row.status) == (name, "FINISHED")
     assert (row.tags["digitlab.kind"], row.tags["digitlab.state"]) == ("train", "finished")
     assert json.loads(row.tags["digitlab.overrides"]) == [*SMALL, "trainer.epochs=1"]
     told = trained.done.stdout
@@ -170,6 +244,21 @@ def test_train_writes_nothing_outside_the_lab(trained: Trained) -> None:
     assert {path.name for path in trained.lab.iterdir()} >= {"data", "mlflow.db", "artifacts"}
 
 
+def test_next_run_is_numbered_and_compared_with_the_one_before(
+    call: Call, trained: Trained
+) -> None:
+    status, out, _ = call("train", *SMALL, "trainer.epochs=1")
+    assert status == 0
+    name = trained.tracker.get(trained.run_id).name
+    assert f"({name} #2): val_accuracy " in out
+    assert f"+0.00 percentage points against the run before ({name}):" in out
+    assert "0 images gained, 0 lost; this could well be chance (McNemar, p = 1)" in out
+    [compare] = re.findall(r"see what differs: +digitlab (.+)", out)
+    status, out, _ = call(*shlex.split(compare))
+    assert status == 0
+    assert "parameters: no difference" in out
+
+
 def test_several_runs_at_once_write_nothing_outside_the_lab(call: Call) -> None:
     several = ["--multirun", "trainer.seed=1,2", "tracking=none", "trainer.epochs=1"]
     status, out, _ = call("train", *SMALL, *several)
@@ -179,15 +268,15 @@ def test_several_runs_at_once_write_nothing_outside_the_lab(call: Call) -> None:
 
 def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trained) -> None:
     wild = ["optim=sgd", "optim.schedule=constant", "optim.learning_rate=10"]
-    wild += ["optim.weight_decay=1", "model.batch_norm=false", "trainer.seed=77"]
+    wild += ["optim.weight_decay=1", "model.batch_norm=false", "name=wild"]
     status, out, err = call("train", *SMALL, *wild)
     assert (status, err) == (1, "")
     assert re.search(r"failed: the loss is (nan|inf) in epoch \d", out)
-    assert trained.tracker.get("smoke-seed-77").tags["digitlab.state"] == "failed"
+    assert trained.tracker.get("wild").tags["digitlab.state"] == "failed"
 
 
 def test_interrupt_ends_a_run_and_is_recorded(trained: Trained) -> None:
-    command = [*COMMAND, "train", *SMALL, "trainer.epochs=5000", "trainer.seed=99"]
+    command = [*COMMAND, "train", *SMALL, "trainer.epochs=5000", "name=long"]
     process = subprocess.Popen(
         command,
         env=environment_of(trained.lab),
@@ -205,7 +294,7 @@ def test_interrupt_ends_a_run_and_is_recorded(trained: Trained) -> None:
         process.wait()
     assert (process.returncode, err) == (130, "")
     assert "interrupted" in out.splitlines()[-1]
-    row = trained.tracker.get("smoke-seed-99")
+    row = trained.tracker.get("long")
     assert (row.status, row.tags["digitlab.state"]) == ("KILLED", "interrupted")
 
 
@@ -239,7 +328,7 @@ def test_misspelt_key_is_one_line_in_a_process_of_its_own(trained: Trained) -> N
         (["train", "--nonsense"], "--nonsense"),
         (["train", *SMALL, "data.validation_images=2000"], "data.validation_images=2000"),
         (["train", *SMALL, "tracking.uri=http://127.0.0.1:1"], "127.0.0.1:1"),
-        (["reproduce", "smoke-sede-0"], "smoke-seed-0"),
+        (["reproduce", "smoke data=samlpe"], "smoke data=sample"),
         (["reproduce", "champion"], "champion"),
         (["reproduce"], "RUN"),
         (["data", "mnits"], "mnist"),
@@ -299,7 +388,8 @@ def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:
     status, out, err = call("train", "--help")
     assert (status, err) == (0, "")
     assert out.startswith("usage: digitlab train ")
-    for group in ("model        convnet, seed, strided", "optim        adam, adamw, sgd"):
+    for group in ("model        convnet, seed, strided", "optim        adam, adamw, sgd",
+                  "digitlab sweep experiments=smoke", "tag(log,interval"):  # fmt: skip
         assert group in out
 
 

@@ -1,25 +1,52 @@
-"""The command `digitlab`: parse, build, run, close."""
+"""The command `digitlab`: what can be typed. What is then done stands in `commands`."""
 
 import argparse
 import io
-import json
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
+from digitlab import __version__, commands
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.files import disk_problem
-from digitlab.base.paths import RECIPES, lab_folder
+from digitlab.base.invocation import split_stores
+from digitlab.base.paths import CONF, recipe_folders
 
-if TYPE_CHECKING:
-    from digitlab.config.compose import Composed
+_GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher")
+_OVERRIDES = """\
+name=NAME names the run. All settings, with their limits: digitlab config
+
+groups and their options:
+{groups}
+
+ranges that `digitlab sweep` searches, in Hydra's sweep grammar:
+  model.hidden=16,32,64                               one of these
+  'model.widths=choice([16,32],[32,64])'              one of these lists
+  'trainer.epochs=range(1,6)'                         1, 2, 3, 4 or 5
+  'model.hidden=int(interval(16,64))'                 an integer between limits
+  'optim.learning_rate=tag(log,interval(1e-3,0.1))'   a number, on a logarithmic scale
+
+examples:
+  digitlab train experiments=seed trainer.epochs=5
+  digitlab train --multirun trainer.seed=1,2,3
+  digitlab sweep experiments=smoke study.name=mine 'model.hidden=int(interval(8,64))'"""
+_STORES = """\
+tracking.uri=URI, tracking.experiment=NAME and study.storage=ADDRESS say where the records are,
+if not in the lab"""
+_MORE = """\
+`digitlab help COMMAND` explains one. With --debug, each shows the traceback of an error."""
+_RUN = "id, a unique beginning of one, name, STUDY/TRIAL, STUDY/champion, or champion"
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as all commands do."""
+    """Reports a mistake in one line, as all commands do."""
+
+    def __init__(self, **how: Any) -> None:
+        plain = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": plain, **how})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.removeprefix('digitlab ')}: {message}; see {self.prog} --help")
@@ -33,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        status = _run(arguments)
+        try:
+            status = _run(arguments)
+        except SystemExit as end:  # argparse's, after --help or --version
+            status = int(end.code or 0)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -55,265 +85,227 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print("usage: digitlab COMMAND [ARGUMENTS]   (--debug shows the traceback of an error)\n")
-        for name, (text, _) in _COMMANDS.items():
-            print(f"  {name:<10} {text}")
+    parser, known = build_parser()
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
+    if not arguments:
+        parser.print_help()
         return 0
-    command, rest = arguments[0], arguments[1:]
-    if command not in _COMMANDS:
-        raise UserError(f"{command}: no such command, {nearest(command, _COMMANDS)}")
-    return _COMMANDS[command][1](rest)
+    name, *rest = arguments
+    if name.startswith("-"):
+        parser.parse_args(arguments)  # --help and --version end the process
+    if name not in known:
+        raise UserError(f"{name}: no such command, {nearest(name, known)}")
+    stores: list[str] = []
+    if known[name].get_default("stores") is not None:
+        stores, rest = split_stores(rest)
+    options, unknown = known[name].parse_known_intermixed_args(rest)
+    if unknown and name != "bench":
+        known[name].error(f"{' '.join(unknown)}: not known here")
+    options.rest, options.stores = unknown, stores
+    act: Callable[[argparse.Namespace], int] = options.act
+    return act(options)
 
 
-def _data(arguments: list[str]) -> int:
-    parser = Parser("digitlab data", description="Fetch and verify a data set.")
-    parser.add_argument("name", nargs="?", default="mnist", help="mnist, fashion_mnist")
-    name = parser.parse_args(arguments).name
-    from digitlab.data.datasets import TEST, TRAIN, load_digits
+def _shared(*names: str, **how: Any) -> argparse.ArgumentParser:
+    """Return a parent of those commands that take this option."""
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(*names, **how)
+    return parent
 
-    for files in (TRAIN, TEST):
-        digits = load_digits(lab_folder(), name, files)
-        for file, digest in digits.sha256.items():
-            print(f"{digest}  {file}")
+
+_JSON = _shared("--json", action="store_true", help="print one JSON document")
+_CSV = _shared("--csv", action="store_true", help="print comma-separated values")
+_OPEN = _shared("--open", action="store_true", help="open the page in the browser")
+_WITH = _shared("--run", metavar="RUN", help=f"{_RUN} (default: champion, else the newest run)")
+_STUDY = _shared("study", metavar="STUDY", help="name of a study")
+
+
+def _out(what: str, metavar: str = "FILE") -> argparse.ArgumentParser:
+    return _shared("--out", type=Path, metavar=metavar, help=what)
+
+
+def _port(port: int) -> argparse.ArgumentParser:
+    text = "port to listen on (default: %(default)s)"
+    return _shared("--port", type=int, metavar="N", default=port, help=text)
+
+
+class _Builder:
+    """Adds commands to a parser; those that read records take the words for where they are."""
+
+    def __init__(self) -> None:
+        self.parser = Parser(
+            prog="digitlab",
+            description="A tracked hyperparameter study of handwritten digits.",
+            epilog="commands:\n",
+        )
+        version = f"digitlab {__version__}"
+        self.parser.add_argument("--version", action="version", version=version)
+        self.commands = self.parser.add_subparsers(metavar="COMMAND", help=argparse.SUPPRESS)
+
+    def add(
+        self,
+        name: str,
+        act: Callable[[argparse.Namespace], int],
+        text: str,
+        *parents: argparse.ArgumentParser,
+        more: str = "",
+        **how: Any,
+    ) -> argparse.ArgumentParser:
+        self.parser.epilog = f"{self.parser.epilog}  {name:<11} {text}\n"
+        about = f"{text[0].upper()}{text[1:]}.{more and ' '}{more}"
+        how |= {"help": text, "description": about, "parents": parents}
+        added: argparse.ArgumentParser = self.commands.add_parser(name, **how)
+        added.set_defaults(act=act)
+        return added
+
+    def add_reader(
+        self, name: str, act: Callable[[argparse.Namespace], int], text: str, *parents: Any,
+        more: str = "",
+    ) -> argparse.ArgumentParser:  # fmt: skip
+        added = self.add(name, act, text, *parents, more=more, epilog=_STORES)
+        added.set_defaults(stores=[])
+        return added
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of `digitlab`, and those of its commands."""
+    builder = _Builder()
+    _add_training(builder)
+    _add_studies(builder)
+    _add_results(builder)
+    _add_digits(builder)
+    _add_pages(builder)
+    shell = builder.add("completion", _complete, "print a script that completes commands")
+    shell.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="the shell it is for")
+    builder.parser.epilog = f"{builder.parser.epilog}\n{_MORE}"
+    return builder.parser, dict(builder.commands.choices)
+
+
+def _complete(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser()[0], options.shell))
     return 0
 
 
-def _train(arguments: list[str]) -> int:
-    from digitlab.config.compose import compose
-
-    parser = Parser("digitlab train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-from", metavar="RUN")
-    options, arguments = parser.parse_known_args(arguments)
-    if options.config_from:
-        from digitlab.results.reproduce import train_from
-
-        return train_from(options.config_from, arguments, lab_folder())
-    jobs = compose("train", arguments)
-    if not jobs:  # --help, --cfg and the like have printed what was asked for
-        return 0
-    from digitlab.study.run import train
-
-    lab = lab_folder()
-    return _run_all(jobs, lambda job: train(job, lab))
-
-
-def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> int:
-    """Run the jobs of --multirun in turn; one that is stopped ends them all."""
-    statuses = []
-    for job in jobs:
-        statuses.append(run(job))
-        if statuses[-1] == 130:
-            left = len(jobs) - len(statuses)
-            if left:
-                print(f"{left} of {len(jobs)} jobs were not started")
-            break
-    return max(statuses)
+def _add_training(builder: _Builder) -> None:
+    data = builder.add("data", commands.data, "fetch and verify a data set")
+    names = "mnist or fashion_mnist (default: %(default)s)"
+    data.add_argument("name", nargs="?", default="mnist", help=names)
+    for name, run, text in (
+        ("train", commands.train, "train one model; takes any override"),
+        ("sweep", commands.sweep, "run a study, or continue it; takes any override"),
+    ):
+        lines = [f"  {group:<12} {', '.join(_options([CONF / group]))}" for group in _GROUPS]
+        lines.append(f"  {'experiments':<12} {', '.join(_options(recipe_folders()))}")
+        epilog = _OVERRIDES.format(groups="\n".join(lines))
+        added = builder.add(name, run, text, epilog=epilog)
+        override = "KEY=VALUE or GROUP=OPTION (default: experiments=default)"
+        added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=override)
+        combine = "do so for every combination of values such as trainer.seed=1,2"
+        added.add_argument("--multirun", "-m", action="store_true", help=combine)
+        cfg = "print the configuration, and stop"
+        added.add_argument("--cfg", "-c", choices=["job"], help=cfg)
+        if name == "train":
+            again = "start from a run's configuration instead of a recipe's"
+            added.add_argument("--config-from", metavar="RUN", help=again)
+    config = builder.add("config", commands.config, "list all settings, with their limits")
+    config.add_argument("--schema", action="store_true", help="print a JSON schema instead")
 
 
-def _sweep(arguments: list[str]) -> int:
-    from digitlab.workers.processes import preload
-
-    lab = lab_folder()  # whose .env the workers inherit
-    if not any(argument.startswith("-") for argument in arguments):
-        preload()  # beside the parent's own imports
-    from digitlab.config.compose import compose
-
-    jobs = compose("sweep", arguments)
-    if not jobs:
-        return 0
-    from digitlab.results.publish import publish
-    from digitlab.study.driver import sweep
-
-    return _run_all(jobs, lambda job: sweep(job, lab, publish))
+def _options(folders: Sequence[Path]) -> list[str]:
+    """Return the names that a group of the configuration can be given."""
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
-def _config(arguments: list[str]) -> int:
-    parser = Parser("digitlab config", description="List all settings, with their limits.")
-    parser.add_argument("--schema", action="store_true", help="print a JSON schema instead")
-    options = parser.parse_args(arguments)
-    from digitlab.config.schema import describe_settings, json_schema
-
-    print(json.dumps(json_schema(), indent=2) if options.schema else describe_settings())
-    return 0
-
-
-def _audit(arguments: list[str]) -> int:
-    parser = Parser(
-        "digitlab audit", description="Check that each trial of a study and its run agree."
+def _add_studies(builder: _Builder) -> None:
+    runs = builder.add_reader("runs", commands.runs, "list runs, the best first", _JSON, _CSV)
+    runs.add_argument("--study", metavar="STUDY", help="those of a study")
+    kinds = ["study", "trial", "train", "confirm", "final", "champion", "reproduction"]
+    runs.add_argument("--kind", choices=kinds, help="those of a kind")
+    states = ["running", "finished", "pruned", "failed", "interrupted"]
+    runs.add_argument("--state", choices=states, help="those in a state")
+    most = "runs to list; 0 lists all (default: %(default)s; all with --json and --csv)"
+    runs.add_argument("--most", type=int, metavar="N", default=20, help=most)
+    studies = "list studies, the best first"
+    listed = builder.add_reader("studies", commands.studies, studies, _JSON, _CSV)
+    listed.add_argument("--deleted", action="store_true", help="list those that were deleted")
+    show = "what a run or a study was: settings that are not the defaults, metrics, files"
+    shown = builder.add_reader("show", commands.show, show, _JSON)
+    shown.add_argument("name", metavar="RUN|STUDY", help=f"{_RUN}; or the name of a study")
+    best = "print the settings of a study's champion as a recipe"
+    builder.add_reader("best", commands.best, best, _STUDY)
+    delete = builder.add_reader(
+        "delete", commands.delete, "delete a study with its runs; asks first", _STUDY,
+        more="`digitlab restore` brings it back.",
+    )  # fmt: skip
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    builder.add_reader("restore", commands.restore, "bring a deleted study back", _STUDY)
+    export = "write a study with its runs into a file that another lab can import"
+    builder.add_reader("export", commands.export, export, _STUDY).add_argument(
+        "file", type=Path, metavar="FILE", help="to be written"
     )
-    parser.add_argument("study", nargs="*", help="names of studies; all of the lab's if none")
-    parser.add_argument("--repair", action="store_true", help="repair what can be repaired")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    options = parser.parse_args(arguments)
-    from digitlab.results.audit import inspect
-
-    return inspect(options.study, lab_folder(), options.repair, options.json)
-
-
-def _bench(arguments: list[str]) -> int:
-    script = RECIPES / "bench.py"
-    if not script.is_file():
-        raise UserError("bench is not available here: it needs a checkout. Clone the repository")
-    sys.argv[1:] = arguments
-    runpy.run_path(str(script), run_name="__main__")
-    return 0
-
-
-def _reproduce(arguments: list[str]) -> int:
-    parser = Parser(
-        "digitlab reproduce",
-        description="Train again from a record alone. Exit status: 0 identical or within "
-        "tolerance, 1 not reproduced, 3 not comparable.",
+    bring = "verify a study that was exported, and record it here"
+    builder.add_reader("import", commands.bring, bring).add_argument(
+        "file", type=Path, metavar="FILE", help="as `digitlab export` wrote it"
     )
-    parser.add_argument(
-        "run", nargs="?", help="id, a unique beginning of one, name, STUDY/TRIAL, or champion"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="trainer.threads=N, tracking.uri=...; any, with --config"
-    )
-    parser.add_argument("--study", help="replay a whole study, trial by trial, by one worker")
-    parser.add_argument("--config", help="train the configuration of a file", metavar="FILE")
-    parser.add_argument(
-        "--at-commit", action="store_true", help="run the recorded code: trust it first"
-    )
-    parser.add_argument("--yes", action="store_true", help="run the recorded code without asking")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    options = parser.parse_intermixed_args(arguments)
-    overrides = [word for word in (options.run, *options.overrides) if word and "=" in word]
-    runs = [word for word in (options.run, *options.overrides) if word and "=" not in word]
-    if len([*runs, *filter(None, (options.study, options.config))]) != 1:
-        parser.error("give one of RUN, --study NAME and --config FILE")
-    if options.at_commit and not runs:
-        parser.error("--at-commit goes with RUN alone")
-    if (options.json and options.config) or (overrides and options.study):
-        parser.error("--config takes no --json, --study no overrides")
-
-    lab = lab_folder()  # whose .env the workers inherit
-    if options.study:
-        from digitlab.workers.processes import preload
-
-        preload()
-        from digitlab.results.replay import replay
-
-        return replay(options.study, lab, options.json)
-    from digitlab.results.reproduce import reproduce, reproduce_file
-
-    if options.config:
-        return reproduce_file(Path(options.config), overrides, lab)
-    return reproduce(runs[0], overrides, lab, options.json, options.at_commit, options.yes)
 
 
-def _compare(arguments: list[str]) -> int:
-    parser = Parser("digitlab compare", description="What differs between runs.")
-    parser.add_argument("runs", nargs="+", help="two runs or more, named as for reproduce")
-    parser.add_argument("--out", type=Path, help="write it as an HTML page, too", metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    options = parser.parse_args(arguments)
-    overrides = [word for word in options.runs if "=" in word]
-    runs = [word for word in options.runs if "=" not in word]
-    from digitlab.results.compare import compare
-
-    return compare(runs, overrides, lab_folder(), options.json, options.out)
-
-
-def _report(arguments: list[str]) -> int:
-    parser = Parser("digitlab report", description="A study on one page that needs no network.")
-    parser.add_argument("study", nargs="?", help="its name; the one begun last if none is given")
-    parser.add_argument("--out", type=Path, help="a file beside the recipe, say", metavar="FILE")
-    options = parser.parse_args(arguments)
-    from digitlab.results.report import write_report
-
-    return write_report(options.study, options.out, lab_folder())
-
-
-def _explain(arguments: list[str]) -> int:
-    parser = Parser("digitlab explain", description="What a network sees in an image.")
-    parser.add_argument("image", help="a file, or the index of a test image, from 0")
-    parser.add_argument("--run", help="named as for reproduce (default: champion)")
-    parser.add_argument("--against", type=int, choices=range(10), help="digit it did not say")
-    parser.add_argument("--out", type=Path, help="the picture; lab/explained/...", metavar="FILE")
-    options = parser.parse_args(arguments)
-    from digitlab.digits.explain import explain
-
-    return explain(options.image, options.run, options.against, options.out, lab_folder())
+def _add_results(builder: _Builder) -> None:
+    audit = builder.add_reader("audit", commands.audit, "check that trials and runs agree", _JSON)
+    audit.add_argument("study", nargs="*", metavar="STUDY", help="(default: all of the lab's)")
+    audit.add_argument("--repair", action="store_true", help="repair what can be repaired")
+    builder.add("bench", commands.bench, "measure what the machinery costs", add_help=False)
+    again = builder.add_reader(
+        "reproduce", commands.reproduce, "train a run or a study again, with a verdict", _JSON,
+        more="Exit status: 0 identical or within tolerance, 1 not reproduced, 3 not comparable.",
+    )  # fmt: skip
+    again.add_argument("words", nargs="*", metavar="RUN", help=f"{_RUN}; and trainer.threads=N")
+    again.add_argument("--study", metavar="STUDY", help="replay a study, by one worker")
+    again.add_argument("--config", metavar="FILE", help="train the configuration of a file")
+    at = "run the recorded code: trust it first"
+    again.add_argument("--at-commit", action="store_true", help=at)
+    unasked = "run the recorded code without asking"
+    again.add_argument("--yes", action="store_true", help=unasked)
+    page = "write it as an HTML page, too"
+    compare = "what differs between runs, and whether that may be chance"
+    runs = builder.add_reader("compare", commands.compare, compare, _JSON, _out(page))
+    runs.add_argument("runs", nargs="+", metavar="RUN", help=f"two or more, each: {_RUN}")
+    target = _out("file to write (default: reports/STUDY.html in the lab)")
+    text = "write a study's report, one HTML file that works offline"
+    report = builder.add_reader("report", commands.report, text, target, _OPEN)
+    newest = "name of a study (default: the newest)"
+    report.add_argument("study", nargs="?", metavar="STUDY", help=newest)
 
 
-def _predict(arguments: list[str]) -> int:
-    parser = Parser(
-        "digitlab predict",
-        description="Which digits images show. Exit status: 0, or 2 where one could not be read.",
-    )
-    parser.add_argument("image", nargs="+", help="files, folders, - for standard input")
-    parser.add_argument("--run", help="named as for reproduce (default: champion)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    parser.add_argument("--explain", action="store_true", help="draw why, in lab/explained/")
-    parser.add_argument("--save", type=Path, help="the 28x28 that are read", metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    from digitlab.digits.predict import predict
-
-    given = (options.image, options.run, options.json, options.explain, options.save)
-    return predict(*given, lab_folder())
-
-
-def _draw(arguments: list[str]) -> int:
-    parser = Parser("digitlab draw", description="A page to draw digits on, on this machine.")
-    parser.add_argument("--run", help="named as for reproduce (default: champion)")
-    parser.add_argument("--port", type=int, default=8000, help="8000")
-    options = parser.parse_args(arguments)
-    from digitlab.pages.draw import draw
-
-    return draw(options.run, lab_folder(), options.port)
+def _add_digits(builder: _Builder) -> None:
+    predict = builder.add_reader(
+        "predict", commands.predict, "which digit an image shows, and how sure that is",
+        _WITH, _JSON, _out("folder for the images of 28x28 that the network sees", "FOLDER"),
+        more="Exit status: 0, or 2 where one could not be read.",
+    )  # fmt: skip
+    files = "files, folders, - for standard input"
+    predict.add_argument("image", nargs="+", metavar="IMAGE", help=files)
+    why = "draw why, in explained/ of the lab"
+    predict.add_argument("--explain", action="store_true", help=why)
+    picture = _out("file for the picture (default: in explained/ of the lab)")
+    text = "what a network sees in a digit, and why it says so"
+    explain = builder.add_reader("explain", commands.explain, text, _WITH, picture)
+    explain.add_argument("image", help="a file, or the index of a test image, from 0")
+    other = "the other digit (default: the next likely)"
+    explain.add_argument("--against", type=int, metavar="DIGIT", choices=range(10), help=other)
+    shifted = "a run's network on test images that are changed"
+    evaluate = builder.add_reader("evaluate", commands.evaluate, shifted, _WITH, _JSON)
+    evaluate.add_argument("--shift", action="store_true", required=True, help="every change")
+    count = "images of each change that are prepared, too (default: %(default)s)"
+    evaluate.add_argument("--prepared", type=int, metavar="N", default=1000, help=count)
 
 
-def _evaluate(arguments: list[str]) -> int:
-    parser = Parser("digitlab evaluate", description="A run's network on changed test images.")
-    parser.add_argument("--run", help="named as for reproduce (default: champion)")
-    parser.add_argument("--shift", action="store_true", required=True, help="every change there is")
-    parser.add_argument("--prepared", type=int, default=1000, help="images of each, prepared; 1000")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
-    options = parser.parse_args(arguments)
-    from digitlab.digits.shift import evaluate_shift
-
-    return evaluate_shift(options.run, options.prepared, options.json, lab_folder())
-
-
-def _ui(arguments: list[str]) -> int:
-    from digitlab.pages.ui import serve
-
-    return _pages("ui", "MLflow's pages on this machine.", 5000, arguments, serve)
-
-
-def _dashboard(arguments: list[str]) -> int:
-    from digitlab.pages.ui import dashboard
-
-    return _pages("dashboard", "Optuna's pages on this machine.", 8080, arguments, dashboard)
-
-
-def _pages(
-    command: str, text: str, port: int, arguments: list[str], serve: Callable[[Path, int], int]
-) -> int:
-    parser = Parser(f"digitlab {command}", description=text)
-    parser.add_argument("--port", type=int, default=port)
-    options = parser.parse_args(arguments)
-
-    return serve(lab_folder(), options.port)
-
-
-_COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "data": ("fetch and verify a data set", _data),
-    "train": ("train one model; takes any override", _train),
-    "sweep": ("run a study, or continue it; takes any override", _sweep),
-    "config": ("list all settings; --schema prints their JSON schema", _config),
-    "audit": ("check that trials and runs agree; --repair repairs", _audit),
-    "bench": ("measure what the machinery costs", _bench),
-    "reproduce": ("train a run or a study again from its record, with a verdict", _reproduce),
-    "compare": ("what differs between runs, and whether that is chance", _compare),
-    "report": ("a study on one page that needs no network", _report),
-    "explain": ("what a network sees in a digit, and why it says so", _explain),
-    "predict": ("which digit an image shows, and how sure that is", _predict),
-    "draw": ("a page to draw digits on and see them read", _draw),
-    "evaluate": ("a run's network on test images that are changed: --shift", _evaluate),
-    "ui": ("open MLflow's pages on the lab's records", _ui),
-    "dashboard": ("open Optuna's pages on the lab's studies", _dashboard),
-}
+def _add_pages(builder: _Builder) -> None:
+    draw = "a page to draw digits on and see them read"
+    builder.add_reader("draw", commands.draw, draw, _WITH, _port(8000), _OPEN)
+    ui = "open MLflow's pages on the lab's records"
+    builder.add("ui", commands.ui, ui, _port(5000), _OPEN)
+    dashboard = "open Optuna's pages on the lab's studies"
+    builder.add_reader("dashboard", commands.dashboard, dashboard, _port(8080), _OPEN)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
-from digitlab.config.compose import compose, override_values
+from digitlab.config.compose import compose, composed_text, override_values, store_words
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
 from digitlab.networks.settings import SeedConfig
@@ -148,46 +148,45 @@ def test_the_arguments_of_the_process_stay_as_they_were() -> None:
     assert sys.argv == before
 
 
-# --- Hydra's flags ---
+# --- names, text, several at once ---
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--cfg", "job", "experiments=smoke", "trainer.seed=5"],
-        ["experiments=smoke", "trainer.seed=5", "--cfg", "job"],
-        ["~data.augment.erase", "--cfg", "job", "experiments=smoke", "trainer.seed=5"],
-    ],
+    "overrides",
+    [["experiments=smoke", "trainer.seed=5"], ["~data.augment.erase", "trainer.seed=5"]],
 )
-def test_cfg_job_prints_the_configuration_and_gives_no_jobs(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert compose("train", arguments) == []
-    printed = OmegaConf.create(capsys.readouterr().out)
-    assert printed.study.name == "smoke"
-    assert printed.trainer.seed == 5
+def test_the_text_of_a_configuration_need_not_be_valid(overrides: list[str]) -> None:
+    assert OmegaConf.create(composed_text("train", overrides)).trainer.seed == 5
 
 
-def test_cfg_job_of_a_sweep_shows_the_space(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compose("sweep", ["--cfg", "job", "model.hidden=16,32"]) == []
-    printed = OmegaConf.create(capsys.readouterr().out)
+def test_the_text_of_a_sweep_shows_the_space() -> None:
+    printed = OmegaConf.create(composed_text("sweep", ["model.hidden=16,32"]))
     assert printed.study.space["model.hidden"] == "16,32"
 
 
-def test_help_ends_well_and_lists_the_recipes_own_keys(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        compose("train", ["--help"])
-    assert not caught.value.code
-    assert "learning_rate" in capsys.readouterr().out
+def test_a_name_is_of_the_run_and_no_setting() -> None:
+    [job] = compose("train", ["experiments=smoke", "name=wide & deep=2", "trainer.seed=5"])
+    assert (job.name, job.overrides) == ("wide & deep=2", ("experiments=smoke", "trainer.seed=5"))
+    assert compose("train", [])[0].name is None
+    assert "study.name=mine" in refusal("sweep", "name=mine")
+    for name in ("", "smoke/7", "champion", "x" * 101):
+        assert refusal("train", f"name={name}").startswith(f"name={name} is invalid: it must be")
+
+
+def test_where_things_are_recorded_is_said_only_where_it_is_not_the_lab() -> None:
+    assert store_words(compose("train", ["experiments=smoke"])[0].config) == []
+    address = "study.storage=postgresql+psycopg://me@host/db"
+    words = ["tracking.uri=http://host:5000", "tracking.experiment=mine", address]
+    config = compose("sweep", [*words, "model.hidden=8,16"])[0].config
+    assert store_words(config) == words
+    assert store_words(compose("train", store_words(config))[0].config) == words
 
 
 def test_multirun_gives_a_configuration_for_each_combination_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    jobs = compose("train", ["--multirun", "trainer.seed=1,2", "trainer.epochs=range(3,4)"])
+    jobs = compose("train", ["trainer.seed=1,2", "trainer.epochs=range(3,4)"], multirun=True)
     assert [(job.config.trainer.seed, job.config.trainer.epochs) for job in jobs] == [
         (1, 3),
         (2, 3),
@@ -328,7 +327,7 @@ def test_a_checkout_in_any_folder_composes(
         f"sys.path.insert(0, {str(checkout / 'src')!r})\n"
         "from digitlab.base.paths import lab_folder\n"
         "from digitlab.config.compose import compose\n"
-        "jobs = compose('train', ['experiments=smoke', '-m', 'trainer.seed=1,2'])\n"
+        "jobs = compose('train', ['experiments=smoke', 'trainer.seed=1,2'], multirun=True)\n"
         "jobs += compose('sweep', ['experiments=robust'])\n"
         "print(json.dumps([str(lab_folder()), *(job.config.study.name for job in jobs)]))\n"
     )

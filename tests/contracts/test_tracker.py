@@ -192,6 +192,26 @@ def test_latest_registered_version_is_the_champion(tracker: MlflowTracker) -> No
     assert champion.source.endswith(f"{runs[1]}/artifacts/model")
 
 
+def test_deleted_run_is_hidden_and_comes_back_whole(tracker: Tracker) -> None:
+    run_id = create(tracker, "hidden", a="b")
+    tracker.upload(run_id, FILES)
+    for _ in range(2):
+        tracker.delete(run_id)
+        assert tracker.find({"a": "b"}) == []
+        assert tracker.is_deleted(run_id)
+    for _ in range(2):
+        tracker.restore(run_id)
+        assert [row.run_id for row in tracker.find({"a": "b"})] == [run_id]
+    assert tracker.files(run_id) == sorted(FILES)
+
+
+def test_row_says_when_its_run_started_and_ended(tracker: Tracker) -> None:
+    run_id = tracker.create_run(NewRun("timed", {}, {}, time_ms=1_700_000_000_000))
+    assert (tracker.get(run_id).started_ms, tracker.get(run_id).ended_ms) == (1_700_000_000_000, 0)
+    tracker.end_run(run_id, "finished", 1_700_000_009_000)
+    assert tracker.get(run_id).ended_ms == 1_700_000_009_000
+
+
 def test_tags_of_the_experiment_are_set_and_replaced(tracker: MlflowTracker) -> None:
     for value in ("{}", LONG[:4999]):  # as long as a view may be
         tracker.set_experiment_tags({"mlflow.sharedViewState.mine": value, "plain": "1"})
@@ -240,6 +260,8 @@ def test_no_tracker_takes_everything_and_holds_nothing() -> None:
     tracker.end_run(run_id, "finished", 1)
     tracker.tag(run_id, {"a": "b"})
     tracker.delete(run_id)
+    tracker.restore(run_id)
+    assert tracker.files(run_id) == []
     tracker.register("digits", run_id, {}, "a card")
     tracker.set_experiment_tags({"a": "b"})
     assert tracker.runs_page() == ""

@@ -200,7 +200,7 @@ def test_folder_and_standard_input_are_read(
     for i in range(3):
         picture(DIGITS[i]).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("not an image")
-    status, out, _ = predict("--json", str(folder), "--save", str(tmp_path / "seen"))
+    status, out, _ = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
     with Image.open(tmp_path / "seen" / "1.28x28.png") as seen:

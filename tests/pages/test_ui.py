@@ -41,7 +41,7 @@ def test_a_studys_text_tells_its_space_and_what_came_of_it() -> None:
     begun = describe_study(config, ("experiments=smoke", "study.trials=9"))
     assert "No champion yet." in begun
     assert "| `model.hidden` | `tag(log,int(interval(16,64)))` |" in begun
-    assert "`make sweep EXPERIMENT=smoke ARGS=study.trials=9`" in begun
+    assert "`digitlab sweep experiments=smoke study.trials=9`" in begun
     ended = describe_study(config, (), "champion: trial 7")
     assert "champion: trial 7" in ended
     assert "No champion yet" not in ended
@@ -235,9 +235,9 @@ def test_page_of_a_study_tells_its_space_its_champion_and_the_commands(
     assert {line.inner_text().split()[0] for line in lines} == set(whole.config.study.space)
     told = page.locator("pre", has_text="champion: trial").inner_text()
     assert f"champion: trial {champion['trial']} (" in told
-    assert f"make reproduce RUN={champion['run_id']}" in told
+    assert f"digitlab reproduce {champion['run_id'][:12]}" in told
     assert "extend:" in told
-    assert page.get_by_text("make sweep EXPERIMENT=smoke").count() >= 2
+    assert page.get_by_text("digitlab sweep experiments=smoke").count() >= 2
     figure = str(champion["test_accuracy"]["mean"])
     assert figure in page.locator("body").inner_text()
 

@@ -24,10 +24,10 @@ from digitlab.results.page import render
 RUN = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
 RUN += ["trainer.epochs=1"]
 RUNS = {
-    "one-seed-0": ["study.name=one"],
-    "two-seed-1": ["study.name=two", "trainer.seed=1"],
-    "long-seed-0": ["study.name=long", "trainer.epochs=4"],
-    "tested-seed-0": ["study.name=tested", "data.evaluate_on=test"],
+    "one-seed-0": ["name=one-seed-0", "study.name=one"],
+    "two-seed-1": ["name=two-seed-1", "study.name=two", "trainer.seed=1"],
+    "long-seed-0": ["name=long-seed-0", "study.name=long", "trainer.epochs=4"],
+    "tested-seed-0": ["name=tested-seed-0", "study.name=tested", "data.evaluate_on=test"],
 }
 
 

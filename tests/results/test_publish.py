@@ -91,7 +91,7 @@ def test_studys_own_run_names_the_new_champion_in_text_figures_and_report(
     session: StudySession, champions: list[RunRow]
 ) -> None:
     [study] = session.records.tracker.find(STUDY)
-    command = f"make reproduce RUN={champions[1].run_id}"
+    command = f"digitlab reproduce {champions[1].run_id[:12]}"
     assert command in study.tags["mlflow.note.content"]
     page = session.records.tracker.artifact(study.run_id, "report.html").decode()
     assert command in page

@@ -133,7 +133,7 @@ def test_champions_figures_are_those_that_are_stored(whole: Study, page: Page) -
     metrics = row.notes["metrics"]
     assert f"It has {int(metrics['model_parameters']):,} parameters" in told
     assert f"took {metrics['seconds']:.1f} s" in told
-    assert f"make reproduce RUN={champion['run_id']}" in page.sections["Commands"]
+    assert f"digitlab reproduce {champion['run_id'][:12]}" in page.sections["Commands"]
     states = [row.state for row in whole.store.rows()]
     assert f"6 of 6 trials: {states.count('finished')} finished" in told
     assert f"{states.count('pruned')} pruned" in told
@@ -197,9 +197,9 @@ def test_environment_and_commands_are_those_of_the_study(whole: Study, page: Pag
     assert re.search(r"commit [0-9a-f]{40}", told)
     assert "None" not in told
     commands = page.sections["Commands"]
-    assert "make sweep EXPERIMENT=smoke ARGS=" in commands
+    assert "digitlab sweep experiments=smoke " in commands
     assert "model.widths=[4]" in commands
-    assert "make report ARGS=smoke" in commands
+    assert "digitlab report smoke" in commands
 
 
 # ---- studies that lack something -----------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_page_of_a_study_that_was_stopped_says_what_is_missing(lab: Path) -> Non
     assert "no champion yet" in page.sections["Result"]
     assert "50.00%" in page.sections["Best trials"]
     assert "c0ffee" in page.sections["Environment"]
-    assert "make reproduce" not in page.sections["Commands"]
+    assert "digitlab reproduce" not in page.sections["Commands"]
 
 
 def test_page_of_a_study_of_one_trial_says_that_charts_need_two() -> None:
@@ -482,7 +482,7 @@ def test_report_is_of_the_study_that_was_created_last_and_is_nobody_elses(
     assert call_in(lab)("report") == (0, f"written: {lab}/reports/stopped.html\n", "")
     page = Page(report(replay, configure("study.name=smoke-replay"), NoTracker(), lab))
     assert "digitlab reproduce --study smoke" in page.sections["Commands"]
-    assert "make sweep" not in page.sections["Commands"]
+    assert "digitlab sweep" not in page.sections["Commands"]
 
 
 def test_report_of_an_unknown_study_is_refused_in_one_line(
@@ -501,7 +501,7 @@ def test_report_of_a_lab_without_a_study_is_refused_in_one_line(
 ) -> None:
     status, out, err = call_in(tmp_path / "empty")("report")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "make sweep" in err
+    assert "digitlab sweep" in err
 
 
 def test_report_of_a_study_that_never_started_is_refused_in_one_line(

@@ -53,7 +53,7 @@ from digitlab.training.observer import TrainingObserver
 from digitlab.workers import job
 
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
-SMALL += ["trainer.epochs=1"]
+SMALL += ["trainer.epochs=1", "name=smoke-seed-0"]
 IMAGES = 400  # of the sample's validation set
 
 
@@ -735,7 +735,7 @@ def test_file_of_a_new_configuration_is_trained_and_said_to_be_new(
     assert row.tags["digitlab.config_from"] == "mine.yaml"
     status, out, _ = call("reproduce", "--config", str(file), "trainer.seed=123")
     assert status == 0
-    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-123 ({run_id})")
+    assert out.splitlines()[-1].startswith(f"identical: smoke seed=123 ({run_id})")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", b"", b"[1]", b"trainer: {epochs: 1}", b"{"])
@@ -768,16 +768,16 @@ def elsewhere(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> t
     """A run in another store of the same lab: its id, and the override that names the store."""
     folder = tmp_path_factory.mktemp("store")
     store = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
-    [composed] = compose("train", [*SMALL, "trainer.seed=4", store])
+    [composed] = compose("train", [*SMALL, "name=elsewhere", "trainer.seed=4", store])
     assert train(composed, recorded.lab) == 0
     uri = composed.config.tracking.uri
-    return MlflowTracker(uri, "digitlab", recorded.lab).get("smoke-seed-4").run_id, store
+    return MlflowTracker(uri, "digitlab", recorded.lab).get("elsewhere").run_id, store
 
 
 def test_run_in_another_store_is_reproduced_there(call: Call, elsewhere: tuple[str, str]) -> None:
     status, out, _ = call("reproduce", *elsewhere)
     assert status == 0
-    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-4 ({elsewhere[0]})")
+    assert out.splitlines()[-1].startswith(f"identical: elsewhere ({elsewhere[0]})")
 
 
 def test_file_of_a_run_in_another_store_is_held_to_that_run(
@@ -787,7 +787,7 @@ def test_file_of_a_run_in_another_store_is_held_to_that_run(
     file = str(recorded.file("config.yaml"))
     status, out, _ = call("reproduce", "--config", file, "trainer.seed=4", store)
     assert status == 0
-    assert out.splitlines()[-1].startswith(f"identical: smoke-seed-4 ({run_id})")
+    assert out.splitlines()[-1].startswith(f"identical: elsewhere ({run_id})")
 
 
 def test_config_from_a_run_in_another_store_is_found_there(

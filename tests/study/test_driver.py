@@ -27,7 +27,7 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     assert_whole(lab, 3)
     log = parent.log.read_text()
     assert "champion: trial" in log
-    assert "make reproduce RUN=" in log
+    assert "digitlab reproduce " in log
     before = results_of(lab)
     earlier = runs_of(lab, kind="champion")[0]
 
@@ -91,7 +91,7 @@ def test_a_signal_stops_a_study_that_can_go_on_and_charges_nothing(lab, run_swee
     assert problems_of(lab) == []
     assert {run.tags["digitlab.state"] for run in runs_of(lab)} == {"interrupted"}
     if number != signal.SIGHUP:  # whose terminal is gone
-        assert "go on with: make sweep EXPERIMENT=smoke" in parent.log.read_text()
+        assert "go on with: digitlab sweep experiments=smoke" in parent.log.read_text()
 
 
 def test_ctrl_c_in_a_fit_without_retries_ends_with_130_and_the_study_goes_on(

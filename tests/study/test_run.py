@@ -27,7 +27,7 @@ from digitlab.records.store import RunRow
 from digitlab.study.run import Outcome, run_once, train
 
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "model.hidden=8"]
-SMALL += ["data.batch_size=200", "trainer.epochs=2"]
+SMALL += ["data.batch_size=200", "trainer.epochs=2", "name=smoke-seed-0"]
 SLURM = {
     "SLURM_JOB_ID": "1",
     "SLURM_JOB_NAME": "x",
@@ -251,7 +251,9 @@ def test_killed_run_is_ended_as_interrupted_by_the_next_train(
     lab: Path, call_in: CallIn, point: str
 ) -> None:
     killed_at(lab, point)
-    status, out, _ = call_in(lab)("train", *SMALL, "trainer.seed=1", "trainer.epochs=1")
+    status, out, _ = call_in(lab)(
+        "train", *SMALL, "name=smoke-seed-1", "trainer.seed=1", "trainer.epochs=1"
+    )
     assert status == 0
     assert "Run smoke-seed-0 was left unfinished by a process that has ended" in out
     assert state_of(lab) == "interrupted"

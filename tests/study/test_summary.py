@@ -1,11 +1,16 @@
 """What a person reads about a study, and the commands that are printed."""
 
+import dataclasses
+import io
 import re
 import shlex
 
+import pytest
+from rich.console import Console
+
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
-from digitlab.study.summary import champion_text, pruning_text, sweep_command
+from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow
 
 SUMMARY = {
@@ -19,10 +24,9 @@ SUMMARY = {
 
 
 def words_of(command: str) -> list[str]:
-    """What make passes to `digitlab sweep`: ARGS is split by a shell once more."""
-    values = dict(word.split("=", 1) for word in shlex.split(command)[2:])
-    recipe = values.get("EXPERIMENT", "default")
-    return [f"experiments={recipe}", *shlex.split(values.get("ARGS", ""))]
+    words = shlex.split(command)
+    assert words[:2] == ["digitlab", "sweep"]
+    return words[2:]
 
 
 def test_a_printed_command_composes_the_study_that_it_goes_on_with() -> None:
@@ -34,10 +38,10 @@ def test_a_printed_command_composes_the_study_that_it_goes_on_with() -> None:
 
 
 def test_the_default_recipe_is_not_named_and_a_later_override_replaces() -> None:
-    assert sweep_command(()) == "make sweep"
-    assert sweep_command(("experiments=default",)) == "make sweep"
+    assert sweep_command(()) == "digitlab sweep"
+    assert sweep_command(("experiments=default",)) == "digitlab sweep"
     command = sweep_command(("study.trials=3", "study.seed=1"), "study.trials=6")
-    assert words_of(command) == ["experiments=default", "study.seed=1", "study.trials=6"]
+    assert words_of(command) == ["study.seed=1", "study.trials=6"]
 
 
 def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
@@ -45,7 +49,7 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     text = champion_text(config, SUMMARY, ("experiments=smoke",))
     assert "champion: trial 4 (model.hidden=32, optim.learning_rate=0.0123)" in text
     assert f"test accuracy {Interval(**SUMMARY['test_accuracy'])}" in text
-    assert "reproduce: make reproduce RUN=abc123" in text
+    assert "reproduce: digitlab reproduce abc123" in text
     assert "tied" not in text
     found = re.search(r"extend: +(.+)", text)
     assert found
@@ -59,6 +63,34 @@ def test_a_tied_champion_is_said_to_be_the_cheapest_of_them() -> None:
     text = champion_text(compose("sweep", ["experiments=smoke"])[0].config, tied, ())
     assert "tied: [4, 7]; trial 4 is the cheapest of them to train" in text
     assert "candidate 7" in text
+
+
+def test_the_commands_of_a_study_with_servers_say_where_they_are() -> None:
+    server = ("tracking.uri=http://host:5000", "study.storage=postgresql+psycopg://host/db")
+    overrides = ("experiments=smoke", *server)
+    text = champion_text(compose("sweep", overrides)[0].config, SUMMARY, overrides)
+    reproduce, extend = (line.partition(":")[2].split() for line in text.splitlines()[-2:])
+    assert reproduce == ["digitlab", "reproduce", "abc123", *server]
+    assert set(server) < set(extend)
+
+
+@pytest.mark.parametrize("hyperparameters", [1, 4, 12])
+def test_a_table_of_trials_fits_80_columns(hyperparameters: int) -> None:
+    keys = ["model.widths", "model.hidden", "trainer.epochs", "optim.learning_rate"]
+    keys += [f"optim.learning_rate_{i}" for i in range(10)]
+    keys = keys[:hyperparameters]
+    config = compose("sweep", ["experiments=smoke"])[0].config
+    study = dataclasses.replace(config.study, space=dict.fromkeys(keys, "interval(0,1)"))
+    metrics = {"metrics": {"model_parameters": 123456.0, "seconds": 12.34}}
+    values = dict.fromkeys(keys, 0.00123456) | {"model.widths": [16, 32, 64]}
+    values |= {"model.hidden": 256, "trainer.epochs": 5}
+    rows = [TrialRow(0, "finished", 0.99, values, metrics)]
+    out = io.StringIO()
+    Console(file=out, width=500).print(trials_table(rows, study))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert ("12.3" in out.getvalue()) == (hyperparameters < 12)
+    assert ("digitlab runs --study=smoke --csv" in out.getvalue()) == (hyperparameters == 12)
 
 
 def row(number: int, state: str, value: float, **metrics: float) -> TrialRow:

@@ -30,10 +30,22 @@ METRICS = {"model_parameters": 1234.0, "seconds": 2.5, "val_accuracy": 0.5, "tra
 
 
 # A network that reads drawn digits, and one that learned little.
-LEARNED = ["experiments=smoke", "data=sample", "study.name=read", "trainer.epochs=30"]
+LEARNED = [
+    "experiments=smoke",
+    "data=sample",
+    "study.name=read",
+    "name=read-seed-0",
+    "trainer.epochs=30",
+]
 LEARNED += ["model.widths=[16,32]", "data.batch_size=64", "data.augment.shift=2"]
 LEARNED += ["data.augment.rotate=15", "data.augment.scale=0.2", "data.augment.shear=10"]
-HASTY = ["experiments=smoke", "data=sample", "study.name=hasty", "model.widths=[3,4,5]"]
+HASTY = [
+    "experiments=smoke",
+    "data=sample",
+    "study.name=hasty",
+    "name=hasty-seed-0",
+    "model.widths=[3,4,5]",
+]
 
 
 def studies(factory: pytest.TempPathFactory) -> Path:

@@ -46,7 +46,7 @@ def problems_of(lab: Path, name: str = "smoke") -> list[Problem]:
         runs = records.tracker.find({"digitlab.study_id": store.study_id})
         if config.tracking.name == "none":
             return []
-        return find_problems(store.rows(), runs) + find_damage(records, runs)
+        return find_problems(store.rows(), runs) + find_damage(records.tracker, runs)
 
 
 def assert_whole(lab: Path, total: int, name: str = "smoke") -> None:

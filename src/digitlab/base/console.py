@@ -106,11 +106,22 @@ def duration(seconds: float | None) -> str:
     return f"about {minutes} min left" if minutes else "less than a minute left"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Lay out rows of plain values: the first column to the left, numbers to the right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+def print_table(drawn: Table) -> None:
+    Console(highlight=False, soft_wrap=True).print(drawn)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], is_cut: bool = False
+) -> Table:
+    """Lay out rows of plain values: the first column to the left, numbers to the right.
+
+    Args:
+        is_cut: whether the first column is cut where a line would not fit.
+    """
+    drawn = Table(title=title or None, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        drawn.add_row(*(Text(str(value)) for value in row))
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=is_cut and i > 0)
+    for first, *others in rows:
+        cut = Text(str(first), no_wrap=True, overflow="ellipsis") if is_cut else Text(str(first))
+        drawn.add_row(cut, *(Text(str(value)) for value in others))
     return drawn

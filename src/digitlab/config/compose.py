@@ -1,6 +1,5 @@
 """The edge where the configuration that Hydra composes becomes typed objects."""
 
-import argparse
 import itertools
 import re
 import shlex
@@ -24,27 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from digitlab.base.errors import UserError, first_line, nearest, require
 from digitlab.base.paths import CONF, recipe_folders
 from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, shown
-from digitlab.config.schema import describe_settings, settings
+from digitlab.config.schema import settings
 from digitlab.config.types import Config
 
 _GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher", "experiments")
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-_HELP = """\
-usage: digitlab {command} [KEY=VALUE ...] [GROUP=OPTION ...] [--cfg job] [--multirun]
-
-  --cfg job       print the configuration, and stop
-  --multirun, -m  train every combination of values such as trainer.seed=1,2
-
-groups and their options:
-{groups}
-
-ranges that `digitlab sweep` searches:
-  model.hidden=16,32,64                               one of these
-  'model.hidden=int(interval(16,64))'                 an integer between limits
-  'optim.learning_rate=tag(log,interval(1e-3,0.1))'   a number, on a logarithmic scale
-
-settings:
-{settings}"""
+_NAME = "name="
 
 
 @dataclass(frozen=True)
@@ -53,6 +37,7 @@ class Composed:
 
     config: Config
     overrides: tuple[str, ...]
+    name: str | None = None  # of the run, where the person gave one
 
 
 class _Recipes(SearchPathPlugin):
@@ -63,37 +48,75 @@ class _Recipes(SearchPathPlugin):
             search_path.append("digitlab", f"file://{folder.parent}")
 
 
-def compose(command: str, arguments: Sequence[str]) -> list[Composed]:
+def compose(command: str, overrides: Sequence[str], multirun: bool = False) -> list[Composed]:
     """Compose the configuration of `digitlab <command>`.
 
     Args:
         command: train or sweep; sweep takes ranges in Hydra's sweep grammar as its search space.
-        arguments: flags (--multirun, --cfg job, --help) and overrides.
+        overrides: Hydra's; for train also name=NAME, the name of the run.
+        multirun: whether to train every combination of values such as trainer.seed=1,2.
 
     Returns:
-        One configuration; several with --multirun; none where --cfg has only printed one.
+        One configuration; several with `multirun`.
 
     Raises:
         UserError: an override that does not parse, or does not fit the types and limits.
     """
-    flags, texts = _flags(command, arguments)
+    name, texts = split_name(command, overrides)
+    jobs, plains = _plain(command, texts, multirun)
+    given = [tuple(texts)] if command == "sweep" else jobs
+    pairs = zip(plains, given, strict=True)
+    return [Composed(config_from_plain(plain), job, name) for plain, job in pairs]
+
+
+def composed_text(command: str, overrides: Sequence[str], multirun: bool = False) -> str:
+    """Return the configuration (the first of several) as YAML, whether its values fit or not."""
+    _, texts = split_name(command, overrides)
+    return plain_to_yaml(_plain(command, texts, multirun)[1][0])
+
+
+def store_words(config: Config) -> list[str]:
+    """Return the overrides that a command needs to find what `config` records, if any."""
+    usual, tracking = compose("train", ())[0].config.tracking, config.tracking
+    found = [f"tracking={tracking.name}"] if tracking.name is not usual.name else []
+    if tracking.uri != usual.uri:
+        found.append(f"tracking.uri={tracking.uri}")
+    if tracking.experiment != usual.experiment:
+        found.append(f"tracking.experiment={tracking.experiment}")
+    return found + ([f"study.storage={config.study.storage}"] if config.study.storage else [])
+
+
+def split_name(command: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take name=NAME out of the overrides: it is of the run, and no setting."""
+    texts = [text for text in overrides if not text.startswith(_NAME)]
+    names = [text.removeprefix(_NAME) for text in overrides if text.startswith(_NAME)]
+    if not names:
+        return None, texts
+    if command == "sweep":
+        raise UserError(f"name={names[-1]} is of one run: name a study with study.name={names[-1]}")
+    is_plain = re.fullmatch(r"[^/\x00-\x1f]{1,100}", names[-1]) and names[-1] != "champion"
+    rule = "1 to 100 characters without '/', and not 'champion'"
+    require(bool(is_plain), f"name={names[-1]}", rule)
+    return names[-1], texts
+
+
+def _plain(
+    command: str, texts: Sequence[str], multirun: bool
+) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
+    """Return the overrides of each job, and its configuration in plain containers."""
     parsed = {text: _parse(text) for text in texts}
     swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
     kept = [text for text in texts if text not in swept]
     space = {parsed[text].key_or_group: text.partition("=")[2] for text in swept}
     fixed = {parsed[text].key_or_group for text in kept if command == "sweep"}
-    jobs = _product(kept, flags.multirun)
+    jobs = _product(kept, multirun)
     with _hydra():
         plains = [_compose([_parse(text) for text in job]) for job in jobs]
     for plain in plains:
         if isinstance(plain.get("study"), dict) and isinstance(plain["study"].get("space"), dict):
             searched = plain["study"]["space"] | space
             plain["study"]["space"] = {k: v for k, v in searched.items() if k not in fixed}
-    if flags.cfg:
-        print(plain_to_yaml(plains[0]), end="")
-        return []
-    given = [tuple(texts)] if command == "sweep" else jobs
-    return [Composed(config_from_plain(p), job) for p, job in zip(plains, given, strict=True)]
+    return jobs, plains
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -105,27 +128,6 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{text}: a recorded configuration takes one value for a key it has.")
         values[override.key_or_group] = override.value()
     return values
-
-
-def _flags(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split arguments into flags and overrides; --help prints and exits."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--cfg", "-c", choices=["job"])
-    parser.add_argument("--help", "-h", action="store_true")
-    try:
-        flags, rest = parser.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see digitlab {command} --help") from error
-    for text in rest:
-        if text.startswith("-"):
-            raise UserError(f"{text}: no such flag; see digitlab {command} --help")
-    if flags.help:
-        with _hydra():
-            groups = "\n".join(f"  {group:<12} {', '.join(_options(group))}" for group in _GROUPS)
-        print(_HELP.format(command=command, groups=groups, settings=describe_settings()))
-        raise SystemExit(0)
-    return flags, rest
 
 
 def _parse(text: str) -> Override:

@@ -3,6 +3,7 @@
 import io
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,14 @@ _LAYERS = {"conv2d": "convolution {} ({} filters)", "linear": "dense {} ({} unit
 _ACTIVATIONS = ("relu", "relu_", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid")
 
 
-def explain(image: str, run: str | None, against: int | None, out: Path | None, lab: Path) -> int:
+def explain(
+    image: str,
+    run: str | None,
+    against: int | None,
+    out: Path | None,
+    lab: Path,
+    stores: Sequence[str] = (),
+) -> int:
     """Print what a run's network reads in an image, and draw why; returns 0.
 
     Args:
@@ -40,7 +48,7 @@ def explain(image: str, run: str | None, against: int | None, out: Path | None, 
     Raises:
         UserError: no such run or image, or the picture cannot be written.
     """
-    tracker = lab_tracker(lab)
+    tracker = lab_tracker(lab, stores)
     row, config, network = load_run(tracker, run)
     if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)

@@ -93,6 +93,7 @@ def predict(
     explain: bool,
     save: Path | None,
     lab: Path,
+    stores: Sequence[str] = (),
 ) -> int:
     """Print which digits images show: files, folders, `-` for standard input.
 
@@ -102,7 +103,7 @@ def predict(
     Raises:
         UserError: no such run.
     """
-    predictor = Predictor(lab_tracker(lab), run, lab)
+    predictor = Predictor(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()
     for path in _files(paths):
@@ -123,7 +124,7 @@ def predict(
         if save is not None:
             file = io.BytesIO()
             Image.fromarray(prepared.image).save(file, "PNG")
-            write_output(save / f"{name}.28x28.png", file.getvalue(), "--save")
+            write_output(save / f"{name}.28x28.png", file.getvalue(), "--out")
         if explain and answer.digit is not None:
             out = _draw_why(predictor, prepared, answer, lab / "explained", name)
             print(f"why: {out}", file=sys.stderr if as_json else sys.stdout)

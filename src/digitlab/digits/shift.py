@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def as_picture(digit: Grey, chance: np.random.Generator) -> Grey:
     return decode(file.getvalue(), "a picture")
 
 
-def evaluate_shift(run: str | None, prepared: int, as_json: bool, lab: Path) -> int:
+def evaluate_shift(
+    run: str | None, prepared: int, as_json: bool, lab: Path, stores: Sequence[str] = ()
+) -> int:
     """Measure a run's network on every change of images, print a table, save it with the run.
 
     On the test images where the run was tested, else on its validation set; returns 0.
@@ -93,7 +95,7 @@ def evaluate_shift(run: str | None, prepared: int, as_json: bool, lab: Path) -> 
         UserError: no such run, or its data are not available.
     """
     require(prepared > 0, f"--prepared {prepared}", "an integer >= 1")
-    tracker = lab_tracker(lab)
+    tracker = lab_tracker(lab, stores)
     row, config, network = load_run(tracker, run)
     tested = config.data.evaluate_on is EvaluateOn.test
     files = TEST if tested else TRAIN

@@ -5,7 +5,7 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,14 +85,14 @@ class Problem:
     detail: str
 
 
-def draw(run: str | None, lab: Path, port: int) -> int:
+def draw(run: str | None, lab: Path, port: int, stores: Sequence[str] = ()) -> int:
     """Serve the page on 127.0.0.1, with a run chosen at first, until Ctrl-C; returns 130.
 
     Raises:
         UserError: no such run, its data are not available, or the port is taken.
     """
-    require_free(port, "draw")
-    tracker = lab_tracker(lab)
+    require_free(port)
+    tracker = lab_tracker(lab, stores)
     first = Predictor(tracker, run, lab)
     chosen = first.row.run_id
     torch.set_num_threads(1)  # two images are computed at once

@@ -4,16 +4,18 @@ import os
 import socket
 import socketserver
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from digitlab.base.errors import UserError, first_line, require
+from digitlab.base.invocation import storage_of
 from digitlab.pages.guard import guarded_wsgi
 from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import lab_tracker
 from digitlab.records.views import view_addresses
-from digitlab.study.storage import open_storage, study_names
+from digitlab.study.storage import listed_studies, open_storage
 
 _SHOWN = 5  # studies whose addresses are printed
 
@@ -26,7 +28,7 @@ def serve(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken, or the records are on a server already.
     """
-    require_free(port, "ui")
+    require_free(port)
     elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
     if elsewhere:
         raise UserError(
@@ -35,7 +37,7 @@ def serve(lab: Path, port: int) -> int:
         )
     page = lab_tracker(lab, ["tracking=mlflow"]).runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")
-    for study in study_names(open_storage(lab))[-_SHOWN:]:
+    for study in listed_studies(open_storage(lab))[-_SHOWN:]:
         for kind, address in view_addresses(page, study).items():
             print(f"{study}, {kind}: {address}")
     sys.stdout.flush()
@@ -61,7 +63,7 @@ class _QuietHandler(WSGIRequestHandler):
         """Print no line for a request."""
 
 
-def dashboard(lab: Path, port: int) -> int:
+def dashboard(lab: Path, port: int, stores: Sequence[str] = ()) -> int:
     """Serve Optuna's dashboard on 127.0.0.1 until Ctrl-C; returns 130.
 
     It runs in this process, so that the storage's address, which may hold a password, is on no
@@ -70,10 +72,10 @@ def dashboard(lab: Path, port: int) -> int:
     Raises:
         UserError: the port is taken.
     """
-    require_free(port, "dashboard")
+    require_free(port)
     from optuna_dashboard import wsgi
 
-    app = guarded_wsgi(wsgi(open_storage(lab)))
+    app = guarded_wsgi(wsgi(open_storage(lab, storage_of(stores))))
     with make_server("127.0.0.1", port, app, _Server, _QuietHandler) as server:
         print(f"studies: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
@@ -81,7 +83,7 @@ def dashboard(lab: Path, port: int) -> int:
     return 130
 
 
-def require_free(port: int, target: str) -> None:
+def require_free(port: int) -> None:
     """Raise UserError unless the port is a number that nothing listens on."""
     require(0 < port < 65536, f"--port={port}", "an integer from 1 to 65535")
     with socket.socket() as probe:
@@ -90,8 +92,8 @@ def require_free(port: int, target: str) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(
-                f"--port={port}: taken by another program: stop it, or give another port "
-                f"(make {target} PORT={port + 1})"
+                f"--port={port}: taken by another program: stop it, or give another port, "
+                f"such as {port + 1}"
             ) from error
 
 

@@ -62,3 +62,9 @@ def write_artifacts(folder: Path, files: Mapping[str, bytes]) -> None:
         new = path.with_name(f"{path.name}.new")
         new.write_bytes(content)
         new.replace(path)
+
+
+def list_artifacts(folder: Path) -> list[str]:
+    """Return the paths of the files below a run's folder, sorted."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)

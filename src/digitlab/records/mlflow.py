@@ -14,16 +14,21 @@ from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
-import torch
 from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest
 from digitlab.base.files import disk_problem
 from digitlab.records import local
-from digitlab.records.local import LOCATION, place_of, prepare_database, sqlite_uri, write_artifacts
+from digitlab.records.local import (
+    LOCATION,
+    list_artifacts,
+    place_of,
+    prepare_database,
+    sqlite_uri,
+    write_artifacts,
+)
 from digitlab.records.store import (
     Batch,
     NewRun,
@@ -45,6 +50,10 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestException
+
+if TYPE_CHECKING:  # torch takes as long to import as all else that lists runs
+    import numpy as np
+    import torch
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
@@ -270,6 +279,21 @@ class MlflowTracker(Tracker):
         self.client.delete_run(run_id)
 
     @_translated
+    def restore(self, run_id: str) -> None:
+        self.client.restore_run(run_id)
+
+    @_translated
+    def files(self, run_id: str) -> list[str]:
+        place = self.client.get_run(run_id).info.artifact_uri
+        if not self.is_server and place.startswith(LOCATION):
+            return list_artifacts(place_of(self.lab, place))
+        paths, folders = list[str](), [""]
+        while folders:
+            for file in self.client.list_artifacts(run_id, folders.pop() or None):
+                (folders if file.is_dir else paths).append(file.path)
+        return sorted(paths)
+
+    @_translated
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
         if not self.client.search_registered_models(f"name = '{model}'"):
             self.client.create_registered_model(model)
@@ -342,10 +366,11 @@ def keep_tables() -> None:
 
 def _row(run: Run) -> RunRow:
     data, info = run.data, run.info
-    return RunRow(info.run_id, info.run_name, info.status, data.tags, data.params, data.metrics)
+    held = data.tags, data.params, data.metrics, info.start_time or 0, info.end_time or 0
+    return RunRow(info.run_id, info.run_name, info.status, *held)
 
 
-def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -> None:
+def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:
     """Write a model that MLflow loads and serves: a pt2 archive without pickled code of ours.
 
     The only pickle in the archive is torch's sample input, plain tensors, which MLflow asks for.
@@ -356,6 +381,7 @@ def save_servable(network: torch.nn.Module, example: np.ndarray, folder: Path) -
         folder: must not exist.
     """
     import mlflow.pytorch
+    import torch
     from mlflow.models import infer_signature
 
     network.eval()  # or dropout is exported with the rest

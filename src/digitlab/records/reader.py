@@ -6,19 +6,20 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
-from digitlab.networks.table import build_network
 from digitlab.records.record import SUMS, Records, open_records, open_tracker, row_params, seal
 from digitlab.records.store import RunRow, Tracker
+
+if TYPE_CHECKING:  # torch is imported where tensors are read: lists and audits need none
+    from torch import Tensor, nn
 
 
 def lab_tracker(lab: Path, overrides: Sequence[str] = ()) -> Tracker:
@@ -32,22 +33,36 @@ def lab_records(lab: Path, overrides: Sequence[str] = ()) -> Records:
 
 
 def find_run(tracker: Tracker, name: str) -> RunRow:
-    """Return the run that a person names: an id or its beginning, a name, `study/7`, champion.
+    """Return the run that a person names.
 
-    A champion stands for the fit that its weights are of.
+    An id or its beginning, a name, `study/7`, `study/champion`, or `champion`: the one that was
+    registered last, of the default recipe's data if any is. A champion stands for the fit that its
+    weights are of.
     """
     study, _, number = name.rpartition("/")
-    if name == "champion":
-        rows = tracker.find({"digitlab.kind": "champion"})
-        if not rows:
-            raise UserError("champion: no study has one yet: run `make sweep`")
-        row = rows[-1]
+    if number == "champion":
+        row = _find_champion(tracker, study)
     elif study:
         row = _find_trial(tracker, study, number)
     else:
         row = tracker.get(name)
     weights_run = row.tags.get("digitlab.weights_run")
     return tracker.get(weights_run) if weights_run else row
+
+
+def _find_champion(tracker: Tracker, study: str) -> RunRow:
+    rows = tracker.find({"digitlab.kind": "champion"})
+    if study:
+        known = {row.tags.get("digitlab.study", "") for row in rows}
+        rows = [row for row in rows if row.tags.get("digitlab.study") == study]
+        if not rows:
+            raise UserError(f"{study}/champion: no such champion, {nearest(study, known)}")
+    if not rows:
+        raise UserError(f"champion: no study has one yet: run `{command('sweep')}`")
+    if len({row.params.get("data.name") for row in rows}) > 1:
+        name = compose("train", ())[0].config.data.name
+        rows = [row for row in rows if row.params.get("data.name") == name] or rows
+    return rows[-1]
 
 
 def _find_trial(tracker: Tracker, study: str, number: str) -> RunRow:
@@ -118,7 +133,7 @@ def recorded_config(tracker: Tracker, row: RunRow) -> Config:
         ) from error
 
 
-def load_run(tracker: Tracker, name: str | None) -> tuple[RunRow, Config, nn.Module]:
+def load_run(tracker: Tracker, name: str | None) -> tuple[RunRow, Config, "nn.Module"]:
     """Return a trained run and its network.
 
     Args:
@@ -141,7 +156,7 @@ def _default_run(tracker: Tracker) -> str:
     return newest.run_id
 
 
-def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
+def load_network(tracker: Tracker, row: RunRow, config: Config) -> "nn.Module":
     """Return the network of a run with its weights, for evaluation.
 
     Raises:
@@ -155,6 +170,10 @@ def load_network(tracker: Tracker, row: RunRow, config: Config) -> nn.Module:
             f"{_of('weights.safetensors', row)} cannot be used: its metadata must "
             "have format=1 and layout=channels_last. Train the run again."
         )
+    import safetensors.torch
+
+    from digitlab.networks.table import build_network
+
     network = build_network(config.model)
     with refuse_damage(_of("weights.safetensors", row), SafetensorError):
         network.load_state_dict(safetensors.torch.load(content))
@@ -193,7 +212,7 @@ def recorded_environment(tracker: Tracker, row: RunRow) -> dict[str, Any]:
     return environment
 
 
-def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple[Tensor, Tensor]:
+def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple["Tensor", "Tensor"]:
     """Return predicted and true digits (M,) of the images that the run was measured on."""
     guesses, labels = _recorded_answers(tracker, row, "predictions", "labels")
     if guesses.shape != labels.shape or guesses.ndim != 1:
@@ -201,7 +220,7 @@ def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple[Tensor, Tensor]:
     return guesses, labels
 
 
-def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> Tensor:
+def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> "Tensor":
     """Return the logits (count, 10) of the images that the run was measured on."""
     [logits] = _recorded_answers(tracker, row, "logits")
     if logits.shape != (count, 10):
@@ -209,7 +228,9 @@ def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> Tensor:
     return logits
 
 
-def _recorded_answers(tracker: Tracker, row: RunRow, *names: str) -> list[Tensor]:
+def _recorded_answers(tracker: Tracker, row: RunRow, *names: str) -> list["Tensor"]:
+    import safetensors.torch
+
     content = verified(tracker, row, "predictions")
     with refuse_damage(_of("predictions.safetensors", row), SafetensorError):
         tensors = safetensors.torch.load(content)

@@ -40,6 +40,12 @@ class Records:
         self.outbox.close()
 
 
+_PRUNED = (
+    "Pruned: stopped early on purpose, since other trials were better at this point. MLflow shows "
+    "such a run as killed, in red, since it has no status of its own for it."
+)
+
+
 def open_records(config: Config, lab: Path) -> Records:
     """Open the tracker of `config.tracking` and the outbox to it, or raise UserError."""
     tracker = open_tracker(config, lab)
@@ -80,7 +86,7 @@ class RunRecorder:
 
     def __init__(self, outbox: Outbox, config: Config, identity: Identity) -> None:
         """Start the record: name, tags, every parameter, config.yaml and environment.json."""
-        self.environment = dict(identity.environment)
+        self.name, self.environment = identity.name, dict(identity.environment)
         self.last_step = config.trainer.epochs
         self.is_ended = False
         self._digests: dict[str, str] = {}  # SHA-256 by path of an artifact
@@ -168,6 +174,8 @@ class RunRecorder:
         }
         self._note(new, self.last_step)
         tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
+        if state == "pruned":  # MLflow has one word for it and for what was killed
+            tags |= {"mlflow.runName": f"{self.name} (pruned)", "mlflow.note.content": _PRUNED}
         if state == "finished":
             sums = "".join(f"{sha}  {path}\n" for path, sha in sorted(self._digests.items()))
             self.spool.add_files({SUMS: sums.encode()})

@@ -33,6 +33,8 @@ class RunRow:
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
+    started_ms: int = 0
+    ended_ms: int = 0  # 0 while it runs
 
     @property
     def is_ended(self) -> bool:
@@ -119,7 +121,16 @@ class Tracker(ABC):
         """Set tags of a run at once, past the outbox."""
 
     @abstractmethod
-    def delete(self, run_id: str) -> None: ...
+    def delete(self, run_id: str) -> None:
+        """Hide a run; nothing of it is lost."""
+
+    @abstractmethod
+    def restore(self, run_id: str) -> None:
+        """Show a run again that was deleted."""
+
+    @abstractmethod
+    def files(self, run_id: str) -> list[str]:
+        """Return the paths of a run's artifacts, sorted."""
 
     @abstractmethod
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
@@ -147,6 +158,7 @@ class NoTracker(Tracker):
     def end_run(self, run_id: str, state: str, time_ms: int) -> None: ...
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...
     def delete(self, run_id: str) -> None: ...
+    def restore(self, run_id: str) -> None: ...
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
 
@@ -160,6 +172,9 @@ class NoTracker(Tracker):
         return False
 
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        return []
+
+    def files(self, run_id: str) -> list[str]:
         return []
 
     def artifact(self, run_id: str, path: str) -> bytes:

@@ -1,17 +1,19 @@
 """`digitlab audit`: whether a study's trials and runs agree, and what can be repaired."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from digitlab.base.errors import UserError, nearest
+from digitlab.base.invocation import storage_of
 from digitlab.config.types import Config, Tracker
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
 from digitlab.records.store import RunRow
+from digitlab.records.store import Tracker as RunTracker
 from digitlab.study.settle import has_result, settle, trial_value
-from digitlab.study.storage import leader_lock, open_storage, study_names
+from digitlab.study.storage import leader_lock, listed_studies, open_storage, study_names
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 
 
@@ -110,7 +112,7 @@ def _differences(row: TrialRow, run: RunRow) -> list[Problem]:
     return [Problem(kind, row.number, run.run_id, detail) for kind, detail in found]
 
 
-def find_damage(records: Records, runs: Iterable[RunRow]) -> list[Problem]:
+def find_damage(tracker: RunTracker, runs: Iterable[RunRow]) -> list[Problem]:
     """Read each finished run's files, and compare them with what was recorded."""
     problems = []
     for run in runs:
@@ -119,7 +121,7 @@ def find_damage(records: Records, runs: Iterable[RunRow]) -> list[Problem]:
             continue
         number = _trial_of(run)
         try:
-            details = damage(records.tracker, run)
+            details = damage(tracker, run)
         except UserError as error:
             details = [str(error)]
         problems += [Problem("record differs", number, run.run_id, text) for text in details]
@@ -143,22 +145,26 @@ def repair(problems: Iterable[Problem], store: TrialStore, records: Records) -> 
     return [problem for problem in problems if problem.kind not in _REPAIRABLE]
 
 
-def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> int:
+def inspect(
+    studies: list[str], lab: Path, is_repair: bool, as_json: bool, stores: Sequence[str] = ()
+) -> int:
     """Audit studies, all of the lab's if none is named; return 1 while anything is wrong, else 0.
 
     Raises:
         UserError: a study does not exist, or another process leads it.
     """
-    storage = open_storage(lab)
+    address = storage_of(stores)
+    storage = open_storage(lab, address)
     known = study_names(storage)
     found: list[Problem] = []
     left: list[Problem] = []
     checked: set[str] = set()  # trackers whose records in the outbox were looked for
     if not studies and (lab / "outbox").is_dir():  # runs outside a study wait there, too
-        with lab_records(lab) as records:
+        with lab_records(lab, stores) as records:
             found += _find_pending(records, checked, is_repair, as_json)
         left += [] if is_repair else found
-    for name in studies or known:
+    names = studies or listed_studies(storage)
+    for name in names:
         if name not in known:
             raise UserError(f"study {name} does not exist: {nearest(name, known)}")
         notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
@@ -167,13 +173,13 @@ def inspect(studies: list[str], lab: Path, is_repair: bool, as_json: bool) -> in
                 print(f"skipped: {name!r} is no study of digitlab's, or has not started")
             continue
         with leader_lock(storage, lab, name):
-            problems, rest = _audit_named(name, lab, checked, is_repair, as_json)
+            problems, rest = _audit_named(name, lab, address, checked, is_repair, as_json)
             found, left = found + problems, left + rest
     if as_json:
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
         print(json.dumps(document, indent=1))
     else:
-        print(f"{len(studies or known)} studies, {len(left)} problems")
+        print(f"{len(names)} studies, {len(left)} problems")
     return 1 if left else 0
 
 
@@ -202,11 +208,11 @@ def _print(problems: Iterable[Problem], as_json: bool) -> None:
 
 
 def _audit_named(
-    name: str, lab: Path, checked: set[str], is_repair: bool, as_json: bool
+    name: str, lab: Path, address: str | None, checked: set[str], is_repair: bool, as_json: bool
 ) -> tuple[list[Problem], list[Problem]]:
     """As `_audit_study`; a study that cannot be read is a problem, and does not end the audit."""
     try:
-        opened = load_study(lab, name)
+        opened = load_study(lab, name, address)
     except UserError as error:
         problems = [Problem("unreadable", None, None, f"study {name!r}: {error}")]
         _print(problems, as_json)
@@ -228,7 +234,7 @@ def _audit_study(
         problems: list[Problem] = []
         if config.tracking.name is not Tracker.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
-            problems = find_problems(store.rows(), runs) + find_damage(records, runs)
+            problems = find_problems(store.rows(), runs) + find_damage(records.tracker, runs)
         _print(problems, as_json)
         problems = pending + problems
         left = repair(problems, store, records) if is_repair else problems

@@ -25,7 +25,7 @@ from digitlab.records.store import RunRow, Tracker
 from digitlab.results.verdict import differences
 
 _LISTED = 12  # images that are named on the terminal; --json has all
-_SIGNIFICANT = 0.05
+SIGNIFICANT = 0.05
 
 
 def compare(
@@ -40,7 +40,7 @@ def compare(
     rows = [trained(tracker, name) for name in names]
     if len({row.run_id for row in rows}) < 2:
         raise UserError(f"{' '.join(names)} names one run: give two different runs or more")
-    tests = [_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
+    tests = [paired_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
     done = [test for test in tests if "p" in test]
     for test, p in zip(done, holm([test["p"] for test in done]), strict=True):
         test["p_holm"] = p
@@ -104,7 +104,7 @@ def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
     return found
 
 
-def _test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
+def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
     """Return McNemar's test on the images that both runs were measured on."""
     pair = (first, second)
     result: dict[str, Any] = {"runs": [row.run_id for row in pair]}
@@ -151,7 +151,7 @@ def _sentence(test: Mapping[str, Any], names: Sequence[str], tests: int) -> str:
     for name, places in zip(names, (test["only_first"], test["only_second"]), strict=True):
         listed = ", ".join(map(str, places[:_LISTED])) + (", ..." if len(places) > _LISTED else "")
         sides.append(f"{len(places)} only by {name}" + (f" (images {listed})" if places else ""))
-    chance = "could well be chance" if test["p_holm"] >= _SIGNIFICANT else "is hardly chance"
+    chance = "could well be chance" if test["p_holm"] >= SIGNIFICANT else "is hardly chance"
     corrected = f", {test['p_holm']:.3g} after Holm's correction for {tests} tests" * (tests > 1)
     return (
         f"of {test['images']} images, right: {'; '.join(sides)}\n"

@@ -9,7 +9,8 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, refuse_damage
-from digitlab.config.compose import Composed
+from digitlab.base.invocation import command, storage_of
+from digitlab.config.compose import Composed, store_words
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.records.reader import recorded_environment
@@ -31,7 +32,7 @@ _DELIVERY_S = 30.0  # to wait for the tracker at the end
 _TIMES = ("seconds", "images_per_second", "done")  # metrics that no two runs share
 
 
-def replay(study: str, lab: Path, as_json: bool) -> int:
+def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> int:
     """Run the study again under another name; returns the exit status of the verdict.
 
     Only the verdict is recorded. A replay that was stopped goes on when it is called again.
@@ -39,10 +40,10 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
     Raises:
         UserError: there is no such study, or it has no champion yet.
     """
-    original, recorded = load_study(lab, study)
+    original, recorded = load_study(lab, study, storage_of(stores))
     notes = original.notes()
     if "champion" not in notes:
-        raise UserError(f"{study} has no champion yet: finish it with `make sweep` first")
+        raise UserError(f"{study} has no champion yet: finish it with `{command('sweep')}` first")
     with refuse_damage(f"what the storage holds of study {study!r}"):
         config = _replay_config(original, recorded, notes)
     with open_records(recorded, lab) as records:
@@ -58,8 +59,8 @@ def replay(study: str, lab: Path, as_json: bool) -> int:
             print(f"replaying study {study} as {config.study.name}, by one worker")
             for difference in found:
                 print(f"  {difference}")
-            command = f"digitlab reproduce --study {study}"
-            status = sweep(Composed(config, ()), lab, again=command)
+            again = command("reproduce", f"--study={study}", *store_words(recorded))
+            status = sweep(Composed(config, ()), lab, again=again)
         if status == 130:
             raise KeyboardInterrupt
         parted = compare_studies(original, TrialStore(original.storage, config))

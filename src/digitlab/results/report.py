@@ -11,7 +11,9 @@ from plotly.offline import get_plotlyjs
 
 from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.files import safe_name, write_output
+from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.base.statistics import Interval
+from digitlab.config.compose import store_words
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.reader import recorded_environment, recorded_guesses, recorded_logits
@@ -20,7 +22,7 @@ from digitlab.records.store import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.page import render
 from digitlab.study.champion import finished_results, unpruned_fits
-from digitlab.study.storage import open_storage, study_names
+from digitlab.study.storage import listed_studies, open_storage
 from digitlab.study.summary import champion_text, pruning_text, short, sweep_command
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 from digitlab.training.evaluate import fit_temperature
@@ -38,14 +40,16 @@ _LIBRARIES = (
 )
 
 
-def write_report(study: str | None, out: Path | None, lab: Path) -> int:
-    """Write a study's report into the lab (or `out`) and onto the study's own run; returns 0.
+def write_report(
+    study: str | None, out: Path | None, lab: Path, stores: Sequence[str] = ()
+) -> Path:
+    """Write a study's report into the lab (or `out`) and onto the study's own run; return the file.
 
     Raises:
         UserError: there is no such study, or the file cannot be written.
     """
-    name = study or _newest(lab)
-    store, config = load_study(lab, name)
+    name = study or _newest(lab, stores)
+    store, config = load_study(lab, name, storage_of(stores))
     with open_records(config, lab) as records:
         with refuse_damage(f"what the storage holds of study {name!r}"):
             page = report(store, config, records.tracker, lab)
@@ -55,15 +59,15 @@ def write_report(study: str | None, out: Path | None, lab: Path) -> int:
             spool = records.outbox.resume_run(store.notes()["run_id"])
             spool.add_files({"report.html": page.encode()})
     print(f"written: {target}")
-    return 0
+    return target
 
 
-def _newest(lab: Path) -> str:
+def _newest(lab: Path, stores: Sequence[str]) -> str:
     """Return the study that was created last, but for replays and other programs' studies."""
-    storage = open_storage(lab)
-    known = study_names(storage)
+    storage = open_storage(lab, storage_of(stores))
+    known = listed_studies(storage)
     if not known:
-        raise UserError("report: there is no study yet: run `make sweep`")
+        raise UserError(f"report: there is no study yet: run `{command('sweep')}`")
     notes = {
         name: storage.get_study_user_attrs(storage.get_study_id_from_name(name)) for name in known
     }
@@ -80,10 +84,11 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
     unpruned = notes.get("unpruned", {})
     asked = [fit.key for fit in unpruned_fits(config, rows) if fit.key in unpruned]
     counts = {state: sum(row.state == state for row in rows) for state in _STATES}
+    stores = store_words(config)
     begin = str(notes["again"]) if overrides is None else sweep_command(overrides)
-    commands = [begin, f"make report ARGS={config.study.name}"]
+    commands = [begin, command("report", config.study.name, *stores)]
     if champion.get("run_id"):
-        commands.insert(1, f"make reproduce RUN={champion['run_id']}")
+        commands.insert(1, command("reproduce", champion["run_id"][:SHORT_ID], *stores))
     charts = study_charts(store, config.trainer.epochs)
     return render(
         "report.html",

@@ -8,7 +8,8 @@ from typing import Any
 
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, refuse_damage
-from digitlab.config.compose import Composed, compose, override_values
+from digitlab.base.invocation import split_stores
+from digitlab.config.compose import Composed, compose, override_values, split_name
 from digitlab.config.recorded import config_from_yaml, config_to_plain, flat, with_values
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits
@@ -24,6 +25,7 @@ from digitlab.records.reader import (
 from digitlab.records.record import Identity, Records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.results.at_commit import confirm_code, train_at_commit
+from digitlab.results.conclusion import conclude
 from digitlab.results.verdict import (
     INCOMPARABLE,
     NOT,
@@ -53,7 +55,7 @@ def reproduce(
     Raises:
         UserError: there is no such run, or its record does not allow it.
     """
-    stores, others = _stores(overrides)
+    stores, others = split_stores(overrides)
     values = override_values(others)
     if values.keys() - {"trainer.threads"}:
         raise UserError(
@@ -70,12 +72,6 @@ def reproduce(
             config = with_values(recorded_config(tracker, row), values)
             verdict = _train_at_commit(tracker, row, overrides, config, lab)
         return _conclude(tracker, row, verdict, as_json)
-
-
-def _stores(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the overrides into those of where runs are recorded, and the others."""
-    stores = [override for override in overrides if override.startswith("tracking.")]
-    return stores, [override for override in overrides if override not in stores]
 
 
 def _reproduce(
@@ -182,7 +178,7 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file} cannot be read: {error}") from error
-    stores, others = _stores(overrides)
+    stores, others = split_stores(overrides)
     config = with_values(config_from_yaml(text), override_values(others))
     leaves = flat(config_to_plain(config))
     with lab_records(lab, stores) as records:
@@ -192,12 +188,14 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
                 return _reproduce(records, row, {}, lab, as_json=False)
     print(f"{file}: no finished run has this configuration: there is nothing to compare with")
     config = with_values(config, _tracking_values(stores))
-    return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": file.name})
+    composed = Composed(config, tuple(overrides))
+    return train(composed, lab, {"digitlab.config_from": file.name}, conclude)
 
 
 def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
     """Train a recorded run's configuration with overrides; returns its exit status."""
-    stores, others = _stores(overrides)
+    given, overrides = split_name("train", overrides)
+    stores, others = split_stores(overrides)
     with lab_records(lab, stores) as records:
         row = find_run(records.tracker, name)
         damaged = damage(records.tracker, row) if "digitlab.seal" in row.tags else []
@@ -205,7 +203,8 @@ def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
             raise UserError(f"--config-from {name}: {damaged[0]}")
         recorded = recorded_config(records.tracker, row)
     config = with_values(recorded, override_values(others) | _tracking_values(stores))
-    return train(Composed(config, tuple(overrides)), lab, {"digitlab.config_from": row.run_id})
+    composed = Composed(config, tuple(overrides), given)
+    return train(composed, lab, {"digitlab.config_from": row.run_id}, conclude)
 
 
 def _tracking_values(stores: Sequence[str]) -> dict[str, Any]:

@@ -1,21 +1,29 @@
 """One run outside a study: trained in this process, recorded, shown on the terminal."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from digitlab.base.console import print_table
 from digitlab.base.environment import describe_environment
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
+from digitlab.records.store import Tracker
+from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
 
 _DELIVERY_S = 30.0  # to wait at the end for a tracker that is slow or away
+_LONGEST_NAME = 100  # characters of a run's name
+_MARKS = r"[\[\]'\"\s]"  # of Hydra's grammar, without which a value is still clear
+# Groups of overrides that say nothing of the run itself; its recipe begins its name.
+_NOT_OF_A_RUN = ("experiments", "study", "tracking", "launcher")
 
 
 @dataclass(frozen=True)
@@ -61,23 +69,55 @@ def run_once(config: Config, identity: Identity, records: Records, lab: Path) ->
     return Outcome(ending.state, ending.reason, task.metrics, recorder.run_id())
 
 
-def train(composed: Composed, lab: Path, tags: Mapping[str, str] | None = None) -> int:
+# Receives a run that finished, with where it is recorded.
+Conclude = Callable[[Records, Config, Outcome], None]
+
+
+def train(
+    composed: Composed,
+    lab: Path,
+    tags: Mapping[str, str] = {},
+    conclude: Conclude = lambda _records, _config, _outcome: None,
+) -> int:
     """Train one configuration and record it, with tags beside; return the exit status."""
     config = composed.config
-    name = f"{config.study.name}-seed-{config.trainer.seed}"
-    identity = Identity(name, "train", tags or {}, None, composed.overrides, describe_environment())
+    tags = {**tags, "digitlab.recipe": config.study.name}
     with open_records(config, lab) as records:
         for line in records.outbox.adopt():
             print(line)
+        name = _numbered(composed.name or describe_changes(composed), records.tracker)
+        identity = Identity(name, "train", tags, None, composed.overrides, describe_environment())
         outcome = run_once(config, identity, records, lab)
         pending = records.outbox.pending()
-    run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
-    if pending:
-        print(f"{pending} records wait in {lab / 'outbox'} until the tracker answers again")
-    if outcome.state != "finished":
-        print(f"{run} {outcome.state}: {outcome.reason}")
-        return 130 if outcome.state == "interrupted" else 1
-    kind = "test" if "test_accuracy" in outcome.metrics else "val"
-    accuracy = outcome.metrics[f"{kind}_accuracy"]
-    print(f"{run}: {kind}_accuracy {accuracy:.2%} in {outcome.metrics['seconds']:.1f} s")
+        run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
+        if pending:
+            print(f"{pending} records wait in {lab / 'outbox'} until the tracker answers again")
+        if outcome.state != "finished":
+            print(f"{run} {outcome.state}: {outcome.reason}")
+            return 130 if outcome.state == "interrupted" else 1
+        print_table(layers_table(config.model))
+        kind = "test" if "test_accuracy" in outcome.metrics else "val"
+        accuracy = outcome.metrics[f"{kind}_accuracy"]
+        print(f"{run}: {kind}_accuracy {accuracy:.2%} in {outcome.metrics['seconds']:.1f} s")
+        if outcome.run_id and not pending:
+            conclude(records, config, outcome)
     return 0
+
+
+def describe_changes(composed: Composed) -> str:
+    """Return a name for a run: its recipe, and what was changed, such as `seed epochs=5`."""
+    changes: dict[str, str] = {}
+    for text in composed.overrides:
+        key, equals, value = text.partition("=")
+        if key.split(".")[0] not in _NOT_OF_A_RUN:
+            changes[key] = f"{key.rpartition('.')[2]}{equals}{re.sub(_MARKS, '', value)}"
+    name = " ".join([composed.config.study.name, *changes.values()])
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+
+
+def _numbered(name: str, tracker: Tracker) -> str:
+    """Return the name, with a number where the tracker has runs of that name."""
+    pattern = re.compile(rf"{re.escape(name)}(?: #(\d+))?")
+    found = (pattern.fullmatch(row.name) for row in tracker.find({"digitlab.kind": "train"}))
+    numbers = [int(match[1] or 1) for match in found if match]
+    return f"{name} #{max(numbers) + 1}" if numbers else name

@@ -17,7 +17,13 @@ from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.records.spool import RunSpool
 from digitlab.records.views import view_tags
 from digitlab.study.fingerprint import check_fingerprint
-from digitlab.study.storage import LeaderLock, leader_lock, open_storage, study_names
+from digitlab.study.storage import (
+    LeaderLock,
+    leader_lock,
+    open_storage,
+    refuse_deleted,
+    study_names,
+)
 from digitlab.study.summary import describe_study
 from digitlab.study.trials import TrialStore
 
@@ -100,6 +106,7 @@ def open_session(
         study_id = None
         if name in study_names(storage):
             notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+            refuse_deleted(name, notes)
             study_id = notes.get("study_id")
         _refuse_foreign_runs(records, name, study_id)
         store = TrialStore(storage, config, stop)

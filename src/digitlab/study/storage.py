@@ -4,7 +4,7 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import disk_problem, safe_name
+from digitlab.base.invocation import command
 from digitlab.base.locks import file_lock
 from digitlab.base.retry import retry
 
@@ -98,8 +99,26 @@ def _open_server(address: str) -> RDBStorage:
 
 
 def study_names(storage: RDBStorage) -> list[str]:
-    """Return the names of all studies in a storage, the oldest first."""
+    """Return the names of all studies in a storage, the oldest first; of deleted ones, too."""
     return [study.study_name for study in storage.get_all_studies()]
+
+
+DELETED = "deleted"  # the attribute that hides a study: when, and its runs that went with it
+
+
+def listed_studies(storage: RDBStorage) -> list[str]:
+    """Return the names of the studies that were not deleted, the oldest first."""
+    studies = storage.get_all_studies()
+    return [study.study_name for study in studies if not study.user_attrs.get(DELETED)]
+
+
+def refuse_deleted(name: str, notes: Mapping[str, Any]) -> None:
+    """Raise UserError for a study that was deleted: it stays as it was until it is restored."""
+    if notes.get(DELETED):
+        raise UserError(
+            f"study {name} was deleted: its name stays taken. Bring it back with "
+            f"`{command('restore', name)}`, or take another name"
+        )
 
 
 _PERMANENT = ("password", "pg_hba.conf", "does not exist")  # in refusals that waiting cannot change

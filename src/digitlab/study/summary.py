@@ -1,34 +1,52 @@
 """A study in text: its best trials, its champion, what to do next."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from digitlab.base.console import table
+from digitlab.base.invocation import SHORT_ID, command
 from digitlab.base.statistics import Interval
+from digitlab.config.compose import store_words
 from digitlab.config.types import Config, StudyConfig
 from digitlab.study.champion import Results
 from digitlab.study.trials import TrialRow, best_first
 
-_SHOWN = 10  # trials in the table
+_SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
 
 
 def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
-    """Return the best trials with their values, validation accuracy, size and time."""
+    """Return the best trials with their values, validation accuracy, size and time.
+
+    It fits a terminal of 80 columns: columns are left out from the right, and the title says so.
+    """
     counts = {s: sum(row.state == s for row in rows) for s in ("finished", "pruned", "failed")}
     title = f"study {study.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     names = [name.split(".")[-1] for name in study.space]
     names = names if len(set(names)) == len(names) else list(study.space)
+    heads = ["trial", "validation", *(name.replace("_", "\n") for name in names)]
+    heads += ["params", "time\n(s)"]
     lines = []
     for row in best_first(rows)[:_SHOWN]:
         metrics = row.notes.get("metrics", {})
         values = [short(row.values.get(name, "")) for name in study.space]
         size = f"{metrics.get('model_parameters', 0):,.0f}"
         seconds = f"{metrics.get('seconds', 0):.1f}"
-        lines.append([row.number, f"{row.value:.2%}", *values, size, seconds])
-    return table(title, ["trial", "validation", *names, "parameters", "seconds"], lines)
+        lines.append([str(row.number), f"{row.value:.2%}", *values, size, seconds])
+    shown = len(heads)
+    while _width(heads[:shown], lines) > _WIDTH:
+        shown -= 1
+    if shown < len(heads):
+        title += f"\n(all columns: {command('runs', f'--study={study.name}', '--csv')})"
+    return table(title, heads[:shown], [line[:shown] for line in lines])
+
+
+def _width(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> int:
+    """Return the width of a table: three characters beside each column, and a last line."""
+    columns = zip(heads, *(line[: len(heads)] for line in lines), strict=True)
+    widths = (max(len(part) for cell in cells for part in cell.split("\n")) for cells in columns)
+    return 1 + sum(3 + width for width in widths)
 
 
 def short(value: Any) -> str:
@@ -62,15 +80,10 @@ def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
 
 
 def sweep_command(overrides: Sequence[str], *more: str) -> str:
-    """Return the `make` command of a study, with overrides added; a later one replaces."""
+    """Return the command that runs a study, with overrides added; a later one replaces."""
     keys = [override.split("=")[0] for override in more]
     kept = [override for override in overrides if override.split("=")[0] not in keys]
-    recipe = [override for override in kept if override.startswith("experiments=")]
-    rest = shlex.join([override for override in kept if override not in recipe] + list(more))
-    command = "make sweep"
-    if recipe and recipe[-1] != "experiments=default":
-        command += f" EXPERIMENT={recipe[-1].split('=')[1]}"
-    return f"{command} ARGS={shlex.quote(rest)}" if rest else command
+    return command("sweep", *kept, *more)
 
 
 def champion_text(
@@ -91,7 +104,8 @@ def champion_text(
     images = "on all training images" if not config.data.images else f"of {config.data.images}"
     lines.append(f"  test accuracy {test}, over seeds, fits {images}")
     if summary.get("run_id"):
-        lines.append(f"reproduce: make reproduce RUN={summary['run_id']}")
+        again = command("reproduce", summary["run_id"][:SHORT_ID], *store_words(config))
+        lines.append(f"reproduce: {again}")
     if overrides is not None:
         more = f"study.trials={study.trials + max(1, study.trials // 2)}"
         lines.append(f"extend:    {sweep_command(overrides, more)}")

@@ -17,7 +17,7 @@ from digitlab.config.types import Config, Pruner
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points
 from digitlab.study.space import read_space
-from digitlab.study.storage import open_storage, study_names
+from digitlab.study.storage import open_storage, refuse_deleted, study_names
 
 _STATES = {
     "waiting": TrialState.WAITING,
@@ -198,6 +198,7 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     if name not in known:
         raise UserError(f"study {name} does not exist: {nearest(name, known)}")
     notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+    refuse_deleted(name, notes)
     if not is_own(notes):
         raise UserError(f"study {name} has not started yet: run `digitlab sweep` for it first")
     with refuse_damage(f"what the storage holds of study {name!r}"):

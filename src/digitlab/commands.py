@@ -1,0 +1,277 @@
+"""What each command does: it imports what it needs, builds it, runs it and closes it."""
+
+import json
+import runpy
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from digitlab.base.errors import UserError
+from digitlab.base.paths import RECIPES, lab_folder
+
+if TYPE_CHECKING:
+    from digitlab.config.compose import Composed
+
+
+def data(options: Namespace) -> int:
+    from digitlab.data.datasets import TEST, TRAIN, load_digits
+
+    for files in (TRAIN, TEST):
+        digits = load_digits(lab_folder(), options.name, files)
+        for file, digest in digits.sha256.items():
+            print(f"{digest}  {file}")
+    return 0
+
+
+def config(options: Namespace) -> int:
+    from digitlab.config.schema import describe_settings, json_schema
+
+    print(json.dumps(json_schema(), indent=2) if options.schema else describe_settings())
+    return 0
+
+
+def train(options: Namespace) -> int:
+    if options.cfg:
+        return _print_config("train", options)
+    if options.config_from:
+        from digitlab.results.reproduce import train_from
+
+        return train_from(options.config_from, options.overrides, lab_folder())
+    from digitlab.config.compose import compose
+
+    jobs = compose("train", options.overrides, options.multirun)
+    from digitlab.results.conclusion import conclude
+    from digitlab.study.run import train as train_one
+
+    lab = lab_folder()
+    return _run_all(jobs, lambda job: train_one(job, lab, conclude=conclude))
+
+
+def sweep(options: Namespace) -> int:
+    if options.cfg:
+        return _print_config("sweep", options)
+    from digitlab.workers.processes import preload
+
+    lab = lab_folder()  # whose .env the workers inherit
+    preload()  # beside the parent's own imports
+    from digitlab.config.compose import compose
+
+    jobs = compose("sweep", options.overrides, options.multirun)
+    from digitlab.results.publish import publish
+    from digitlab.study.driver import sweep as lead
+
+    return _run_all(jobs, lambda job: lead(job, lab, publish))
+
+
+def _print_config(command: str, options: Namespace) -> int:
+    from digitlab.config.compose import composed_text
+
+    print(composed_text(command, options.overrides, options.multirun), end="")
+    return 0
+
+
+def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> int:
+    """Run the jobs of --multirun in turn; one that is stopped ends them all."""
+    statuses = []
+    for job in jobs:
+        statuses.append(run(job))
+        if statuses[-1] == 130:
+            left = len(jobs) - len(statuses)
+            if left:
+                print(f"{left} of {len(jobs)} jobs were not started")
+            break
+    return max(statuses)
+
+
+# Lists
+
+
+def runs(options: Namespace) -> int:
+    from digitlab.results.lists import list_runs
+
+    wanted = {"study": options.study, "kind": options.kind, "state": options.state}
+    form = _form(options)
+    most = options.most if form == "table" else 0
+    return list_runs(lab_folder(), options.stores, wanted, form, most)
+
+
+def studies(options: Namespace) -> int:
+    from digitlab.results.lists import list_studies
+
+    return list_studies(lab_folder(), options.stores, options.deleted, _form(options))
+
+
+def _form(options: Namespace) -> str:
+    if options.json and options.csv:
+        raise UserError("--json and --csv are two forms of one answer: give one of them")
+    return "json" if options.json else "csv" if options.csv else "table"
+
+
+def show(options: Namespace) -> int:
+    from digitlab.results.show import show as show_it
+
+    return show_it(options.name, lab_folder(), options.stores, options.json)
+
+
+def best(options: Namespace) -> int:
+    from digitlab.results.show import print_recipe
+
+    return print_recipe(options.study, lab_folder(), options.stores)
+
+
+# Whole studies
+
+
+def delete(options: Namespace) -> int:
+    from digitlab.results.removal import delete_study
+
+    return delete_study(options.study, lab_folder(), options.stores, options.yes)
+
+
+def restore(options: Namespace) -> int:
+    from digitlab.results.removal import restore_study
+
+    return restore_study(options.study, lab_folder(), options.stores)
+
+
+def export(options: Namespace) -> int:
+    from digitlab.results.exchange import export_study
+
+    return export_study(options.study, options.file, lab_folder(), options.stores)
+
+
+def bring(options: Namespace) -> int:
+    from digitlab.results.exchange import import_study
+
+    return import_study(options.file, lab_folder(), options.stores)
+
+
+def audit(options: Namespace) -> int:
+    from digitlab.results.audit import inspect
+
+    form = (options.repair, options.json)
+    return inspect(options.study, lab_folder(), *form, options.stores)
+
+
+def bench(options: Namespace) -> int:
+    script = RECIPES / "bench.py"
+    if not script.is_file():
+        raise UserError("bench is not available here: it needs a checkout. Clone the repository")
+    sys.argv[1:] = options.rest
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+# Recorded runs
+
+
+def reproduce(options: Namespace) -> int:
+    changed = [word for word in options.words if _is_override(word)]
+    named = [word for word in options.words if word not in changed]
+    if len([*named, *filter(None, (options.study, options.config))]) != 1:
+        raise UserError(
+            "reproduce: give one of RUN, --study STUDY and --config FILE; "
+            "see digitlab reproduce --help"
+        )
+    if options.at_commit and not named:
+        raise UserError("reproduce --at-commit goes with RUN alone")
+    if (options.json and options.config) or (changed and options.study):
+        raise UserError("reproduce --config takes no --json, --study no overrides")
+
+    lab = lab_folder()  # whose .env the workers inherit
+    if options.study:
+        from digitlab.workers.processes import preload
+
+        preload()
+        from digitlab.results.replay import replay
+
+        return replay(options.study, lab, options.json, options.stores)
+    from digitlab.results.reproduce import reproduce as train_again
+    from digitlab.results.reproduce import reproduce_file
+
+    overrides = [*changed, *options.stores]
+    if options.config:
+        return reproduce_file(Path(options.config), overrides, lab)
+    at_commit = (options.at_commit, options.yes)
+    return train_again(named[0], overrides, lab, options.json, *at_commit)
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is KEY=VALUE; the name of a run, such as `seed epochs=5`, has a space."""
+    return "=" in word and " " not in word.partition("=")[0]
+
+
+def compare(options: Namespace) -> int:
+    from digitlab.results.compare import compare as compare_runs
+
+    return compare_runs(options.runs, options.stores, lab_folder(), options.json, options.out)
+
+
+def report(options: Namespace) -> int:
+    from digitlab.results.report import write_report
+
+    target = write_report(options.study, options.out, lab_folder(), options.stores)
+    if options.open:
+        from digitlab.pages.browser import open_page
+
+        open_page(target.absolute().as_uri())
+    return 0
+
+
+# New digits
+
+
+def predict(options: Namespace) -> int:
+    from digitlab.digits.predict import predict as read
+
+    given = (options.image, options.run, options.json, options.explain, options.out)
+    return read(*given, lab_folder(), options.stores)
+
+
+def explain(options: Namespace) -> int:
+    from digitlab.digits.explain import explain as draw_why
+
+    given = (options.image, options.run, options.against, options.out)
+    return draw_why(*given, lab_folder(), options.stores)
+
+
+def evaluate(options: Namespace) -> int:
+    from digitlab.digits.shift import evaluate_shift
+
+    given = (options.run, options.prepared, options.json)
+    return evaluate_shift(*given, lab_folder(), options.stores)
+
+
+# Pages
+
+
+def draw(options: Namespace) -> int:
+    from digitlab.pages.draw import draw as serve
+
+    _open_later(options)
+    return serve(options.run, lab_folder(), options.port, options.stores)
+
+
+def ui(options: Namespace) -> int:
+    from digitlab.pages.ui import serve
+
+    _open_later(options)
+    return serve(lab_folder(), options.port)
+
+
+def dashboard(options: Namespace) -> int:
+    from digitlab.pages.ui import dashboard as serve
+
+    _open_later(options)
+    return serve(lab_folder(), options.port, options.stores)
+
+
+def _open_later(options: Namespace) -> None:
+    if options.open:
+        from digitlab.pages.browser import open_when_served
+        from digitlab.pages.ui import require_free
+
+        require_free(options.port)  # or what listens there is opened
+        open_when_served(options.port)

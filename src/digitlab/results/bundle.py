@@ -1,0 +1,173 @@
+"""A study in one file: a ZIP of what Optuna and MLflow hold of it, for another lab to import.
+
+Members are not compressed, so that none is larger than the file, and none is written anywhere by
+its name: they are read from the archive, checked, and given to the tracker.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from digitlab.base.errors import UserError, first_line
+from digitlab.records.store import NoTracker, RunRow
+
+_FORMAT, _INDEX = 1, "bundle.json"
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=_STRICT)
+class RunPart:
+    """A run: what its tracker's row holds, every metric, and the SHA-256 of each file."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+    started_ms: int
+    ended_ms: int
+    history: list[tuple[str, int, float]]
+    files: dict[str, str]
+
+    def row(self) -> RunRow:
+        return RunRow(
+            self.run_id, self.name, self.status, self.tags, self.params, self.metrics,
+            self.started_ms, self.ended_ms,
+        )  # fmt: skip
+
+
+@dataclass(config=_STRICT)
+class TrialPart:
+    """A trial of Optuna's, in plain values."""
+
+    state: str
+    values: list[float] | None
+    params: dict[str, Any]
+    distributions: dict[str, str]
+    intermediate_values: dict[int, float]
+    user_attrs: dict[str, Any]
+    system_attrs: dict[str, Any]
+    started: datetime | None
+    completed: datetime | None
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> "TrialPart":
+        kinds = {key: distribution_to_json(one) for key, one in trial.distributions.items()}
+        return cls(
+            trial.state.name, trial.values, trial.params, kinds, trial.intermediate_values,
+            trial.user_attrs, trial.system_attrs, trial.datetime_start, trial.datetime_complete,
+        )  # fmt: skip
+
+    def trial(self) -> FrozenTrial:
+        kinds = {key: json_to_distribution(text) for key, text in self.distributions.items()}
+        trial = create_trial(
+            state=TrialState[self.state], values=self.values, params=self.params,
+            distributions=kinds, intermediate_values=self.intermediate_values,
+            user_attrs=self.user_attrs, system_attrs=self.system_attrs,
+        )  # fmt: skip
+        trial.datetime_start, trial.datetime_complete = self.started, self.completed
+        return trial
+
+
+@dataclass(config=_STRICT)
+class Index:
+    """What a bundle holds."""
+
+    format: int
+    study: str
+    notes: dict[str, Any]
+    trials: list[TrialPart]
+    runs: list[RunPart]
+
+
+_INDEXES = TypeAdapter(Index)
+
+
+def write_bundle(
+    file: zipfile.ZipFile, index: Index, contents: Iterator[tuple[str, str, bytes]]
+) -> None:
+    """Write the files (run id, path, content) of a study, then its index with their digests."""
+    digests: dict[str, dict[str, str]] = {}
+    for run_id, path, content in contents:
+        file.writestr(f"{run_id}/{path}", content)
+        digests.setdefault(run_id, {})[path] = hashlib.sha256(content).hexdigest()
+    for run in index.runs:
+        run.files = digests.get(run.run_id, {})
+    file.writestr(_INDEX, _INDEXES.dump_json(index))
+
+
+class Bundle(NoTracker):
+    """The runs of a bundle, to be read as those of a tracker are."""
+
+    def __init__(self, path: Path, file: zipfile.ZipFile) -> None:
+        """Read the index; ValueError if it is none, or names a file outside of its run."""
+        self.path, self.file = path, file
+        self.index = _INDEXES.validate_json(self._read(_INDEX))
+        if self.index.format != _FORMAT:
+            raise ValueError(f"format {self.index.format} is not {_FORMAT}")
+        self.parts = {run.run_id: run for run in self.index.runs}
+        for run in self.index.runs:
+            for name in (run.run_id, *run.files):
+                parts = PurePosixPath(name).parts
+                if not parts or name.startswith("/") or ".." in parts or "\\" in name:
+                    raise ValueError(f"{name!r} is no path of a file within a run")
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        rows = (run.row() for run in self.index.runs)
+        return [row for row in rows if tags.items() <= row.tags.items()]
+
+    def get(self, run: str) -> RunRow:
+        return self.parts[run].row()
+
+    def history(self, run_id: str) -> list[tuple[str, int, float]]:
+        return self.parts[run_id].history
+
+    def files(self, run_id: str) -> list[str]:
+        return sorted(self.parts[run_id].files)
+
+    def artifact(self, run_id: str, path: str) -> bytes:
+        digest = self.parts[run_id].files.get(path)
+        if digest is None:  # as a tracker says it
+            raise UserError(f"run {run_id} has no file {path}")
+        content = self._read(f"{run_id}/{path}")
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{path} of run {run_id} is not the file that was exported")
+        return content
+
+    def _read(self, name: str) -> bytes:
+        if self.file.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed, which no export does")
+        return self.file.read(name)
+
+
+@contextmanager
+def opened_bundle(path: Path) -> Iterator[Bundle]:
+    """Open a bundle; whatever is wrong with it is a UserError, on one line."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield Bundle(path, file)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise _refusal(path, f"{_INDEX} is not its index") from error
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _refusal(path, first_line(error)) from error
+
+
+def _refusal(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} cannot be imported: {reason}. It must be as `digitlab export` wrote it: copy it "
+        "again, or export the study again"
+    )

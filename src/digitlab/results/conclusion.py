@@ -1,0 +1,57 @@
+"""What `digitlab train` says at its end: what changed since the run before, and what to do next."""
+
+from digitlab.base.errors import UserError
+from digitlab.base.invocation import SHORT_ID, command
+from digitlab.config.compose import store_words
+from digitlab.config.types import Config
+from digitlab.records.reader import accuracy_name
+from digitlab.records.record import Records
+from digitlab.records.store import RunRow, Tracker
+from digitlab.results.compare import SIGNIFICANT, paired_test
+from digitlab.study.run import Outcome
+
+
+def conclude(records: Records, config: Config, outcome: Outcome) -> None:
+    """Compare a run that has just finished with the one before, and print what can follow."""
+    tracker = records.tracker
+    row = tracker.get(str(outcome.run_id))
+    stores = store_words(config)
+    name = row.run_id[:SHORT_ID]
+    before = _run_before(tracker, row)
+    lines = [
+        ("draw a digit", command("draw", f"--run={name}", *stores)),
+        ("train it again", command("reproduce", name, *stores)),
+    ]
+    if before is not None:
+        print(_difference(tracker, before, row))
+        pair = (before.run_id[:SHORT_ID], name)
+        lines.insert(0, ("see what differs", command("compare", *pair, *stores)))
+    for what, text in lines:
+        print(f"{what + ':':<17} {text}")
+
+
+def _run_before(tracker: Tracker, row: RunRow) -> RunRow | None:
+    """Return the last run of the same recipe that finished before this one did."""
+    same = {"digitlab.kind": "train", "digitlab.state": "finished"}
+    same["digitlab.recipe"] = row.tags["digitlab.recipe"]
+    earlier = [other for other in tracker.find(same) if other.run_id != row.run_id]
+    return earlier[-1] if earlier else None
+
+
+def _difference(tracker: Tracker, before: RunRow, row: RunRow) -> str:
+    name = accuracy_name(row)
+    if name not in before.metrics:
+        return f"the run before, {before.name}, was measured on other images"
+    points = 100 * (row.metrics[name] - before.metrics[name])
+    text = f"{points:+.2f} percentage points against the run before ({before.name})"
+    try:
+        test = paired_test(tracker, before, row)
+    except UserError as error:
+        return f"{text}: no paired test: {error}"
+    if "none" in test:
+        return f"{text}: no paired test: {test['none']}"
+    verdict = "this could well be chance" if test["p"] >= SIGNIFICANT else "this is hardly chance"
+    gained, lost = len(test["only_second"]), len(test["only_first"])
+    return (
+        f"{text}:\n  {gained} images gained, {lost} lost; {verdict} (McNemar, p = {test['p']:.2g})"
+    )

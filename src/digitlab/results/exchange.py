@@ -1,0 +1,180 @@
+"""`digitlab export` and `digitlab import`: a study with its runs, from one lab to another."""
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+
+from digitlab.base.errors import UserError
+from digitlab.base.invocation import command, storage_of
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
+from digitlab.config.types import Config
+from digitlab.records.record import open_records, open_tracker
+from digitlab.records.store import Batch, NewRun, RunRow, Tracker
+from digitlab.results.audit import find_damage
+from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
+from digitlab.study.storage import leader_lock, open_storage, study_names
+from digitlab.study.trials import load_study
+
+_RUN_OF = ("mlflow.parentRunId", "digitlab.weights_run", "digitlab.superseded_by")  # tags: run ids
+
+
+_IMPORTING = "importing"  # the attribute of a study that an import has begun; its config comes last
+
+
+def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> int:
+    """Write a study, its trials, its runs and their files into one file; return 0.
+
+    Raises:
+        UserError: there is no such study, a process leads it, records of it wait in the outbox, a
+            run is not as it was recorded, or the file cannot be written.
+    """
+    storage = open_storage(lab, storage_of(stores))
+    with leader_lock(storage, lab, name):
+        store, config = load_study(lab, name, storage_of(stores))
+        with open_records(config, lab) as records:
+            tracker = records.tracker
+            if records.outbox.leftovers():
+                repair = command("audit", name, "--repair", *stores)
+                raise UserError(f"records of study {name} wait in the outbox: run `{repair}` first")
+            rows = tracker.find({"digitlab.study_id": store.study_id})
+            damaged = find_damage(tracker, rows)
+            if damaged:
+                raise UserError(f"study {name} cannot be exported: {damaged[0].detail}")
+            trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
+            runs = [_part(tracker, row) for row in rows]
+            index = Index(1, name, store.notes(), trials, runs)
+            part = target.with_name(f"{target.name}.part")
+            try:
+                with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
+                    write_bundle(file, index, _contents(tracker, rows))
+                part.replace(target)
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"{target} cannot be written ({reason}): name another") from error
+            finally:
+                part.unlink(missing_ok=True)
+    print(f"written: {target}: study {name} with {len(trials)} trials and {len(runs)} runs")
+    return 0
+
+
+def _part(tracker: Tracker, row: RunRow) -> RunPart:
+    times = row.started_ms, row.ended_ms
+    history = tracker.history(row.run_id)
+    return RunPart(
+        row.run_id, row.name, row.status, row.tags, row.params, row.metrics, *times, history, {}
+    )
+
+
+def _contents(tracker: Tracker, rows: Sequence[RunRow]) -> Iterator[tuple[str, str, bytes]]:
+    for row in rows:
+        for path in tracker.files(row.run_id):
+            yield row.run_id, path, tracker.artifact(row.run_id, path)
+
+
+def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
+    """Verify a study that was exported, and record it here; return 0.
+
+    Runs get new ids. Optuna's study comes last: an import that was killed is begun again, and finds
+    the runs that it has recorded by their keys.
+
+    Raises:
+        UserError: the file is damaged, or a study of this name is here already.
+    """
+    config = compose("train", stores)[0].config
+    storage = open_storage(lab, config.study.storage)
+    with opened_bundle(path) as bundle:
+        index = bundle.index
+        name = index.study
+        recorded = _placed(config_from_yaml(str(index.notes["config"])), config, name)
+        rows = bundle.find({})
+        _verify(bundle, rows)
+        trials = [part.trial() for part in index.trials]
+        with leader_lock(storage, lab, name):
+            tracker = open_tracker(recorded, lab)
+            _refuse_known(storage, tracker, name, str(index.notes["study_id"]))
+            ids = _record(tracker, bundle, rows)
+            _insert(storage, index, trials, recorded, tracker.identity, ids)
+    print(f"imported: study {name} with {len(trials)} trials and {len(rows)} runs")
+    print(f"look at it: {command('show', name, *stores)}")
+    return 0
+
+
+def _verify(bundle: Bundle, rows: Sequence[RunRow]) -> None:
+    """Raise ValueError unless each file is the one exported, and each record the one sealed."""
+    for row in rows:
+        for path in bundle.files(row.run_id):
+            bundle.artifact(row.run_id, path)
+    damaged = find_damage(bundle, rows)
+    if damaged:
+        raise ValueError(damaged[0].detail)
+
+
+def _placed(recorded: Config, here: Config, name: str) -> Config:
+    """Return the study's configuration, with its stores where this lab's are."""
+    tracking = {"uri": here.tracking.uri, "experiment": here.tracking.experiment}
+    values: dict[str, Any] = {f"tracking.{key}": value for key, value in tracking.items()}
+    values |= {"study.storage": here.study.storage, "study.name": name}
+    return with_values(recorded, values)
+
+
+def _refuse_known(storage: RDBStorage, tracker: Tracker, name: str, study_id: str) -> None:
+    foreign = [
+        row
+        for row in tracker.find({"digitlab.study": name, "digitlab.kind": "study"})
+        if row.tags.get("digitlab.study_id") != study_id
+    ]
+    known = name in study_names(storage)
+    if known and not foreign:
+        number = storage.get_study_id_from_name(name)
+        notes = storage.get_study_user_attrs(number)
+        if _IMPORTING in notes and "config" not in notes:  # a call that was killed has left it
+            storage.delete_study(number)
+            known = False
+    if foreign or known:
+        raise UserError(
+            f"study {name} is here already: a name belongs to one study. Import it into another "
+            "lab, with DIGITLAB_HOME=FOLDER"
+        )
+
+
+def _record(tracker: Tracker, bundle: Bundle, rows: Sequence[RunRow]) -> dict[str, str]:
+    """Record the runs; return their new ids by the old ones."""
+    ids: dict[str, str] = {}
+    for row in rows:
+        new = NewRun(row.name, {}, {}, None, row.tags["digitlab.record"], row.started_ms)
+        ids[row.run_id] = tracker.create_run(new, may_exist=True)
+    for row in rows:
+        run_id = ids[row.run_id]
+        tags = {k: ids.get(v, v) if k in _RUN_OF else v for k, v in row.tags.items()}
+        history = bundle.history(row.run_id)
+        metrics = [(key, value, step, row.started_ms) for key, step, value in history]
+        tracker.log(run_id, Batch(row.params, metrics, tags))
+        paths = bundle.files(row.run_id)
+        tracker.upload(run_id, {path: bundle.artifact(row.run_id, path) for path in paths})
+        state = row.tags.get("digitlab.state", "running")
+        if row.is_ended:
+            tracker.end_run(run_id, state, row.ended_ms)
+    return ids
+
+
+def _insert(
+    storage: RDBStorage, index: Index, trials: Sequence[Any], recorded: Config, tracker: str,
+    ids: dict[str, str],
+) -> None:  # fmt: skip
+    study = storage.create_new_study([StudyDirection.MAXIMIZE], index.study)
+    storage.set_study_user_attr(study, _IMPORTING, True)
+    for trial in trials:
+        storage.create_new_trial(study, template_trial=trial)
+    notes = {key: value for key, value in index.notes.items() if key != "config"}
+    notes["fingerprint"] = notes.get("fingerprint", {}) | {"tracker": tracker}
+    for place in (notes, notes.get("champion", {})):
+        if "run_id" in place:
+            place["run_id"] = ids.get(place["run_id"], place["run_id"])
+    for key, value in notes.items():
+        storage.set_study_user_attr(study, key, value)
+    storage.set_study_user_attr(study, "config", config_to_yaml(recorded))  # last: it is whole now

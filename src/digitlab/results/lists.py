@@ -1,0 +1,132 @@
+"""`digitlab runs` and `digitlab studies`: what is recorded, the best first."""
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from digitlab.base.console import print_table, table
+from digitlab.base.invocation import command, storage_of
+from digitlab.records.reader import lab_tracker
+from digitlab.records.store import RunRow
+from digitlab.study.storage import DELETED, open_storage
+from digitlab.study.trials import is_own
+
+_ACCURACIES = ("test_accuracy_mean", "test_accuracy", "val_accuracy", "rung_accuracy")
+
+
+def list_runs(
+    lab: Path, stores: Sequence[str], wanted: Mapping[str, str | None], form: str, most: int
+) -> int:
+    """Print the runs whose tags are as wanted; return 0.
+
+    Test accuracies come before those of the validation set, and whole trainings before pruned ones.
+
+    Args:
+        wanted: values of the tags digitlab.*; None for any.
+        form: table, json or csv.
+        most: runs to print; 0 for all.
+    """
+    tags = {f"digitlab.{key}": value for key, value in wanted.items() if value is not None}
+    rows = sorted(lab_tracker(lab, stores).find(tags), key=_rank)
+    shown = rows[:most] if most else rows
+    _write([_run(row) for row in shown], form, _RUN_COLUMNS)
+    if form == "table" and len(shown) < len(rows):
+        everything = command("runs", "--most=0", *stores)
+        print(f"{len(shown)} of {len(rows)} runs; all: {everything}")
+    return 0
+
+
+def _rank(row: RunRow) -> tuple[int, float, int]:
+    measured = [name for name in _ACCURACIES if name in row.metrics]
+    if not measured:
+        return len(_ACCURACIES), 0.0, -row.started_ms
+    return _ACCURACIES.index(measured[0]), -row.metrics[measured[0]], row.started_ms
+
+
+def _run(row: RunRow) -> dict[str, Any]:
+    names = ("kind", "state", "study", "trial")
+    started = datetime.fromtimestamp(row.started_ms / 1000).astimezone()
+    return {
+        "run_id": row.run_id,
+        "name": row.name,
+        **{name: row.tags.get(f"digitlab.{name}") for name in names},
+        "started": started.isoformat(timespec="seconds"),
+        "test_accuracy": row.metrics.get("test_accuracy", row.metrics.get("test_accuracy_mean")),
+        **{name: row.metrics.get(name) for name in _METRICS},
+        "params": row.params,
+    }
+
+
+def list_studies(lab: Path, stores: Sequence[str], deleted: bool, form: str) -> int:
+    """Print the studies that were not deleted, or those that were; return 0."""
+    storage = open_storage(lab, storage_of(stores))
+    found = []
+    for study in storage.get_all_studies():
+        notes = study.user_attrs
+        if not is_own(notes) or bool(notes.get(DELETED)) != deleted:
+            continue
+        number = storage.get_study_id_from_name(study.study_name)
+        trials = storage.get_all_trials(number, deepcopy=False)
+        found.append(_study(study.study_name, notes, trials))
+    found.sort(key=lambda s: (-(s["test_accuracy"] or 0), -(s["val_accuracy"] or 0), s["study"]))
+    _write(found, form, _STUDY_COLUMNS)
+    return 0
+
+
+def _study(name: str, notes: Mapping[str, Any], trials: Sequence[Any]) -> dict[str, Any]:
+    states = [trial.state.name.lower() for trial in trials]
+    test = notes.get("champion", {}).get("test_accuracy", {})
+    values = [t.values[0] for t in trials if t.state.name == "COMPLETE" and t.values]
+    return {
+        "study": name,
+        "trials": len(trials),
+        "finished": states.count("complete"),
+        "pruned": states.count("pruned"),
+        "failed": states.count("fail"),
+        "val_accuracy": max(values, default=None),
+        "test_accuracy": test.get("mean"),
+        "test_seeds": test.get("n"),
+        "seconds": notes.get("seconds"),
+        "study_id": notes["study_id"],
+    }
+
+
+_METRICS = ("val_accuracy", "rung_accuracy", "seconds", "model_parameters")
+_RUN_COLUMNS = {
+    "name": "name", "kind": "kind", "state": "state", "val_accuracy": "validation",
+    "test_accuracy": "test", "run_id": "run",
+}  # fmt: skip
+_STUDY_COLUMNS = {
+    "study": "study", "trials": "trials", "finished": "finished", "pruned": "pruned",
+    "failed": "failed", "val_accuracy": "validation", "test_accuracy": "test",
+}  # fmt: skip
+
+
+def _write(found: Sequence[Mapping[str, Any]], form: str, columns: Mapping[str, str]) -> None:
+    if form == "json":
+        print(json.dumps(list(found), indent=1))
+    elif form == "csv":
+        flat = [{**one, **one.get("params", {})} for one in found]
+        names = dict.fromkeys(name for one in flat for name in one if name != "params")
+        writer = csv.DictWriter(sys.stdout, list(names), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    elif found:
+        lines = [[_cell(key, one[key]) for key in columns] for one in found]
+        print_table(table("", list(columns.values()), lines, is_cut=True))
+    else:
+        print("there are none")
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key.endswith("_accuracy"):
+        return f"{value:.2%}"
+    if key == "run_id":
+        return str(value)[:8]
+    return str(value)

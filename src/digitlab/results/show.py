@@ -1,0 +1,155 @@
+"""`digitlab show` and `digitlab best`: what a run or a study was, and a champion as a recipe."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from digitlab.base.console import Board, print_table, table
+from digitlab.base.errors import UserError
+from digitlab.base.invocation import command, storage_of
+from digitlab.base.statistics import Interval
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_to_plain, flat, shown, with_values
+from digitlab.config.types import Config
+from digitlab.records.reader import find_run, lab_tracker, recorded_config
+from digitlab.records.record import open_tracker
+from digitlab.records.store import RunRow, Tracker
+from digitlab.study.storage import open_storage, study_names
+from digitlab.study.summary import champion_text, sweep_command, trials_table
+from digitlab.study.trials import load_study
+
+_OPTIONS = ("data", "model", "optim")  # groups whose options a recipe names
+
+_NO_RECIPE = "~experiments"
+
+
+def show(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
+    """Print settings that are not the defaults, results and files of a run or a study; return 0.
+
+    Raises:
+        UserError: there is neither a study nor a run of that name.
+    """
+    if name in study_names(open_storage(lab, storage_of(stores))):
+        return _show_study(name, lab, stores, as_json)
+    tracker = lab_tracker(lab, stores)
+    row = find_run(tracker, name)
+    document = _describe_run(tracker, row)
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return 0
+    print(f"run {row.run_id} ({row.name}): {document['kind']}, {document['state']}")
+    if document["reason"]:
+        print(f"reason: {document['reason']}")
+    _print_pairs("settings that are not the defaults", document["settings"])
+    _print_pairs("metrics, the last of each", document["metrics"])
+    print("files: " + (", ".join(document["files"]) or "none"))
+    return 0
+
+
+def _describe_run(tracker: Tracker, row: RunRow) -> dict[str, Any]:
+    config = recorded_config(tracker, row)
+    hidden = () if row.tags.get("digitlab.kind") == "study" else ("study.", "tracking.")
+    changed = {k: v for k, v in changed_settings(config).items() if not k.startswith(hidden)}
+    tags = {name: row.tags.get(f"digitlab.{name}") for name in ("kind", "state", "reason")}
+    return {
+        "run_id": row.run_id,
+        "name": row.name,
+        **tags,
+        "settings": changed,
+        "metrics": dict(sorted(row.metrics.items())),
+        "files": tracker.files(row.run_id),
+    }
+
+
+def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
+    store, config = load_study(lab, name, storage_of(stores))
+    notes, rows = store.notes(), store.rows()
+    tracker = open_tracker(config, lab)
+    run_id, champion = notes.get("run_id"), notes.get("champion")
+    changed = changed_settings(config)
+    if as_json:
+        trials = [vars(row) for row in rows]
+        files = tracker.files(run_id) if run_id else []
+        document = {"study": name, "study_id": store.study_id, "run_id": run_id}
+        document |= {"settings": changed, "champion": champion, "trials": trials, "files": files}
+        print(json.dumps(document, indent=1))
+        return 0
+    board, parent = Board(), tracker.get(run_id) if run_id else None
+    overrides = json.loads(parent.tags.get("digitlab.overrides", "[]")) if parent else []
+    _print_pairs("settings that are not the defaults", changed)
+    board.print(trials_table(rows, config.study))
+    if champion:
+        board.say(champion_text(config, champion, overrides))
+        return 0
+    ended = sum(row.is_ended for row in rows)
+    board.say(f"no champion yet: {ended} of {config.study.trials} trials have ended")
+    board.say(f"go on: {sweep_command(overrides)}")
+    return 0
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings by dotted key that differ from those in conf/, before any recipe."""
+    usual = flat(config_to_plain(compose("train", [_NO_RECIPE])[0].config))
+    found = flat(config_to_plain(config)).items()
+    return {key: value for key, value in found if key not in usual or usual[key] != value}
+
+
+def _print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
+    if not pairs:
+        print(f"{title}: none")
+        return
+    lines = [
+        [key, f"{value:.6g}" if isinstance(value, float) else shown(value)]
+        for key, value in pairs.items()
+    ]
+    print_table(table(title, ["name", "value"], lines))
+
+
+def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
+    """Print the settings of a study's champion as a recipe, a YAML for experiments/; return 0.
+
+    Raises:
+        UserError: there is no such study, or it has no champion yet.
+    """
+    store, config = load_study(lab, study, storage_of(stores))
+    champion = store.notes().get("champion")
+    if not champion:
+        goes_on = command("sweep")
+        raise UserError(f"study {study} has no champion yet: finish it with `{goes_on}` first")
+    best = with_values(config, champion["values"])
+    test = Interval(**champion["test_accuracy"])
+    print("# @package _global_")
+    print(f"# The champion of study {study}, trial {champion['trial']}: test accuracy {test}.")
+    recipe = recipe_of(best, study)
+    how = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
+    print(yaml.safe_dump(recipe, **how), end="")
+    return 0
+
+
+def recipe_of(config: Config, study: str) -> dict[str, Any]:
+    """Return the recipe that trains `config`: the options of groups, and what they leave open."""
+    plain = config_to_plain(config)
+    options = {group: plain[group]["name"] for group in _OPTIONS}
+    choice = [f"{group}={option}" for group, option in options.items()]
+    usual = config_to_plain(compose("train", [_NO_RECIPE, *choice])[0].config)
+    overridden = [{f"override /{group}": option} for group, option in options.items()]
+    recipe: dict[str, Any] = {"defaults": overridden}
+    for group in (*_OPTIONS, "trainer"):
+        changed = _unlike(plain[group], usual[group])
+        recipe |= {group: changed} if changed else {}
+    return recipe | {"study": {"name": f"{study}-best"}}
+
+
+def _unlike(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of nested settings is not as usual, as nested."""
+    changed: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            inner = _unlike(value, usual[key])
+            changed |= {key: inner} if inner else {}
+        elif value != usual[key]:
+            changed[key] = value
+    return changed

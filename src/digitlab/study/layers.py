@@ -1,0 +1,35 @@
+"""The layers of a network, in a table for a person."""
+
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from digitlab.base.console import table
+from digitlab.networks.settings import ModelConfig
+from digitlab.networks.table import build_network
+
+
+def layers_table(config: ModelConfig) -> Table:
+    """Return each layer's kind, output for one image, and number of parameters."""
+    network, rows, total = build_network(config).eval(), [], 0
+
+    def note(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        count = sum(parameter.numel() for parameter in layer.parameters())
+        rows.append([_kind(layer), "x".join(map(str, output.shape[1:])), f"{count:,}"])
+        total += count
+
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        network(torch.zeros(1, 1, 28, 28))
+    return table("", ["layer", "output", "parameters"], [*rows, ["all", "", f"{total:,}"]])
+
+
+def _kind(layer: nn.Module) -> str:
+    """Return the name of torch's layer that this one is, or its own."""
+    kinds = [kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn")]
+    return kinds[0].__name__ if kinds[0] is not nn.Module else type(layer).__name__
