@@ -1,5 +1,219 @@
-"""A tracked hyperparameter study of handwritten digits."""
+"""A tracked hyperparameter study of handwritten digits; this module is its Python API.
 
+    import digitlab
+
+    run = digitlab.train("experiments=seed", "trainer.epochs=1")
+    print(run.metrics["val_accuracy"])
+    study = digitlab.sweep("experiments=smoke")
+    print(study.trials())
+    network = digitlab.load_run("champion").network()
+
+Settings are Hydra overrides, as `digitlab train` and `digitlab sweep` take them. `lab` is the
+folder with data and records; by default that of the command line: DIGITLAB_HOME, or `lab/`. A
+script that calls `sweep` needs `if __name__ == "__main__":`, since workers import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from digitlab.base.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import Tensor, nn
+
+    from digitlab.config.types import Config
+    from digitlab.digits.predict import Answer
 
 __version__ = version("digitlab")
+__all__ = [
+    "Predictor",
+    "Run",
+    "Study",
+    "UserError",
+    "compose",
+    "load_run",
+    "load_study",
+    "reproduce",
+    "sweep",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run; `metrics` are the last of each name, accuracies fractions, times seconds."""
+
+    run_id: str
+    name: str
+    kind: str  # trial, train, confirm, final or reproduction
+    state: str  # finished, pruned, failed, interrupted or running
+    metrics: dict[str, float]
+    lab: Path
+
+    def config(self) -> Config:
+        """Return the configuration that the run was trained with."""
+        from digitlab.records.reader import lab_tracker, recorded_config
+
+        tracker = lab_tracker(self.lab)
+        return recorded_config(tracker, tracker.get(self.run_id))
+
+    def network(self) -> nn.Module:
+        """Return the trained network: normalised images (N, 1, 28, 28) to logits (N, 10).
+
+        Raises:
+            UserError: the run has no weights, or other ones than were recorded.
+        """
+        from digitlab.records.reader import lab_tracker, load_network, recorded_config, trained
+
+        tracker = lab_tracker(self.lab)
+        row = trained(tracker, self.run_id)
+        return load_network(tracker, row, recorded_config(tracker, row))
+
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """Return logits (N, 10) and labels (N,) of the images that the run was measured on."""
+        from digitlab.records.reader import lab_tracker, recorded_guesses
+
+        tracker = lab_tracker(self.lab)
+        return recorded_guesses(tracker, tracker.get(self.run_id))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recorded study."""
+
+    name: str
+    lab: Path
+
+    def trials(self) -> pandas.DataFrame:
+        """Return a row for each trial: state, value (validation accuracy), hyperparameters."""
+        import pandas as pd
+
+        from digitlab.study.trials import load_study
+
+        rows = load_study(self.lab, self.name)[0].rows()
+        plain = [{"state": row.state, "value": row.value, **row.values} for row in rows]
+        return pd.DataFrame(plain, index=pd.Index([row.number for row in rows], name="trial"))
+
+    def champion(self) -> dict[str, Any] | None:
+        """Return what is known of the champion: trial, values, test_accuracy; None without one."""
+        from digitlab.study.trials import load_study
+
+        noted: dict[str, Any] | None = load_study(self.lab, self.name)[0].notes().get("champion")
+        return noted
+
+
+class Predictor:
+    """Reads images of digits with a trained network, as `digitlab predict` does."""
+
+    def __init__(self, run: str | None = None, lab: Path | None = None) -> None:
+        """Load a run named as for `load_run`; the champion, or else the newest, without a name."""
+        from digitlab.digits.predict import Predictor as _Predictor
+        from digitlab.records.reader import lab_tracker
+
+        lab = _lab(lab)
+        self._predictor = _Predictor(lab_tracker(lab), run, lab)
+
+    def predict(self, *images: str | Path) -> list[Answer]:
+        """Return an answer for each image file: status, digit, probability, probabilities."""
+        from digitlab.digits.decode import read_image
+        from digitlab.digits.prepare import prepare
+
+        prepared = [(str(path), prepare(read_image(Path(path)))) for path in images]
+        return self._predictor.answer(prepared)
+
+
+def compose(*overrides: str) -> Config:
+    """Return the configuration that `digitlab train` would use.
+
+    Raises:
+        UserError: an override is unknown or out of range.
+    """
+    from digitlab.config.compose import compose as _compose
+
+    return _compose("train", overrides)[0].config
+
+
+def train(*overrides: str, lab: Path | None = None) -> Run:
+    """Train one configuration in this process and record it.
+
+    Raises:
+        UserError: an override is invalid, the data are missing, or the run did not finish.
+    """
+    from digitlab.config.compose import compose as _compose
+    from digitlab.study.run import Outcome
+    from digitlab.study.run import train as _train
+
+    lab, outcomes = _lab(lab), list[Outcome]()
+    [composed] = _compose("train", overrides)
+    _train(composed, lab, conclude=lambda _records, _config, outcome: outcomes.append(outcome))
+    if not outcomes or outcomes[0].run_id is None:
+        raise UserError(
+            f"{' '.join(overrides)}: no finished run was recorded. See what was printed"
+        )
+    return load_run(outcomes[0].run_id, lab)
+
+
+def sweep(*overrides: str, lab: Path | None = None) -> Study:
+    """Run a study to its end, or go on with it.
+
+    Raises:
+        UserError: an override is invalid, or no trial finished.
+    """
+    from digitlab.config.compose import compose as _compose
+    from digitlab.results.publish import publish
+    from digitlab.study.driver import sweep as _sweep
+
+    lab = _lab(lab)
+    [composed] = _compose("sweep", overrides)
+    if _sweep(composed, lab, publish):
+        raise UserError(f"study {composed.config.study.name} did not end. See what was printed")
+    return load_study(composed.config.study.name, lab)
+
+
+def reproduce(run: str, lab: Path | None = None) -> str:
+    """Train a run again from its record alone.
+
+    Returns:
+        The verdict: identical, within tolerance, not reproduced, or not comparable.
+    """
+    from digitlab.records.reader import lab_tracker
+    from digitlab.results.reproduce import reproduce as _reproduce
+
+    lab = _lab(lab)
+    original = load_run(run, lab)
+    _reproduce(original.run_id, (), lab, as_json=False, at_commit=False)
+    return lab_tracker(lab).get(original.run_id).tags["digitlab.reproduced"]
+
+
+def load_run(name: str, lab: Path | None = None) -> Run:
+    """Return a run by its id, a beginning of it, its name, STUDY/TRIAL, or `champion`.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    from digitlab.records.reader import find_run, lab_tracker
+
+    lab = _lab(lab)
+    row = find_run(lab_tracker(lab), name)
+    kind, state = (row.tags.get(f"digitlab.{key}", "") for key in ("kind", "state"))
+    return Run(row.run_id, row.name, kind, state, dict(row.metrics), lab)
+
+
+def load_study(name: str, lab: Path | None = None) -> Study:
+    """Return a study by its name; UserError where there is none."""
+    from digitlab.study.trials import load_study as _load_study
+
+    lab = _lab(lab)
+    _load_study(lab, name)
+    return Study(name, lab)
+
+
+def _lab(lab: Path | None) -> Path:
+    from digitlab.base.paths import lab_folder
+
+    return Path(lab).resolve() if lab else lab_folder()
