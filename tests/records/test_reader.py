@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from digitlab.config.types import Config
 from digitlab.networks.table import build_network
 from digitlab.records.reader import (
     damage,
+    find_run,
     load_network,
     over_seeds,
     recorded_config,
@@ -156,3 +157,36 @@ def test_record_without_tags_is_damage_and_no_fault(tags: dict[str, str]) -> Non
     held = Stored(files() | {SUMS: b"\xff\n"}, **tags)
     assert len(damage(held, held.row)) == 1
     assert over_seeds(held, held.row) == []
+
+
+# ---- the champion that a person means ------------------------------------------------------------
+
+
+class Champions(NoTracker):
+    """Champions of studies, by the data that they were selected on; the last is the newest."""
+
+    def __init__(self, *champions: tuple[str, str]) -> None:
+        self.rows = [
+            RunRow(f"{study}-{number}", study, "FINISHED",
+                   {"digitlab.kind": "champion", "digitlab.study": study}, {"data.name": data}, {})
+            for number, (study, data) in enumerate(champions)
+        ]  # fmt: skip
+
+    def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return [row for row in self.rows if tags.items() <= row.tags.items()]
+
+
+def test_champion_is_the_newest_of_the_default_recipes_data() -> None:
+    tracker = Champions(("a", "mnist"), ("b", "mnist"), ("c", "fashion_mnist"))
+    assert find_run(tracker, "champion").run_id == "b-1"
+    only = Champions(("a", "fashion_mnist"), ("b", "sample"))
+    assert find_run(only, "champion").run_id == "b-1"
+
+
+def test_champion_of_a_study_is_its_newest() -> None:
+    tracker = Champions(("a", "mnist"), ("a", "mnist"), ("b", "mnist"))
+    assert find_run(tracker, "a/champion").run_id == "a-1"
+    with pytest.raises(UserError, match="aa/champion: no such champion, did you mean a"):
+        find_run(tracker, "aa/champion")
+    with pytest.raises(UserError, match="champion: no study has one yet: run `digitlab sweep`"):
+        find_run(Champions(), "champion")

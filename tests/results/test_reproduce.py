@@ -794,7 +794,12 @@ def test_config_from_a_run_in_another_store_is_found_there(
     call: Call, elsewhere: tuple[str, str]
 ) -> None:
     run_id, store = elsewhere
-    assert call("train", "--config-from", run_id, store, "model.hidden=8")[0] == 0
+    status, out, _ = call("train", "--config-from", run_id, store, "model.hidden=8")
+    assert status == 0
+    [printed] = re.findall("train it again: +digitlab (.+)", out)
+    assert store in printed
+    status, out, _ = call(*shlex.split(printed))
+    assert (status, out.splitlines()[-1].startswith("identical: smoke hidden=8 (")) == (0, True)
 
 
 # ---- stored configurations are data --------------------------------------------------------------

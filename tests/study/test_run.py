@@ -6,9 +6,10 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from digitlab.data.datasets import TEST, TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, recorded_config, recorded_environment, recorded_guesses
 from digitlab.records.record import Identity, open_records
-from digitlab.records.store import RunRow
-from digitlab.study.run import Outcome, run_once, train
+from digitlab.records.store import NoTracker, RunRow
+from digitlab.study.run import Outcome, name_of, run_once, train
 
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "model.hidden=8"]
 SMALL += ["data.batch_size=200", "trainer.epochs=2", "name=smoke-seed-0"]
@@ -134,6 +135,40 @@ def test_an_allocation_of_slurm_does_not_keep_it_from_training(
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert train(compose("train", [*SMALL, "tracking=none"])[0], lab) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "default"),
+        (["experiments=seed"], "seed"),
+        (["experiments=seed", "trainer.epochs=5"], "seed epochs=5"),
+        (["experiments=smoke", "model.widths=[32, 64]", "tracking=none"], "smoke widths=32,64"),
+        (["experiments=seed", "model=convnet", "trainer.epochs=1", "trainer.epochs=2"],
+         "seed model=convnet epochs=2"),
+        (["study.name=mine", "data.images=100"], "mine images=100"),
+        (["experiments=seed", "trainer.epochs=5", "name=my own"], "my own"),
+    ],
+)  # fmt: skip
+def test_name_says_what_was_changed_against_the_recipe(overrides: list[str], name: str) -> None:
+    assert name_of(compose("train", overrides)[0], NoTracker()) == name
+
+
+def test_name_that_is_taken_is_numbered() -> None:
+    class Named(NoTracker):
+        names: ClassVar = ["seed", "seed #2", "seed epochs=5", "seed #9", "seedling", "seed #x"]
+
+        def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+            return [RunRow("id", name, "FINISHED", {}, {}, {}) for name in self.names]
+
+    def named(*overrides: str) -> str:
+        return name_of(compose("train", ["experiments=seed", *overrides])[0], Named())
+
+    assert named() == "seed #10"
+    assert named("trainer.epochs=5") == "seed epochs=5 #2"
+    assert named("trainer.epochs=6") == "seed epochs=6"
+    long = named(*(f"data.augment.{key}=0.123456789" for key in ("shift", "rotate", "shear")))
+    assert len(long) <= 100
 
 
 # ---- a run that ends before ----------------------------------------------------------------------

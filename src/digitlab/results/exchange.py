@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
                 reason = error.strerror or error
                 raise UserError(f"{target} cannot be written ({reason}): name another") from error
             finally:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # as a rule it is not there any more
+                    part.unlink()
     print(f"written: {target}: study {name} with {len(trials)} trials and {len(runs)} runs")
     return 0
 

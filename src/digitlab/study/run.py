@@ -85,7 +85,7 @@ def train(
     with open_records(config, lab) as records:
         for line in records.outbox.adopt():
             print(line)
-        name = _numbered(composed.name or describe_changes(composed), records.tracker)
+        name = name_of(composed, records.tracker)
         identity = Identity(name, "train", tags, None, composed.overrides, describe_environment())
         outcome = run_once(config, identity, records, lab)
         pending = records.outbox.pending()
@@ -104,19 +104,18 @@ def train(
     return 0
 
 
-def describe_changes(composed: Composed) -> str:
-    """Return a name for a run: its recipe, and what was changed, such as `seed epochs=5`."""
+def name_of(composed: Composed, tracker: Tracker) -> str:
+    """Return a run's name: the one that was given, else its recipe with what was changed.
+
+    A name that the tracker has already is numbered: `seed epochs=5 #2`.
+    """
     changes: dict[str, str] = {}
     for text in composed.overrides:
         key, equals, value = text.partition("=")
         if key.split(".")[0] not in _NOT_OF_A_RUN:
             changes[key] = f"{key.rpartition('.')[2]}{equals}{re.sub(_MARKS, '', value)}"
-    name = " ".join([composed.config.study.name, *changes.values()])
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
-
-
-def _numbered(name: str, tracker: Tracker) -> str:
-    """Return the name, with a number where the tracker has runs of that name."""
+    name = composed.name or " ".join([composed.config.study.name, *changes.values()])
+    name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
     pattern = re.compile(rf"{re.escape(name)}(?: #(\d+))?")
     found = (pattern.fullmatch(row.name) for row in tracker.find({"digitlab.kind": "train"}))
     numbers = [int(match[1] or 1) for match in found if match]

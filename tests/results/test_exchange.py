@@ -1,0 +1,236 @@
+"""A study goes to another lab in one file, whole; a damaged file goes nowhere."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CallIn
+from samples import recorded, studies
+from studies import problems_of, results_of
+
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.reader import find_run, load_run
+from digitlab.results import exchange
+from digitlab.results.exchange import export_study
+from digitlab.study.storage import open_storage, study_names
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return studies(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def bundle(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "smoke.zip"
+    assert export_study("smoke", path, lab, []) == 0
+    return path
+
+
+def facts(lab: Path, name: str) -> list[tuple[Any, ...]]:
+    """What is recorded of a study's runs, but for their ids."""
+    tracker = recorded(lab, name).tracker
+    own = ("digitlab.", "mlflow.note", "mlflow.source")
+    links = ("digitlab.weights_run", "digitlab.superseded_by")
+    return [
+        (
+            row.name, row.status, row.params, row.metrics, row.started_ms, row.ended_ms,
+            {k: v for k, v in row.tags.items() if k.startswith(own) and k not in links},
+            tracker.history(row.run_id),
+            {path: tracker.artifact(row.run_id, path) for path in tracker.files(row.run_id)},
+        )
+        for row in recorded(lab, name).runs()
+    ]  # fmt: skip
+
+
+def test_an_imported_study_is_the_exported_one(
+    lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    other = tmp_path / "other"
+    call = call_in(other)
+    status, out, err = call("import", str(bundle))
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "look at it: digitlab show smoke"
+    assert results_of(other) == results_of(lab)
+    assert facts(other, "smoke") == facts(lab, "smoke")
+    assert problems_of(other) == []
+    here, there = (recorded(place, "smoke") for place in (lab, other))
+    assert {row.run_id for row in here.runs()} & {row.run_id for row in there.runs()} == set()
+    parent = there.store.notes()["run_id"]
+    assert {row.tags.get("mlflow.parentRunId") for row in there.runs()} == {None, parent}
+    champion, config, _ = load_run(there.tracker, "champion")
+    assert champion.tags["digitlab.kind"] == "final"
+    assert config == load_run(here.tracker, "champion")[1]
+    assert there.store.notes()["champion"]["run_id"] in {row.run_id for row in there.runs()}
+    status, out, err = call("import", str(bundle))
+    assert (status, out) == (2, "")
+    assert "study smoke is here already" in err
+
+
+def test_a_study_that_still_runs_goes_with_what_it_has(
+    lab: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    assert call_in(lab)("export", "stopped", str(tmp_path / "file"))[0] == 0
+    other = tmp_path / "other"
+    assert call_in(other)("import", str(tmp_path / "file"))[0] == 0
+    assert results_of(other, "stopped") == results_of(lab, "stopped")
+    assert facts(other, "stopped") == facts(lab, "stopped")
+
+
+def test_an_import_that_was_killed_is_begun_again(
+    lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are recorded, and of the study the last note alone is missing."""
+    other = tmp_path / "other"
+    call = call_in(other)
+
+    def stop(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "config_to_yaml", stop)
+        assert call("import", str(bundle))[0] == 130
+    assert json.loads(call("studies", "--json")[1]) == []
+    assert call("import", str(bundle))[0] == 0
+    assert problems_of(other) == []
+    assert facts(other, "smoke") == facts(lab, "smoke")
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+Change = Callable[[dict[str, bytes]], None]
+
+
+def index_of(members: dict[str, bytes]) -> Any:
+    return json.loads(members["bundle.json"])
+
+
+def with_index(change: Callable[[Any], object]) -> Change:
+    def changed(members: dict[str, bytes]) -> None:
+        index = index_of(members)
+        change(index)
+        members["bundle.json"] = json.dumps(index).encode()
+
+    return changed
+
+
+def first(index: Any) -> Any:
+    """A finished run with weights."""
+    return next(run for run in index["runs"] if "weights.safetensors" in run["files"])
+
+
+def escape(path: str) -> Change:
+    return with_index(lambda index: first(index)["files"].update({path: "0" * 64}))
+
+
+def replace_weights(members: dict[str, bytes]) -> None:
+    name = next(name for name in members if name.endswith("/weights.safetensors"))
+    members[name] = members[name][:-1] + b"!"
+
+
+def forge(members: dict[str, bytes]) -> None:
+    """A file with a digest to match: the seal does not."""
+    replace_weights(members)
+    name = next(name for name in members if name.endswith("/weights.safetensors"))
+    run_id, _, path = name.partition("/")
+    index = index_of(members)
+    run = next(run for run in index["runs"] if run["run_id"] == run_id)
+    run["files"][path] = hashlib.sha256(members[name]).hexdigest()
+    members["bundle.json"] = json.dumps(index).encode()
+
+
+def drop_weights(members: dict[str, bytes]) -> None:
+    del members[next(name for name in members if name.endswith("/weights.safetensors"))]
+
+
+CHANGES: dict[str, Change] = {
+    "a path above": escape("../../escaped"),
+    "an absolute path": escape("/tmp/escaped"),
+    "a path of another system": escape("..\\escaped"),
+    "a run id that is a path": with_index(lambda index: first(index).update(run_id="../x")),
+    "other weights": replace_weights,
+    "weights and their digest": forge,
+    "no weights": drop_weights,
+    "another metric": with_index(lambda index: first(index)["metrics"].update(val_accuracy=1.0)),
+    "another history": with_index(lambda index: first(index)["history"].pop()),
+    "another trial": with_index(lambda index: first(index)["tags"].update({"digitlab.trial": "9"})),
+    "another parameter": with_index(lambda i: first(i)["params"].update({"model.hidden": "9"})),
+    "no index": lambda members: members.pop("bundle.json") and None,
+    "no JSON": lambda members: members.update({"bundle.json": b"{"}),
+    "a list": lambda members: members.update({"bundle.json": b"[]"}),
+    "another format": with_index(lambda index: index.update(format=2)),
+    "an unknown state": with_index(lambda index: index["trials"][0].update(state="GONE")),
+    "no configuration": with_index(lambda index: index["notes"].pop("config")),
+    "an unknown key": with_index(lambda index: index.update(more=1)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lab that stays empty."""
+    return tmp_path_factory.mktemp("nowhere") / "inside" / "lab"
+
+
+def refused(nowhere: Path, call_in: CallIn, path: Path) -> str:
+    status, out, err = call_in(nowhere)("import", str(path))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert str(path) in err
+    assert study_names(open_storage(nowhere)) == []
+    assert MlflowTracker(None, "digitlab", nowhere).find({}) == []
+    assert not list(nowhere.parent.parent.rglob("escaped"))
+    return err
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_bundle_is_refused_and_leaves_nothing(
+    nowhere: Path, bundle: Path, call_in: CallIn, tmp_path: Path, kind: str
+) -> None:
+    with zipfile.ZipFile(bundle) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    CHANGES[kind](members)
+    path = tmp_path / "changed.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    refused(nowhere, call_in, path)
+
+
+def test_a_file_that_is_no_whole_bundle_is_refused(
+    nowhere: Path, bundle: Path, call_in: CallIn, tmp_path: Path
+) -> None:
+    content = bundle.read_bytes()
+    middle = len(content) // 3
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for text in (b"no archive", content[:-100], flipped):
+        (tmp_path / "file").write_bytes(text)
+        refused(nowhere, call_in, tmp_path / "file")
+    for path in (tmp_path / "missing", tmp_path):
+        refused(nowhere, call_in, path)
+    with zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bundle.json", b" " * 10_000_000)
+    assert "compressed" in refused(nowhere, call_in, tmp_path / "packed")
+
+
+def test_a_damaged_study_and_a_file_that_cannot_be_written_are_refused(
+    lab: Path, call_in: CallIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = call_in(lab)
+    status, _, err = call("export", "smoke", "/dev/null/file")
+    assert (status, "/dev/null/file cannot be written" in err) == (2, True)
+    assert call("export", "smokk", str(tmp_path / "file"))[0] == 2
+    run = find_run(recorded(lab, "smoke").tracker, "smoke/0")
+    artifact = MlflowTracker.artifact
+
+    def damaged(tracker: MlflowTracker, run_id: str, path: str) -> bytes:
+        content = artifact(tracker, run_id, path)
+        return content + b"!" if (run_id, path) == (run.run_id, "weights.safetensors") else content
+
+    monkeypatch.setattr(MlflowTracker, "artifact", damaged)
+    status, _, err = call("export", "smoke", str(tmp_path / "file"))
+    assert (status, "weights.safetensors" in err) == (2, True)
+    assert not (tmp_path / "file").exists()

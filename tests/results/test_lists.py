@@ -1,0 +1,90 @@
+"""Lists of runs and studies: what is in them, in which order and form."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Call, CallIn
+from samples import recorded, studies
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return studies(tmp_path_factory)
+
+
+@pytest.fixture
+def call(lab: Path, call_in: CallIn) -> Call:
+    return call_in(lab)
+
+
+def test_runs_are_listed_best_first_and_measured_ones_before_the_others(call: Call) -> None:
+    status, out, err = call("runs", "--json")
+    rows = json.loads(out)
+    assert (status, err) == (0, "")
+    tested = [row["test_accuracy"] for row in rows if row["kind"] == "final"]
+    assert tested == sorted(tested, reverse=True)
+    ranks = [
+        0 if row["test_accuracy"] is not None else 1 if row["val_accuracy"] is not None else 2
+        for row in rows
+    ]
+    assert ranks == sorted(ranks)
+    assert ranks[-1] == 2
+
+
+def test_runs_can_be_chosen_by_study_kind_and_state(call: Call, lab: Path) -> None:
+    def ids(*words: str) -> set[str]:
+        return {row["run_id"] for row in json.loads(call("runs", "--json", *words)[1])}
+
+    smoke = recorded(lab, "smoke")
+    assert ids("--study", "smoke") == {row.run_id for row in smoke.runs()}
+    assert ids("--kind", "final") == {row.run_id for row in smoke.runs(kind="final")}
+    pruned = {row.run_id for row in smoke.runs(state="pruned")}
+    assert pruned
+    assert ids("--state", "pruned") == pruned
+    assert ids("--study", "smoke", "--kind", "trial", "--state", "failed") == set()
+
+
+def test_table_of_runs_fits_80_columns_and_says_how_many_it_leaves_out(call: Call) -> None:
+    _, out, _ = call("runs", "--most=3")
+    assert max(map(len, out.splitlines())) <= 80
+    whole = len(json.loads(call("runs", "--json")[1]))
+    assert f"3 of {whole} runs; all: digitlab runs --most=0" in out
+    assert call("runs", "--study", "nobody")[1] == "there are none\n"
+
+
+def test_csv_has_a_row_a_run_with_its_settings(call: Call) -> None:
+    rows = list(csv.DictReader(io.StringIO(call("runs", "--study", "smoke", "--csv")[1])))
+    listed = json.loads(call("runs", "--study", "smoke", "--json")[1])
+    assert [row["run_id"] for row in rows] == [row["run_id"] for row in listed]
+    assert rows[0]["model.hidden"] == listed[0]["params"]["model.hidden"]
+
+
+def test_studies_are_listed_with_what_came_of_them(call: Call, lab: Path) -> None:
+    _, out, _ = call("studies", "--json")
+    smoke, stopped = json.loads(out)
+    assert (smoke["study"], stopped["study"]) == ("smoke", "stopped")
+    rows = recorded(lab, "smoke").store.rows()
+    assert smoke["trials"] == len(rows) == 6
+    assert smoke["finished"] + smoke["pruned"] == 6
+    assert smoke["val_accuracy"] == max(r.value or 0 for r in rows if r.state == "finished")
+    champion = recorded(lab, "smoke").store.notes()["champion"]
+    assert smoke["test_accuracy"] == champion["test_accuracy"]["mean"]
+    assert (stopped["test_accuracy"], stopped["val_accuracy"]) == (None, 0.5)
+    table = call("studies")[1]
+    assert f"{champion['test_accuracy']['mean']:.2%}" in table
+    assert len(list(csv.DictReader(io.StringIO(call("studies", "--csv")[1])))) == 2
+
+
+def test_two_forms_at_once_are_refused(call: Call) -> None:
+    assert call("runs", "--json", "--csv")[0] == 2
+
+
+def test_a_pruned_trial_is_told_apart_by_name_tag_and_description(lab: Path) -> None:
+    for row in recorded(lab, "smoke").runs(kind="trial"):
+        pruned = row.tags["digitlab.state"] == "pruned"
+        number = row.tags["digitlab.trial"]
+        assert row.name == f"smoke-{number}" + " (pruned)" * pruned
+        assert ("stopped early on purpose" in row.tags.get("mlflow.note.content", "")) == pruned

@@ -1,0 +1,73 @@
+"""What is shown of one run or study, and a champion as a recipe."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Call, CallIn
+from samples import recorded, studies
+
+from digitlab.config import compose as composing
+from digitlab.config.compose import compose
+from digitlab.config.recorded import with_values
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return studies(tmp_path_factory)
+
+
+@pytest.fixture
+def call(lab: Path, call_in: CallIn) -> Call:
+    return call_in(lab)
+
+
+def test_a_run_is_shown_with_changed_settings_metrics_and_files(call: Call, lab: Path) -> None:
+    row = recorded(lab, "smoke").runs(kind="final")[0]
+    _, out, _ = call("show", row.run_id, "--json")
+    shown = json.loads(out)
+    assert (shown["kind"], shown["state"]) == ("final", "finished")
+    assert shown["settings"]["data.evaluate_on"] == "test"
+    assert shown["settings"]["model.widths"] == [4]
+    assert {"trainer.threads", "optim.name", "study.name"} & shown["settings"].keys() == set()
+    assert shown["metrics"] == row.metrics
+    assert {"config.yaml", "weights.safetensors", "SHA256SUMS"} <= set(shown["files"])
+    text = call("show", row.run_id)[1]
+    assert "model.widths" in text
+    assert "pictures/" in text
+
+
+def test_a_study_is_shown_with_its_trials_and_champion(call: Call, lab: Path) -> None:
+    smoke = recorded(lab, "smoke").store
+    shown = json.loads(call("show", "smoke", "--json")[1])
+    assert [trial["number"] for trial in shown["trials"]] == list(range(6))
+    assert shown["champion"] == smoke.notes()["champion"]
+    assert shown["settings"]["study.name"] == "smoke"
+    assert "report.html" in shown["files"]
+    text = call("show", "smoke")[1]
+    assert "champion: trial" in text
+    assert "extend:    digitlab sweep experiments=smoke " in text
+    assert "no champion yet: 1 of 3 trials have ended" in call("show", "stopped")[1]
+
+
+def test_what_there_is_not_is_one_line(call: Call) -> None:
+    for words in (("show", "smokk"), ("best", "smokk"), ("best", "stopped"), ("show", "smoke/99")):
+        status, out, err = call(*words)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_best_prints_a_recipe_that_trains_the_champions_configuration(
+    call: Call, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, _ = call("best", "smoke")
+    assert status == 0
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(out)
+    monkeypatch.setattr(composing, "recipe_folders", lambda: [folder])
+    [job] = compose("train", ["experiments=mine"])
+    smoke = recorded(lab, "smoke")
+    wanted = with_values(smoke.config, smoke.store.notes()["champion"]["values"])
+    for group in ("data", "model", "optim", "trainer"):
+        assert getattr(job.config, group) == getattr(wanted, group)
+    assert job.config.study.name == "smoke-best"
