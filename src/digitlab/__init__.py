@@ -75,7 +75,7 @@ class Run:
         return load_network(tracker, row, recorded_config(tracker, row))
 
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """Return logits (N, 10) and labels (N,) of the images that the run was measured on."""
+        """Return predicted and true digits (N,) of the images that the run was measured on."""
         from digitlab.records.reader import lab_tracker, recorded_guesses
 
         tracker = lab_tracker(self.lab)

@@ -133,7 +133,7 @@ def _port(port: int) -> argparse.ArgumentParser:
 class _Builder:
     """Adds commands to a parser; those that read records take the words for where they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, help: str | None) -> None:
         self.parser = Parser(
             prog="digitlab",
             description="A tracked hyperparameter study of handwritten digits.",
@@ -141,7 +141,7 @@ class _Builder:
         )
         version = f"digitlab {__version__}"
         self.parser.add_argument("--version", action="version", version=version)
-        self.commands = self.parser.add_subparsers(metavar="COMMAND", help=argparse.SUPPRESS)
+        self.commands = self.parser.add_subparsers(metavar="COMMAND", help=help)
 
     def add(
         self,
@@ -168,9 +168,16 @@ class _Builder:
         return added
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of `digitlab`, and those of its commands."""
-    builder = _Builder()
+def build_parser(
+    listed: str = argparse.SUPPRESS,
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of `digitlab`, and those of its commands.
+
+    Args:
+        listed: what help says of the commands; the epilog lists them. shtab leaves out what says
+            nothing.
+    """
+    builder = _Builder(listed)
     _add_training(builder)
     _add_studies(builder)
     _add_results(builder)
@@ -185,7 +192,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 def _complete(options: argparse.Namespace) -> int:
     import shtab
 
-    print(shtab.complete(build_parser()[0], options.shell))
+    print(shtab.complete(build_parser("a command")[0], options.shell))
     return 0
 
 

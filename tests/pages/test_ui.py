@@ -4,10 +4,8 @@ import http.client
 import json
 import os
 import re
-import shlex
 import socket
 import struct
-import subprocess
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -23,7 +21,6 @@ from playwright.sync_api import Browser, Page
 from samples import Study, configure, recorded, studies
 from serving import HOST, Server, free_port, served
 
-from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
 from digitlab.pages import ui as ui_pages
@@ -129,6 +126,11 @@ NAME = "attributes.`Run Name`"
 # ---- MLflow's pages ------------------------------------------------------------------------------
 
 
+def plain(names: list[str]) -> set[str]:
+    """Names of runs without what is added to those of pruned trials."""
+    return {name.removesuffix(" (pruned)") for name in names}
+
+
 def test_table_lists_the_studys_trials_and_nothing_else_best_first(
     looking: Looking, whole: Study
 ) -> None:
@@ -140,7 +142,7 @@ def test_table_lists_the_studys_trials_and_nothing_else_best_first(
     best_first = sorted(values.values(), reverse=True)
     names = looking.column(NAME)
     assert [values[name] for name in names[: len(values)]] == best_first  # two may be tied
-    assert set(names) == {f"smoke-{row.number}" for row in rows}
+    assert plain(names) == {f"smoke-{row.number}" for row in rows}
     accuracies = looking.column("metrics.`val_accuracy`")
     assert [float(text) for text in accuracies[: len(values)]] == best_first
     headers = looking.page.locator(".ag-header-cell")
@@ -148,7 +150,9 @@ def test_table_lists_the_studys_trials_and_nothing_else_best_first(
     wanted = {f"params.`{name}`" for name in [*whole.config.study.space, "trainer.epochs"]}
     wanted |= {f"metrics.`{name}`" for name in ("val_accuracy", "model_parameters", "seconds")}
     assert wanted < set(columns)
-    numbers = {name: rows[int(name.removeprefix("smoke-"))] for name in names}
+    numbers = {
+        name: rows[int(name.removeprefix("smoke-").removesuffix(" (pruned)"))] for name in names
+    }
     for key in whole.config.study.space:
         shown = looking.column(f"params.`{key}`")
         assert shown == [str(numbers[name].values[key]) for name in names]
@@ -193,7 +197,7 @@ def test_both_views_stand_in_the_menu_and_open_from_it(looking: Looking, whole: 
     assert {"smoke: best first", "smoke: charts"} <= set(items)
     looking.page.get_by_role("menuitem", name="smoke: best first").click()
     looking.wait_rows(len(whole.store.rows()))
-    assert set(looking.column(NAME)) == {f"smoke-{r.number}" for r in whole.store.rows()}
+    assert plain(looking.column(NAME)) == {f"smoke-{r.number}" for r in whole.store.rows()}
 
 
 def test_runs_page_lists_studies_and_unfolds_their_runs(looking: Looking, whole: Study) -> None:
@@ -206,7 +210,8 @@ def test_runs_page_lists_studies_and_unfolds_their_runs(looking: Looking, whole:
     looking.wait_rows(1 + len(children))
     names = looking.column(NAME)
     assert sorted(names) == sorted(["stopped", *(run.name for run in children)])
-    assert names.index("smoke") < min(names.index(f"smoke-{n}") for n in range(6))
+    bare = [name.removesuffix(" (pruned)") for name in names]
+    assert bare.index("smoke") < min(bare.index(f"smoke-{n}") for n in range(6))
 
 
 def test_two_trials_side_by_side_show_the_hyperparameters(looking: Looking, whole: Study) -> None:
@@ -343,11 +348,7 @@ def test_port_that_is_taken_is_reported_in_one_line(call: Call, command: str) ->
         status, out, err = call(command, "--port", str(port))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert f"--port={port}: taken" in err
-    advice = re.search(r"\((make [^)]*)\)", err)
-    assert advice
-    dry = [*shlex.split(advice[1]), "--dry-run", "--no-print-directory"]
-    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert f"{command} --port {port + 1}" in done.stdout, advice[1]
+    assert f"another port, such as {port + 1}" in err
     status, _, err = call(command, "--port", "70000")
     assert (status, "1 to 65535" in err) == (2, True)
 
