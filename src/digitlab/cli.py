@@ -133,7 +133,7 @@ def _port(port: int) -> argparse.ArgumentParser:
 class _Builder:
     """Adds commands to a parser; those that read records take the words for where they are."""
 
-    def __init__(self, help: str | None) -> None:
+    def __init__(self, listed: str) -> None:
         self.parser = Parser(
             prog="digitlab",
             description="A tracked hyperparameter study of handwritten digits.",
@@ -141,7 +141,7 @@ class _Builder:
         )
         version = f"digitlab {__version__}"
         self.parser.add_argument("--version", action="version", version=version)
-        self.commands = self.parser.add_subparsers(metavar="COMMAND", help=help)
+        self.commands = self.parser.add_subparsers(metavar="COMMAND", help=listed)
 
     def add(
         self,
