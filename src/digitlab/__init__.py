@@ -183,11 +183,13 @@ def reproduce(run: str, lab: Path | None = None) -> str:
     """
     from digitlab.records.reader import lab_tracker
     from digitlab.results.reproduce import reproduce as _reproduce
+    from digitlab.results.verdict import STATUS
 
     lab = _lab(lab)
     original = load_run(run, lab)
     _reproduce(original.run_id, (), lab, as_json=False, at_commit=False)
-    return lab_tracker(lab).get(original.run_id).tags["digitlab.reproduced"]
+    noted = lab_tracker(lab).get(original.run_id).tags["digitlab.reproduced"]
+    return next(verdict for verdict in STATUS if noted.startswith(verdict))
 
 
 def load_run(name: str, lab: Path | None = None) -> Run:
