@@ -149,7 +149,7 @@ def test_runs_on_other_images_are_not_tested(compare: Compare) -> None:
 
 
 def test_same_weights_are_equally_often_right(compare: Compare, trained: Path) -> None:
-    assert main(["train", *RUN, "study.name=twin"]) == 0
+    assert main(["train", *RUN, "name=twin-seed-0"]) == 0
     _, out, _ = compare("one-seed-0", "twin-seed-0", "--json")
     [test] = json.loads(out)["tests"]
     assert (test["only_first"], test["only_second"], test["p"]) == ([], [], 1.0)

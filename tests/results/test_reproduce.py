@@ -309,7 +309,16 @@ def test_run_that_did_not_finish_is_not_trained_again(call: Call, recorded: Reco
     assert runs(recorded) == before
 
 
-@pytest.mark.parametrize("override", ["trainer.seed=1", "model.hidden=8", "tracking=none"])
+def test_a_run_is_not_looked_for_where_nothing_is_recorded(call: Call, recorded: Recorded) -> None:
+    before = runs(recorded)
+    status, out, err = call("reproduce", recorded.run_id, "tracking=none")
+    assert (status, out) == (2, "")
+    assert "with tracking=none no run is" in err
+    assert len(err.splitlines()) == 1
+    assert runs(recorded) == before
+
+
+@pytest.mark.parametrize("override", ["trainer.seed=1", "model.hidden=8"])
 def test_override_that_makes_another_run_is_refused(
     call: Call, recorded: Recorded, override: str
 ) -> None:
