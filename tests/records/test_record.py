@@ -120,13 +120,14 @@ def test_run_without_results_keeps_config_environment_and_reason(
         recorder = RunRecorder(records.outbox, configure(), Identity("run", "train"))
         recorder.end(state, "why", {"seconds": 1.5}, {"more": "1"})
         recorder.end("finished")  # too late
-    row = records.tracker.get("run")
-    assert (row.tags["digitlab.state"], row.tags["digitlab.reason"]) == (state, "why")
+    [row] = records.tracker.find({"digitlab.state": state})
+    assert row.name == ("run (pruned)" if state == "pruned" else "run")  # MLflow says KILLED of it
+    assert row.tags["digitlab.reason"] == "why"
     assert (row.metrics, row.tags["more"]) == ({"seconds": 1.5}, "1")
     assert recorded_config(records.tracker, row) == configure()
     assert recorded_environment(records.tracker, row) == {}
     with pytest.raises(UserError, match=f"is {state}: only finished"):
-        trained(records.tracker, "run")
+        trained(records.tracker, row.name)
 
 
 def _metric(tracker: MlflowTracker, run_id: str) -> None:
