@@ -263,6 +263,34 @@ def test_run_that_the_tracker_always_fails_on_delays_no_other(tmp_path: Path) ->
     outbox._stop(5)
 
 
+def test_an_outage_does_not_change_the_order_within_a_run(tmp_path: Path) -> None:
+    """A run that is resumed while its earlier end waits has two files in the outbox."""
+    states: list[str] = []
+    reached, resumed = threading.Event(), threading.Event()
+
+    class Away(MlflowTracker):
+        def log(self, run_id: str, batch: Batch) -> None:
+            state = batch.tags.get("digitlab.state", "")
+            if state == "interrupted" and not resumed.is_set():
+                reached.set()
+                resumed.wait(60)
+                raise TrackerAway("once")
+            states.extend([state] * bool(state))
+            super().log(run_id, batch)
+
+    outbox = Outbox(tmp_path, Away(None, "digitlab", tmp_path))
+    first = outbox.open_run(new())
+    run_id = first.run_id(60)
+    assert run_id is not None
+    first.end("interrupted")
+    assert reached.wait(60)
+    outbox.resume_run(run_id).end("running")
+    resumed.set()
+    outbox.flush(60)
+    outbox.close()
+    assert states[:2] == ["interrupted", "running"]
+
+
 # A tracker that refuses
 
 

@@ -47,8 +47,8 @@ class Delivery:
         deadline = time.monotonic() + timeout_s
         with self._changes:
             self._disk_error = None  # an attempt is made now, whatever became of the last one
-            while self.pending() and not stopped() and (left := deadline - time.monotonic()) > 0:
-                if self._disk_error is not None:
+            while self.pending() and self._disk_error is None and not stopped():
+                if (left := deadline - time.monotonic()) <= 0:
                     break
                 self._changes.hurry()
                 self._changes.wait(min(_POLL_S, left))
@@ -124,10 +124,8 @@ class Delivery:
                 try:
                     sent.append((spool, self._send(spool)))
                 except TrackerAway:
-                    # Perhaps of this run alone: the next attempt begins with the others.
                     with self._changes:
-                        self._spools.remove(spool)
-                        self._spools.append(spool)
+                        self._spools = _postponed(self._spools, spool)
                     raise
                 except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
                     self._fail(spool, error)
@@ -140,8 +138,7 @@ class Delivery:
         try:
             if spool.known_id is None:
                 may_exist, spool.may_exist = spool.may_exist, True
-                new = NewRun(**operations[0].what["run"])
-                run_id = self.tracker.create_run(new, may_exist)
+                run_id = self.tracker.create_run(NewRun(**operations[0].what["run"]), may_exist)
                 faults.point("outbox.sent")
                 with self._changes:
                     spool.known_id = run_id
@@ -173,17 +170,29 @@ class Delivery:
             self._changes.notify_all()
 
     def _fail(self, spool: FileSpool, error: Exception) -> None:
-        if isinstance(error, TrackerRefused):
-            error = TrackerRefused(
-                f"The record of run '{spool.name}' was refused ({error}). It is kept, and no other "
-                "run waits for it. Remove the cause and start again, or give the record up: "
-                f"rm {shlex.quote(str(spool.path))}"
-            )
         with self._changes:
-            spool.failure = error
+            spool.failure = _refusal(spool, error) if isinstance(error, TrackerRefused) else error
             self._spools.remove(spool)
             self._failed.append(spool)
             self._changes.notify_all()
+
+
+def _postponed(spools: Sequence[FileSpool], failing: FileSpool) -> list[FileSpool]:
+    """Return the spools with those of the failing run last: it may be away for that run alone.
+
+    A run that was resumed has several, which stay in their order.
+    """
+    known = failing.known_id
+    last = [s for s in spools if s is failing or (known is not None and s.known_id == known)]
+    return [spool for spool in spools if spool not in last] + last
+
+
+def _refusal(spool: FileSpool, error: TrackerRefused) -> TrackerRefused:
+    return TrackerRefused(
+        f"The record of run '{spool.name}' was refused ({error}). It is kept, and no other run "
+        "waits for it. Remove the cause and start again, or give the record up: "
+        f"rm {shlex.quote(str(spool.path))}"
+    )
 
 
 def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operation]) -> None:
