@@ -159,11 +159,7 @@ class MlflowTracker(Tracker):
     """MLflow on sqlite in the lab, or on the server or database of `uri`."""
 
     def __init__(self, uri: str | None, experiment: str, lab: Path) -> None:
-        """Open the experiment; create it where there is none.
-
-        Raises:
-            TrackerAway, UserError: it cannot be used, in one line.
-        """
+        """Open or create the experiment; TrackerAway or UserError if it cannot be used."""
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.lab, self.uri = lab, uri or sqlite_uri(lab)
         self.where, self.command = _shown(uri) if uri else "lab", _command(self.uri)
@@ -287,11 +283,7 @@ class MlflowTracker(Tracker):
         place = self.client.get_run(run_id).info.artifact_uri
         if not self.is_server and place.startswith(LOCATION):
             return list_artifacts(place_of(self.lab, place))
-        paths, folders = list[str](), [""]
-        while folders:
-            for file in self.client.list_artifacts(run_id, folders.pop() or None):
-                (folders if file.is_dir else paths).append(file.path)
-        return sorted(paths)
+        return _listed(self.client, run_id)
 
     @_translated
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
@@ -310,6 +302,14 @@ class MlflowTracker(Tracker):
         # Without a server, where `digitlab ui` serves what is in the lab.
         server = self.uri if self.is_server else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _listed(client: MlflowClient, run_id: str) -> list[str]:
+    paths, folders = list[str](), [""]
+    while folders:
+        for file in client.list_artifacts(run_id, folders.pop() or None):
+            (folders if file.is_dir else paths).append(file.path)
+    return sorted(paths)
 
 
 def _entities(batch: Batch) -> tuple[list[Param], list[Metric], list[RunTag]]:
