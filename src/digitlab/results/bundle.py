@@ -162,7 +162,7 @@ def opened_bundle(path: Path) -> Iterator[Bundle]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         raise _refusal(path, f"{_INDEX} is not its index") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         raise _refusal(path, first_line(error)) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.console import print_table, table
-from digitlab.base.invocation import command, storage_of
+from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.store import RunRow
 from digitlab.study.storage import DELETED, open_storage
@@ -128,5 +128,5 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("_accuracy"):
         return f"{value:.2%}"
     if key == "run_id":
-        return str(value)[:8]
+        return str(value)[:SHORT_ID]
     return str(value)

@@ -13,7 +13,7 @@ from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
-from digitlab.records.store import Tracker
+from digitlab.records.store import Tracker, TrackerAway
 from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.workers.base import Job, WorkerSetup
@@ -100,7 +100,8 @@ def train(
         accuracy = outcome.metrics[f"{kind}_accuracy"]
         print(f"{run}: {kind}_accuracy {accuracy:.2%} in {outcome.metrics['seconds']:.1f} s")
         if outcome.run_id and not pending:
-            conclude(records, config, outcome)
+            with suppress(TrackerAway):  # the run is recorded all the same
+                conclude(records, config, outcome)
     return 0
 
 
@@ -117,6 +118,8 @@ def name_of(composed: Composed, tracker: Tracker) -> str:
     name = composed.name or " ".join([composed.config.study.name, *changes.values()])
     name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
     pattern = re.compile(rf"{re.escape(name)}(?: #(\d+))?")
-    found = (pattern.fullmatch(row.name) for row in tracker.find({"digitlab.kind": "train"}))
+    same = {"digitlab.kind": "train"}
+    same |= {} if composed.name else {"digitlab.recipe": composed.config.study.name}
+    found = (pattern.fullmatch(row.name) for row in tracker.find(same))
     numbers = [int(match[1] or 1) for match in found if match]
     return f"{name} #{max(numbers) + 1}" if numbers else name
