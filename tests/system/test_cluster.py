@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 from conftest import DATA, SHARE, TINY
+from digitlab.base.server import is_away
 from optuna.storages import RDBStorage
 
 from digitlab.base.paths import ROOT
 from digitlab.base.retry import retry
 from digitlab.config.compose import compose
-from digitlab.study.storage import is_away, open_storage
+from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialRow, TrialStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

@@ -11,7 +11,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from digitlab.base.retry import retry
-from digitlab.study.storage import OUTAGE_S, is_away, study_names
+from digitlab.base.server import OUTAGE_S, is_away
+from digitlab.study.storage import study_names
 
 RESULT = "result"  # the attribute of a trial that holds all that is noted of it, in one write
 

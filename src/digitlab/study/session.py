@@ -9,6 +9,7 @@ from typing import Any
 from digitlab.base.console import Board
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError
+from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, Tracker
@@ -18,7 +19,6 @@ from digitlab.records.spool import RunSpool
 from digitlab.records.views import view_tags
 from digitlab.study.fingerprint import check_fingerprint
 from digitlab.study.storage import (
-    LeaderLock,
     leader_lock,
     open_storage,
     refuse_deleted,

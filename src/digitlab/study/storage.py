@@ -2,9 +2,8 @@
 
 import os
 import sqlite3
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,19 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.storages import RDBStorage
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.base.files import disk_problem, safe_name
+from digitlab.base.files import safe_name
 from digitlab.base.invocation import command
 from digitlab.base.locks import file_lock
-from digitlab.base.retry import retry
+from digitlab.base.server import LeaderLock, ServerLock
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 # What a storage raises that cannot be written or read: a full disk, a lost or locked database.
 STORE_ERRORS = (OSError, SQLAlchemyError, optuna.exceptions.StorageInternalError)
-OUTAGE_S = 300.0  # for which a server that is away is tried again
-_LOCK_RELEASE_S = 3.0  # until a server has noticed that a connection is gone, and frees its lock
 
 # Of each connection: a server that does not answer must not hold the driver for ever, and one
 # that was cut off must be noticed on both sides, or it keeps the leader's lock.
@@ -121,24 +117,8 @@ def refuse_deleted(name: str, notes: Mapping[str, Any]) -> None:
         )
 
 
-_PERMANENT = ("password", "pg_hba.conf", "does not exist")  # in refusals that waiting cannot change
-_MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of the connection
-
-
-def is_away(error: BaseException | None) -> bool:
-    """Whether an error of a storage is a lost connection: it shows in many ways."""
-    if disk_problem(error):  # of sqlite in the lab, which no server repairs
-        return False
-    while error is not None:
-        if isinstance(error, SQLAlchemyError):
-            permanent = any(word in str(error) for word in _PERMANENT)
-            return not isinstance(error, _MISTAKES) and not permanent
-        error = error.__cause__
-    return False
-
-
 @contextmanager
-def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderLock"]:
+def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator[LeaderLock]:
     """Hold a study, so that one driver alone writes to it; UserError if another one does."""
     problem = (
         f"study.name={study} is in use: one process at a time may lead a study. Wait for it, "
@@ -148,68 +128,8 @@ def leader_lock(storage: RDBStorage, lab: Path, study: str) -> Iterator["LeaderL
         with file_lock(lab / "locks" / f"{safe_name(study)}.leader", problem):
             yield LeaderLock()
         return
-    lock = ServerLock(storage, f"digitlab/{study}", problem)
+    lock = ServerLock(storage.engine, f"digitlab/{study}", problem)
     try:
         yield lock
     finally:
         lock.release()
-
-
-class LeaderLock:
-    """A lock that lasts as long as this process."""
-
-    is_lost = False  # another process leads the study: nothing more may be written
-
-    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Make sure that the lock is still held."""
-
-
-class ServerLock(LeaderLock):
-    """An advisory lock of PostgreSQL, which goes when this process or its connection does."""
-
-    _CHECK_INTERVAL_S = 10.0
-
-    def __init__(self, storage: RDBStorage, name: str, problem: str) -> None:
-        self.engine, self.name, self.problem = storage.engine, name, problem
-        self.connection: Connection | None = None
-        self.checked = 0.0
-        self._acquire()
-
-    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Acquire the lock again where a restart of the server dropped it, or raise UserError.
-
-        Args:
-            stopped: ends the attempts while the server is away.
-        """
-        if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
-            retry(self._acquire, is_away, OUTAGE_S, stopped)
-
-    def _acquire(self) -> None:
-        try:
-            if self.connection is not None:
-                self.connection.execute(text("SELECT 1"))
-            else:
-                self.connection = self._connect()
-            self.checked = time.monotonic()
-        except SQLAlchemyError:
-            self.release()
-            raise
-
-    def _connect(self) -> Connection:
-        connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        query = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-        deadline = time.monotonic() + _LOCK_RELEASE_S
-        while not connection.execute(query, {"name": self.name}).scalar():
-            if time.monotonic() > deadline:
-                connection.close()
-                self.is_lost = True
-                raise UserError(self.problem)
-            time.sleep(0.2)
-        return connection
-
-    def release(self) -> None:
-        if self.connection is not None:
-            with suppress(SQLAlchemyError):
-                self.connection.invalidate()  # not given back to the pool with its lock
-                self.connection.close()
-            self.connection = None
