@@ -270,3 +270,71 @@ def test_a_trial_is_taken_over_once_by_a_call_that_was_killed_and_the_next(
     assert lead(lab, train_well, *fork)[0] == 0
     assert len(runs_of(lab, "fork", kind="trial")) == 2
     assert problems_of(lab, "fork") == []
+
+
+def test_trial_0_is_the_recipe_s_own_values_and_known_good_points_follow(lab: Path) -> None:
+    points = "study.begin_with=[{model.hidden:20},{model.hidden:50,optim.learning_rate:0.02}]"
+    study = (*PLAIN, points, "study.trials=4")
+    stop, write = stop_at_trial(1)
+    assert lead(lab, write, *study, stop=stop)[0] == 130
+    assert lead(lab, train_well, *study)[0] == 0
+    own = {"model.hidden": 64, "optim.learning_rate": 0.01}
+    given = {"model.hidden": 50, "optim.learning_rate": 0.02}
+    assert [row.values for row in rows_of(lab)[:3]] == [own, own | {"model.hidden": 20}, given]
+    drawn = rows_of(lab)[3].values
+    assert drawn not in (own, given)
+
+
+def test_points_outside_of_the_space_are_refused_and_own_values_are_then_left_out(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for point in ("{model.hidden:5}", "{optim.momentum:0.5}"):
+        with pytest.raises(UserError, match=r"study.begin_with: .* is invalid: it must be a hyper"):
+            lead(lab, train_well, *PLAIN, f"study.begin_with=[{point}]")
+    narrow = (*PLAIN, "model.hidden=int(interval(16,32))", "study.trials=1")
+    assert lead(lab, train_well, *narrow)[0] == 0
+    assert rows_of(lab)[0].values["model.hidden"] <= 32
+    assert "the recipe's own values are not in the space" in capsys.readouterr().out
+
+
+def test_the_recipe_s_own_values_are_never_pruned(lab: Path) -> None:
+    """Trials are trained side by side, and all others are better."""
+
+    def write(job: Job) -> Script:
+        accuracy = 0.1 if job.config.model.hidden == 64 else 0.9
+        return succeed(accuracy, tuple(accuracy for _ in job.rungs))
+
+    assert lead(lab, write, "tracking=none", "study.trials=4", count=4)[0] == 0
+    states = [row.state for row in rows_of(lab)]
+    assert states[0] == "finished"
+    assert "pruned" in states
+
+
+def test_a_range_may_be_widened_in_a_running_study_and_not_narrowed(lab: Path) -> None:
+    study = (*PLAIN, "study.startup_trials=1")
+    assert lead(lab, train_well, *study)[0] == 0
+    before = results_of(lab)
+    wider = "model.hidden=tag(log,int(interval(16,96)))"
+    _, jobs = lead(lab, train_well, *study, wider, "study.trials=9")
+    assert max(job.config.model.hidden for job in jobs) > 64
+    assert results_of(lab)[:3] == before
+    for other in ("tag(log,int(interval(16,64)))", "tag(log,int(interval(20,128)))"):
+        with pytest.raises(UserError, match=r"study.space.model.hidden: .* a range may only grow"):
+            lead(lab, train_well, *study, f"model.hidden={other}")
+    # What a report or an audit opens is the study as it is now.
+    assert [row.number for row in rows_of(lab)] == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("tag(log,int(interval(16,64)))", "int(interval(16,64))"),
+        ("choice(16,64)", "choice(16,32,64)"),
+        ("range(16,65,16)", "range(16,65,8)"),
+    ],
+    ids=["another scale", "a choice", "another step"],
+)
+def test_what_is_no_wider_range_is_another_space(lab: Path, was: str, now: str) -> None:
+    assert lead(lab, train_well, *PLAIN, "study.trials=1", f"model.hidden={was}")[0] == 0
+    with pytest.raises(UserError, match=r"created with other settings \(study.space.model.hidden"):
+        lead(lab, train_well, *PLAIN, "study.trials=1", f"model.hidden={now}")

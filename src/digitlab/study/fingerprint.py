@@ -9,6 +9,7 @@ from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
+from digitlab.study.space import is_widened
 from digitlab.study.trials import TrialRow, TrialStore
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
@@ -31,17 +32,26 @@ def check_fingerprint(
         store.note("config", config_to_yaml(config))
         store.note("fingerprint", now)
         return
+    widened = {
+        f"study.space.{one.name}"
+        for one in store.space
+        if is_widened(one, then.get(f"study.space.{one.name}"), config)
+    }
+    keys = {key for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
     changed = [
         f"{key}: {then.get(key, 'none')} -> {now.get(key, 'none')}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        for key in sorted(keys - widened)
     ]
+    if keys and not changed:
+        store.note("config", config_to_yaml(config))
+        store.note("fingerprint", now)
     if changed:
         name = config.study.name
         raise UserError(
             f"study '{name}' was created with other settings ({'; '.join(changed)}): a study "
-            "keeps those that its results depend on. Restore them, or start a new study with "
-            f"study.name=NEW (study.fork_from={name} reuses its finished trials where they fit)"
+            "keeps those that its results depend on, and a range may only grow. Restore them, or "
+            f"start a new study with study.name=NEW "
+            f"(study.fork_from={name} reuses its finished trials where they fit)"
         )
     store.note("config", config_to_yaml(config))
 

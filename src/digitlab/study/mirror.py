@@ -2,7 +2,7 @@
 
 import copy
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import optuna
@@ -12,11 +12,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from digitlab.base.retry import retry
 from digitlab.base.server import OUTAGE_S, is_away
+from digitlab.study.space import Hyperparameter
 from digitlab.study.storage import study_names
 
 RESULT = "result"  # the attribute of a trial that holds all that is noted of it, in one write
 
 _T = TypeVar("_T")
+Ranges = Sequence[Hyperparameter]
 
 
 class MirroredStudy:
@@ -26,15 +28,26 @@ class MirroredStudy:
     the storage is away a write is repeated, and is done once, whether its answer was lost or not.
     """
 
-    def __init__(self, storage: RDBStorage, name: str, stopped: Callable[[], bool]) -> None:
-        """Open or create the study of that name; `stopped` ends the retries during an outage."""
+    def __init__(
+        self, storage: RDBStorage, name: str, stopped: Callable[[], bool], space: Ranges = ()
+    ) -> None:
+        """Open or create the study of that name; `stopped` ends the retries during an outage.
+
+        In memory all trials have the ranges of now: a sampler learns from no trial of another one.
+        """
         self.storage, self.stopped = storage, stopped
         self.id = self._open(name)
         self._memory = InMemoryStorage()  # of one study, so that a trial's id is its number
         self.study = optuna.create_study(storage=self._memory, direction="maximize")
         self._memory_id = self._memory.get_study_id_from_name(self.study.study_name)
         self._ids: dict[int, int] = {}  # of trials in the storage, by number
-        for trial in storage.get_all_trials(self.id, deepcopy=False):
+        for stored in storage.get_all_trials(self.id, deepcopy=False):
+            trial = copy.copy(stored)
+            trial.distributions = trial.distributions | {
+                one.name: one.distribution
+                for one in space
+                if one.name in trial.params and one.holds(one.decode(trial.params[one.name]))
+            }
             self._memory.create_new_trial(self._memory_id, template_trial=trial)
 
     def _open(self, name: str) -> int:

@@ -29,6 +29,8 @@ class TrialSearch:
         total, name = self.study.trials, self.study.name
         if not ended:
             self._say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
+            if self.store.own not in self.store.begin:
+                self._say(f"the recipe's own values are not in the space: {self.store.own}")
         elif not self.store.is_full(total):
             self._say(f"study {name}: going on from {ended} of {total} trials")
         # A study that is complete waits for no worker.
@@ -80,11 +82,16 @@ class TrialSearch:
             self._tell(row, "finished", notes)
             return None
         rungs = tuple(self.study.rungs if self.study.pruner is not Pruner.none else ())
+
+        def should_prune(rung: int, accuracy: float) -> bool:
+            is_bad = self.store.report(row.number, rung, accuracy)
+            return is_bad and row.values != self.store.own  # which the search is compared with
+
         return Task(
             f"trial {row.number}",
             Job(config, rungs),
             self.session.recorder("trial", row.number, config, row.attempt),
-            lambda rung, accuracy: self.store.report(row.number, rung, accuracy),
+            should_prune,
             time_limit_s=60 * self.study.trial_minutes,
             about=row,
         )

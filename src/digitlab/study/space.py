@@ -153,5 +153,50 @@ def _checked(hyperparameter: Hyperparameter, config: Config) -> Hyperparameter:
     return hyperparameter
 
 
+def first_values(config: Config, space: list[Hyperparameter]) -> list[dict[str, Any]]:
+    """Return the values of the first trials: the recipe's own, and those of `study.begin_with`.
+
+    The recipe's own are missing where they lie outside of the space.
+
+    Raises:
+        UserError: values that are not in the space.
+    """
+    own = own_values(config, space)
+    begin = [own] if all(one.holds(own[one.name]) for one in space) else []
+    for given in config.study.begin_with:
+        values = own | given
+        outside = [name for name in given if name not in own]
+        outside += [one.name for one in space if not one.holds(values[one.name])]
+        if outside:
+            name = outside[0]
+            raise UserError(
+                f"study.begin_with: {name}={values[name]} is invalid: it must be a "
+                "hyperparameter of study.space, and lie in its range."
+            )
+        begin.append(values)
+    return begin
+
+
+def own_values(config: Config, space: list[Hyperparameter]) -> dict[str, Any]:
+    """Return what the recipe itself sets the hyperparameters to."""
+    keys = flat(config_to_plain(config))
+    return {one.name: keys[one.name] for one in space}
+
+
+def is_widened(one: Hyperparameter, earlier: str | None, config: Config) -> bool:
+    """Return whether a range holds all of an earlier one, on the same scale.
+
+    A choice has none: Optuna keeps the categories that a study began with.
+    """
+    new = one.distribution
+    if earlier is None or not isinstance(new, IntDistribution | FloatDistribution):
+        return False
+    old = _read(one.name, earlier, flat(config_to_plain(config)))
+    if type(old.distribution) is not type(new):
+        return False
+    same = all(getattr(old.distribution, key) == getattr(new, key) for key in ("log", "step"))
+    return same and all(one.holds(value) for value in old.extremes())
+
+
 def _is_fixed(key: str) -> bool:
     return key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_GROUPS

@@ -13,10 +13,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from digitlab.base import faults
 from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.config.recorded import config_from_yaml, with_values
-from digitlab.config.types import Config, Pruner
+from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points
-from digitlab.study.space import read_space
+from digitlab.study.space import first_values, own_values, read_space
 from digitlab.study.storage import open_storage, refuse_deleted, study_names
 
 _STATES = {
@@ -65,7 +65,9 @@ class TrialStore:
         self.space = read_space(config)
         build_sampler(self.config, self.space, 0)  # which refuses a space that is not for it
         self.pruner = build_pruner(self.config)
-        self.mirror = MirroredStudy(storage, self.config.name, stopped)
+        self.begin = first_values(config, self.space)
+        self.own = own_values(config, self.space)  # the recipe's
+        self.mirror = MirroredStudy(storage, self.config.name, stopped, self.space)
         self.study_id = str(self.notes()["study_id"])  # its identity; its name is not one
         self._rows = [self._row(trial) for trial in self.mirror.trials()]
         # Only where no hyperparameter is continuous can two trials have the same values.
@@ -110,7 +112,15 @@ class TrialStore:
     # The life of a trial
 
     def ask(self) -> TrialRow:
-        """Draw the next trial and insert it, running, with all its values in one write."""
+        """Insert the next trial, running, with all its values in one write.
+
+        They are the first of `begin` that no trial has; then the sampler draws them.
+        """
+        begin = self.begin if self.config.sampler is not Sampler.grid else []
+        for values in begin:
+            if all(row.values != values for row in self._rows):
+                faults.point("trial.drawn")
+                return self._insert(TrialState.RUNNING, values)
         study = self.mirror.study
         study.sampler = build_sampler(self.config, self.space, len(self._rows))
         study.ask({one.name: one.distribution for one in self.space})
@@ -129,14 +139,25 @@ class TrialStore:
 
     def add(self, values: Mapping[str, Any], value: float, notes: dict[str, Any]) -> None:
         """Insert a finished trial whose result comes from elsewhere."""
+        self._insert(TrialState.COMPLETE, values, value, {RESULT: notes})
+
+    def _insert(
+        self,
+        state: TrialState,
+        values: Mapping[str, Any],
+        value: float | None = None,
+        attributes: dict[str, Any] | None = None,
+    ) -> TrialRow:
         trial = create_trial(
+            state=state,
             params={one.name: one.encode(values[one.name]) for one in self.space},
             distributions={one.name: one.distribution for one in self.space},
             value=value,
-            user_attrs={RESULT: notes},
+            user_attrs=attributes,
         )
         self.mirror.insert(trial)
         self._rows.append(self._row(self.mirror.trials()[-1]))
+        return self._rows[-1]
 
     def take_waiting(self) -> TrialRow | None:
         """Return a trial that waits to be run again, now running; None if there is none."""
