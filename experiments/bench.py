@@ -466,7 +466,7 @@ def conventional(lab: Path, repeats: int) -> list[Figure]:
 
 def _study_seconds(lab: Path, first: int, total: int) -> float:
     """Return the seconds of the trials from `first` on, of the default study in its processes."""
-    few = ["study.confirm=1", "study.confirm_seeds=1", "study.final_seeds=1", *OWN_STORES]
+    few = ["study.confirm=1", "study.final_seeds=1", *OWN_STORES]
     run([PROGRAM, "sweep", "experiments=default", f"study.trials={total}", *few], lab)
     span = "max(julianday(datetime_complete)) - min(julianday(datetime_start))"
     with closing(sqlite3.connect(lab / "optuna.db")) as database:

@@ -259,6 +259,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_
 )
 NAMES = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 COUNTS = st.integers(1, 10_000)
+BEGIN = st.sampled_from([[], [{"model.widths": [4, 8], "optim.learning_rate": 0.1}]])
 
 
 @st.composite
@@ -295,6 +296,7 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         storage=draw(st.none() | NAMES),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
         fork_from=draw(st.sampled_from(others[: 1 if sampler == "grid" else 2])),
+        begin_with=draw(BEGIN) if sampler is not limits.Sampler.grid else [],
         trials=draw(COUNTS),
         workers=draw(st.integers(0, 64)),
         minutes=draw(fractions(0, 1e6)),
@@ -309,7 +311,8 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         rungs=rungs,
         audit_pruning=draw(st.integers(0, 9)),
         confirm=draw(COUNTS),
-        confirm_seeds=draw(st.integers(1, 1000)),
+        confirm_fits=draw(st.integers(0, 1000)),
+        margin=draw(fractions(0, 1, exclude_max=True)),
         final_seeds=draw(COUNTS),
     )
 

@@ -249,7 +249,7 @@ def test_page_of_a_study_that_was_not_recorded_lacks_what_runs_hold() -> None:
     add_trials(study.store, [0.5, 0.75, 0.625, 0.7])
     interval = {"mean": 0.875, "low": 0.8, "high": 0.95, "n": 2}
     champion = {"trial": 1, "values": {"model.hidden": 23, "optim.learning_rate": 0.018}}
-    champion |= {"val_accuracy": {"1": interval}, "tied": [1], "test_accuracy": interval}
+    champion |= {"val_accuracy": {"1": interval}, "test_accuracy": interval}
     study.store.note("champion", champion | {"run_id": None})
     page = Page(study.report())
     assert page.missing() == UNKNOWN | {"Environment"}

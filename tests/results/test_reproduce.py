@@ -1359,7 +1359,7 @@ def test_study_of_twelve_trials_with_pruning_is_replayed_identically(
     lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = ["study.trials=12", "study.startup_trials=3", "study.rungs=[0.3,0.6]"]
-    more = ["study.confirm=3", "study.confirm_seeds=2", "study.final_seeds=2", "trainer.epochs=2"]
+    more = ["study.confirm=3", "study.confirm_fits=6", "study.final_seeds=2", "trainer.epochs=2"]
     assert run_sweep("study.workers=1", *study, *more).wait() == 0
     status, document = parted(lab, "smoke", capsys)
     assert (status, document["verdict"], changes(document)) == (0, "identical", [])

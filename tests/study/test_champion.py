@@ -1,19 +1,26 @@
 """From candidates to the champion."""
 
 import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from digitlab.base.statistics import mean_interval
+from digitlab.base.choice import Choice, read_right
+from digitlab.base.statistics import accuracy_interval
 from digitlab.config.compose import compose
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.study.champion import (
+    Fit,
+    Results,
     candidates,
     confirm_fits,
     final_fits,
     select_champion,
     summarise,
 )
+from digitlab.study.champion import test_metrics as metrics_of
 from digitlab.study.trials import TrialRow
 
 
@@ -28,18 +35,24 @@ def row(
     return TrialRow(number, state, value, values, {"metrics": {"training_flops": flops}})
 
 
-def confirmed(accuracies: dict[int, list[float]]) -> dict[str, dict[str, float]]:
+def confirmed(accuracies: dict[int, list[float]]) -> Results:
     """What the jobs of a confirmation ended with, by trial number."""
     return {
-        f"{number}/{seed}": {"val_accuracy": accuracy}
+        f"{number}/{seed}": fit(accuracy)
         for number, group in accuracies.items()
         for seed, accuracy in enumerate(group, start=1)
     }
 
 
+def fit(accuracy: float) -> dict[str, Any]:
+    """What is noted of a fit, measured on 10,000 images."""
+    misread = list(range(round(10_000 * (1 - accuracy))))
+    return {"val_accuracy": accuracy, "images": 10_000, "misread": misread}
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return compose("sweep", ["experiments=smoke", "study.confirm_seeds=3"])[0].config
+    return compose("sweep", ["experiments=smoke", "study.confirm_fits=6"])[0].config
 
 
 def test_candidates_are_the_best_finished_trials_best_first() -> None:
@@ -66,75 +79,112 @@ def test_there_are_no_candidates_where_nothing_finished() -> None:
     assert candidates([row(0, None, "failed")], 3) == []
 
 
-def test_the_best_mean_on_new_seeds_wins_where_nothing_is_tied() -> None:
-    rows = [row(0, flops=1.0), row(1, flops=9e9)]
-    choice = select_champion(rows, confirmed({0: [0.900, 0.901, 0.902], 1: [0.950, 0.951, 0.952]}))
-    assert choice.champion.number == 1
-    assert choice.tied == [1]
-    assert choice.intervals[0].mean == pytest.approx(0.901)
-    assert choice.intervals[1].n == 3
+def test_the_recipe_s_own_values_are_one_candidate_more_and_never_twice() -> None:
+    rows = [row(0, 0.91), row(1, 0.95), row(2, 0.93), row(3, 0.94)]
+    own = {"model.hidden": 16}
+    assert [r.number for r in candidates(rows, 2, own)] == [1, 3, 0]
+    assert [r.number for r in candidates(rows, 4, own)] == [1, 3, 2, 0]
+    assert [r.number for r in candidates(rows, 2, {"model.hidden": 99})] == [1, 3]
+    assert [r.number for r in candidates(rows, 1, own)] == [1]  # there is no choice
+    failed = [row(0, None, "failed"), *rows[1:]]
+    assert [r.number for r in candidates(failed, 2, own)] == [1, 3]
 
 
-def test_of_the_tied_the_cheapest_wins() -> None:
-    rows = [row(0, flops=3e9), row(1, flops=1e9), row(2, flops=2e9), row(3, flops=1.0)]
-    accuracies = {0: [0.95, 0.96], 1: [0.949, 0.959], 2: [0.951, 0.959], 3: [0.5, 0.51]}
-    choice = select_champion(rows, confirmed(accuracies))
-    assert choice.tied == [0, 1, 2]
-    assert choice.champion.number == 1
+def choose(rows: list[TrialRow], accuracies: dict[int, list[float]], config: Config) -> Choice:
+    choice = select_champion(config, rows, confirmed(accuracies))
+    assert choice is not None
+    return choice
 
 
-def test_of_the_tied_and_equally_cheap_the_earlier_wins() -> None:
-    rows = [row(5), row(2), row(7)]
-    choice = select_champion(rows, confirmed({n: [0.9, 0.91] for n in (5, 2, 7)}))
-    assert choice.champion.number == 2
-
-
-def test_the_accuracy_that_made_a_trial_a_candidate_is_left_out() -> None:
+def test_the_accuracy_that_made_a_trial_a_candidate_is_left_out(config: Config) -> None:
     lucky, steady = row(0, value=1.0), row(1, value=0.5)
-    accuracies = confirmed({0: [0.900, 0.901, 0.902], 1: [0.950, 0.951, 0.952]})
-    choice = select_champion([lucky, steady], accuracies)
-    assert choice.champion is steady
-    for other in (0.0, 1.0):
-        again = select_champion(
-            [dataclasses.replace(r, value=other) for r in (lucky, steady)], accuracies
-        )
-        assert again.intervals == choice.intervals
-        assert again.tied == choice.tied
+    accuracies = {0: [0.900, 0.901, 0.902], 1: [0.950, 0.951, 0.952]}
+    assert choose([lucky, steady], accuracies, config).best == 1
+    swapped = [dataclasses.replace(r, value=1.5 - r.value) for r in (lucky, steady)]
+    assert choose(swapped, accuracies, config).best == 1
 
 
-def test_trials_whose_numbers_begin_alike_are_not_mixed_up() -> None:
+def test_trials_whose_numbers_begin_alike_are_not_mixed_up(config: Config) -> None:
     rows = [row(1), row(11), row(111)]
     accuracies = {1: [0.1, 0.11], 11: [0.5, 0.51], 111: [0.9, 0.91]}
-    choice = select_champion(rows, confirmed(accuracies))
-    assert choice.champion.number == 111
-    assert [i.mean for i in choice.intervals.values()] == pytest.approx([0.105, 0.505, 0.905])
+    choice = choose(rows, accuracies, config)
+    assert choice.best == 111
+    assert [choice.interval(n).mean for n in (1, 11, 111)] == pytest.approx([0.105, 0.505, 0.905])
 
 
-def test_a_single_candidate_is_the_champion_without_confirmation(config: Config) -> None:
-    only = row(4)
-    assert confirm_fits(config, [only]) == []
-    choice = select_champion([only], {})
-    assert choice.champion is only
-    assert choice.intervals == {}
-    assert choice.tied == [4]
+def test_a_single_candidate_is_not_confirmed(config: Config) -> None:
+    assert confirm_fits(config, [row(4)], {}) == []
+    assert select_champion(config, [row(4)], {}) is None
 
 
-def test_a_candidate_that_could_not_be_confirmed_does_not_win_over_one_that_was() -> None:
+def test_a_candidate_that_could_not_be_confirmed_does_not_win(config: Config) -> None:
     rows = [row(0, value=0.99), row(1, value=0.98), row(2, value=0.97)]
-    choice = select_champion(rows, confirmed({1: [0.90, 0.91], 2: [0.95, 0.96]}))
-    assert choice.champion.number == 2
+    assert choose(rows, {1: [0.90, 0.91], 2: [0.95, 0.96]}, config).best == 2
+
+
+def test_cost_is_that_of_training_and_an_unknown_one_is_high(config: Config) -> None:
+    rows = [row(0, flops=2e9), row(1, flops=1e9), dataclasses.replace(row(2), notes={})]
+    same = {number: [0.9, 0.9001] for number in range(3)}
+    assert choose(rows, same, config).best == 1
+    assert choose([rows[2], rows[0]], same, config).best == 0
+
+
+def race(
+    config: Config, rows: list[TrialRow], accuracies: Callable[[Fit], float]
+) -> tuple[list[list[str]], Results]:
+    """The rounds of a confirmation in which every fit finishes."""
+    rounds, results = [], {}
+    while fits := confirm_fits(config, rows, results):
+        rounds.append([each.key for each in fits])
+        results |= {each.key: fit(accuracies(each)) for each in fits}
+    return rounds, results
+
+
+def test_each_candidate_has_a_fit_and_then_those_that_are_undecided(config: Config) -> None:
+    """Trial 2 is far behind: it is out as soon as two fits of another tell the spread."""
+    levels = {0: 0.99, 1: 0.9895, 2: 0.9}
+    rows = [row(number, level) for number, level in levels.items()]
+    rounds, _ = race(config, rows, lambda each: levels[each.number] - 0.0005 * (each.seed % 2))
+    assert rounds == [["0/1", "1/1", "2/1"], ["0/2", "1/2"], ["0/3"]]
+
+
+def test_a_clear_case_stops_before_the_budget_is_spent(config: Config) -> None:
+    levels = {0: 0.9, 1: 0.99}
+    rows = [row(number, level) for number, level in levels.items()]
+    rounds, results = race(config, rows, lambda each: levels[each.number])
+    assert rounds == [["0/1", "1/1"], ["1/2", "0/2"]]
+    choice = select_champion(config, rows, results)
+    assert choice is not None
+    assert (choice.best, choice.is_settled) == (1, True)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2, 5])
+def test_the_budget_is_never_exceeded(config: Config, budget: int) -> None:
+    study = dataclasses.replace(config.study, confirm_fits=budget)
+    rows = [row(0), row(1), row(2)]
+    scatter = {1: 0.99, 2: 0.985, 3: 0.992}
+    rounds, _ = race(
+        dataclasses.replace(config, study=study), rows, lambda each: scatter[each.seed]
+    )
+    assert sum(map(len, rounds)) == budget
+
+
+def test_a_fit_that_fails_counts_and_its_candidate_gets_no_other(config: Config) -> None:
+    rows = [row(0), row(1), row(2)]
+    results: Results = {"0/1": {"failed": "diverged"}, "1/1": fit(0.99), "2/1": fit(0.985)}
+    assert [each.key for each in confirm_fits(config, rows, results)] == ["1/2", "2/2"]
+    results |= {"1/2": fit(0.98), "2/2": fit(0.99)}
+    assert len(confirm_fits(config, rows, results)) == 1  # of six
 
 
 def test_candidates_are_confirmed_on_seeds_that_no_other_fit_has(config: Config) -> None:
     rows = [row(0), row(1)]
-    jobs = confirm_fits(config, rows)
-    finals = final_fits(config, rows[0])
-    assert {(job.number, job.kind) for job in jobs} == {(0, "confirm"), (1, "confirm")}
-    assert len(jobs) == 2 * 3
-    seeds = {job.config.trainer.seed for job in jobs}
-    tested = {job.config.trainer.seed for job in finals}
-    assert len(seeds) == 3
-    assert len(tested) == len(finals) == config.study.final_seeds
+    scatter = {1: 0.99, 2: 0.985, 3: 0.992}
+    rounds, _ = race(config, rows, lambda each: scatter[each.seed])
+    seeds = {int(key.split("/")[1]) for each in rounds for key in each}
+    tested = {job.config.trainer.seed for job in final_fits(config, rows[0])}
+    assert seeds == {1, 2, 3}
+    assert len(tested) == config.study.final_seeds
     assert not seeds & tested
     assert config.trainer.seed not in seeds | tested
 
@@ -142,7 +192,7 @@ def test_candidates_are_confirmed_on_seeds_that_no_other_fit_has(config: Config)
 def test_only_the_final_fits_see_the_test_images(config: Config) -> None:
     rows = [row(0, hidden=33), row(1)]
     for jobs, fold in (
-        (confirm_fits(config, rows), EvaluateOn.validation),
+        (confirm_fits(config, rows, {}), EvaluateOn.validation),
         (final_fits(config, rows[0]), EvaluateOn.test),
     ):
         for job in jobs:
@@ -153,19 +203,37 @@ def test_only_the_final_fits_see_the_test_images(config: Config) -> None:
 
 def test_seeds_go_round_at_the_largest(config: Config) -> None:
     last = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, seed=2**31 - 1))
-    seeds = [job.config.trainer.seed for job in confirm_fits(last, [row(0), row(1)])]
-    assert seeds[:3] == [0, 1, 2]
+    results: Results = {}
+    for seed in (0, 1):
+        fits = confirm_fits(last, [row(0), row(1)], results)
+        assert [job.config.trainer.seed for job in fits] == [seed, seed]
+        results |= {job.key: fit(0.9 + 0.01 * seed) for job in fits}
 
 
-def test_test_accuracy_is_the_mean_over_the_final_fits() -> None:
-    values = [0.97, 0.98, 0.975]
-    finals = {f"0/{seed}": {"test_accuracy": value} for seed, value in enumerate(values)}
-    summary = summarise(select_champion([row(0)], {}), finals)
-    assert summary["test_accuracy"] == dataclasses.asdict(mean_interval(values))
+def test_test_accuracy_covers_seeds_and_images_and_one_seed_has_no_interval(
+    config: Config,
+) -> None:
+    finals = {f"0/{seed}": fit(value) for seed, value in enumerate([0.97, 0.98, 0.975])}
+    summary = summarise(config, row(0), None, None, finals)
+    tested = read_right(list(finals.values()))
+    assert summary["test_accuracy"] == dataclasses.asdict(accuracy_interval([tested], 0))
     assert summary["weights_of"] == "0/0"
+    assert all(error > 0 for error in summary["test_errors"])
+    assert set(metrics_of(summary)) == {
+        *("test_accuracy_mean", "test_accuracy_low", "test_accuracy_high"),
+        "test_seeds",
+    }
+    alone = summarise(config, row(0), None, None, {"0/0": finals["0/0"]})
+    assert alone["test_accuracy"] == {"mean": 0.97, "low": None, "high": None, "n": 1}
+    assert alone["test_errors"] is None
+    assert metrics_of(alone) == {"test_accuracy_mean": 0.97, "test_seeds": 1}
 
 
-def test_a_trial_of_unknown_cost_is_no_cheap_one() -> None:
-    rows = [row(0, flops=2.0), dataclasses.replace(row(1), notes={})]
-    choice = select_champion(rows, confirmed({0: [0.9, 0.91], 1: [0.9, 0.91]}))
-    assert choice.champion.number == 0
+def test_what_is_noted_of_the_choice_is_what_its_text_needs(config: Config) -> None:
+    rows = [row(0, value=0.992), row(1, value=0.5)]
+    choice = choose(rows, {0: [0.99, 0.991], 1: [0.95, 0.951]}, config)
+    summary = summarise(config, rows[0], choice, 1, {"0/1001": fit(0.99)})
+    assert summary["optimism"] == pytest.approx(0.0015)
+    assert summary["gain"]["value"] == pytest.approx(0.04)
+    assert summary["gain"]["low"] > 0.03
+    assert json.loads(json.dumps(summary))["val_accuracy"]["1"]["n"] == 2

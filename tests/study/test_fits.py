@@ -1,12 +1,14 @@
 """Confirmations and final fits, by scripted workers."""
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from leading import lead, lead_until_killed, train_well
-from scripted import Script
+from leading import kind_of, lead, lead_until_killed, train_well
+from samples import copy_digits
+from scripted import Script, succeed
 from studies import open_store, problems_of, rows_of, runs_of
 from trackers import Gate
 
@@ -33,24 +35,71 @@ def fail_where(condition: Callable[[Job], bool], event: Any = DIVERGED) -> Calla
     return write
 
 
-def test_a_candidate_that_diverges_on_every_new_seed_drops_out(lab: Path) -> None:
-    study = (*PLAIN, "study.confirm=2", "study.confirm_seeds=2")
-    widest: list[int] = []
+def test_a_candidate_that_diverges_on_a_new_seed_drops_out(lab: Path) -> None:
+    """Trial 0, the recipe's own values, has the widest network: the best as a trial."""
 
     def diverges(job: Job) -> bool:
-        if job.config.trainer.seed == 0:  # a trial
-            widest[:] = [max([job.config.model.hidden, *widest])]
-        return job.config.trainer.seed in (1, 2) and job.config.model.hidden == widest[0]
+        return kind_of(job) == "confirm" and job.config.model.hidden == 64
 
-    status, jobs = lead(lab, fail_where(diverges), *study)
+    status, jobs = lead(lab, fail_where(diverges), *PLAIN, "study.confirm=2")
     assert status == 0
     rows = sorted(rows_of(lab), key=lambda row: -(row.value or 0))
-    assert open_store(lab).notes()["champion"]["trial"] == rows[1].number
-    confirmed = open_store(lab).notes()["confirm"]
-    assert [confirmed[f"{rows[0].number}/{seed}"] for seed in (1, 2)] == [
-        {"failed": "the loss is not finite"}
-    ] * 2
-    assert len(jobs) == 3 + 4 + 1  # none is repeated
+    assert rows[0].number == 0
+    notes = open_store(lab).notes()
+    assert notes["champion"]["trial"] == rows[1].number
+    failed = {"failed": "the loss is not finite"}
+    assert notes["confirm"]["0/1"] == failed
+    assert [key for key, found in notes["confirm"].items() if found == failed] == ["0/1"]
+    assert [kind_of(job) for job in jobs].count("confirm") == 2  # none is repeated
+
+
+def scatter(job: Job) -> Script:
+    """A job whose accuracy differs from seed to seed, and hardly between configurations."""
+    step = {0: 0, 1: 3, 2: 1, 3: 4, 4: 2}.get(job.config.trainer.seed, 0)
+    return succeed(0.90 + 0.01 * step + job.config.model.hidden / 10_000)
+
+
+RACE = ("study.pruner=none", "study.confirm=2", "study.confirm_fits=8")
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["one worker", "three workers"])
+def test_the_race_is_the_same_whoever_trains_and_wherever_it_was_killed(
+    lab: Path, tmp_path: Path, count: int
+) -> None:
+    assert lead(lab, scatter, *RACE, count=count)[0] == 0
+    whole = open_store(lab).notes()
+    assert len(whole["confirm"]) == 8
+    other = copy_digits(tmp_path / "other")
+    for point in ("outbox.sealed", "outbox.appended"):
+        lead_until_killed(other, scatter, *RACE, point=point, when="confirm")
+    status, jobs = lead(other, scatter, *RACE)
+    assert status == 0
+    again = open_store(other).notes()
+    assert again["confirm"].keys() == whole["confirm"].keys()
+    assert {key: found["misread"] for key, found in again["confirm"].items()} == {
+        key: found["misread"] for key, found in whole["confirm"].items()
+    }
+    kept = ("trial", "val_accuracy", "is_settled", "gain", "optimism", "test_accuracy")
+    assert {k: again["champion"][k] for k in kept} == {k: whole["champion"][k] for k in kept}
+    assert len([job for job in jobs if kind_of(job) == "confirm"]) < 8  # some were taken over
+
+
+def test_every_look_at_the_test_set_is_kept_and_counted(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fits that were tested already are not tested again: that is no look."""
+    one = (*PLAIN, "study.trials=1")
+    assert lead(lab, train_well, *one)[0] == 0
+    assert "look" not in capsys.readouterr().out
+    assert lead(lab, train_well, *one, "study.margin=0.01")[0] == 0
+    assert [look["fits"] for look in open_store(lab).notes()["tested"]] == [["0/1001"]]
+    for seeds in (2, 4):
+        assert lead(lab, train_well, *one, f"study.final_seeds={seeds}")[0] == 0
+    looks = open_store(lab).notes()["tested"]
+    assert [look["fits"] for look in looks] == [["0/1001"], ["0/1002"], ["0/1003", "0/1004"]]
+    assert [look["n"] for look in looks] == [1, 1, 2]
+    assert all(datetime.fromisoformat(look["when"]).tzinfo for look in looks)
+    assert "this is look 3 of the study at the test set" in capsys.readouterr().out
 
 
 def test_all_final_fits_that_fail_end_the_study_with_the_reason_at_each_call(lab: Path) -> None:
@@ -141,7 +190,7 @@ def test_a_tracker_that_is_away_between_two_phases_delays_nothing(lab: Path, gat
 
     study = ("study.pruner=none", "study.trials=2", "study.confirm=2", f"tracking.uri={gate.uri}")
     assert lead(lab, write, *study)[0] == 0
-    assert len(runs_of(lab, kind="confirm")) == 2
+    assert len(runs_of(lab, kind="confirm")) == 3
     assert problems_of(lab) == []
 
 

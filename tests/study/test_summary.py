@@ -17,7 +17,6 @@ SUMMARY = {
     "trial": 4,
     "values": {"model.hidden": 32, "optim.learning_rate": 0.012345},
     "val_accuracy": {"4": {"mean": 0.97, "low": 0.96, "high": 0.98, "n": 3}},
-    "tied": [4],
     "test_accuracy": {"mean": 0.96, "low": 0.95, "high": 0.97, "n": 5},
     "run_id": "abc123",
 }
@@ -50,19 +49,20 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     assert "champion: trial 4 (model.hidden=32, optim.learning_rate=0.0123)" in text
     assert f"test accuracy {Interval(**SUMMARY['test_accuracy'])}" in text
     assert "reproduce: digitlab reproduce abc123" in text
-    assert "tied" not in text
+    assert "candidate" not in text
+    assert "look" not in text
     found = re.search(r"extend: +(.+)", text)
     assert found
     assert "study.trials=4" in words_of(found[1])
     assert "extend" not in champion_text(config, SUMMARY, None)
 
 
-def test_a_tied_champion_is_said_to_be_the_cheapest_of_them() -> None:
-    other = {"mean": 0.971, "low": 0.96, "high": 0.98, "n": 3}
-    tied = SUMMARY | {"tied": [4, 7], "val_accuracy": SUMMARY["val_accuracy"] | {"7": other}}
-    text = champion_text(compose("sweep", ["experiments=smoke"])[0].config, tied, ())
-    assert "tied: [4, 7]; trial 4 is the cheapest of them to train" in text
-    assert "candidate 7" in text
+def test_both_parts_of_the_error_and_every_further_look_are_said() -> None:
+    config = compose("sweep", ["experiments=smoke"])[0].config
+    more = {"test_errors": [0.0002, 0.00061], "looks": 3}
+    text = champion_text(config, SUMMARY | more, ())
+    assert "standard error: 0.020 points from the seeds, 0.061 from the images" in text
+    assert "look 3 of the study at the test set" in text
 
 
 def test_the_commands_of_a_study_with_servers_say_where_they_are() -> None:

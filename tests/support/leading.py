@@ -16,6 +16,13 @@ from digitlab.study.session import open_session
 from digitlab.workers.base import Job
 
 
+def kind_of(job: Job) -> str:
+    """Return trial, confirm or final: what a study trains the job for."""
+    if job.config.data.evaluate_on == "test":
+        return "final"
+    return "confirm" if job.config.trainer.seed else "trial"
+
+
 def train_well(job: Job) -> Script:
     """A job that finishes; wider is better, and all rungs are passed."""
     accuracy = job.config.model.hidden / 100
@@ -45,7 +52,8 @@ def lead_until_killed(
     """Run a study in a process of its own that dies at a point of a job's end.
 
     Args:
-        when: trial or final; the kind of the first job after whose script the point counts.
+        when: trial, confirm or final; the kind of the first job after whose script the point
+            counts.
     """
     child = os.fork()
     if child:
@@ -59,7 +67,7 @@ def lead_until_killed(
                 os._exit(9)
 
         def arm(job: Job) -> Script:
-            if (job.config.data.evaluate_on == "test") == (when == "final"):
+            if kind_of(job) == when:
                 armed.append(job)
             return write(job)
 

@@ -2,7 +2,7 @@
 
 import re
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -111,6 +111,10 @@ class StudyConfig:
     )
     space: dict[str, str] = Field(description="Hyperparameters with their ranges.")
     fork_from: str | None = Field(description="Study whose trials are taken over where they fit.")
+    begin_with: list[dict[str, Any]] = Field(
+        description="Values of the first trials, after the recipe's own.",
+        json_schema_extra={"rule": "a list of mappings from hyperparameters to values"},
+    )
     trials: Positive = Field(description="Trials in all, however often the study is restarted.")
     workers: Count = Field(description="Processes; 0 is cores divided by trainer.threads.")
     minutes: float = Field(ge=0, description="Time after which no trial starts; 0 is no limit.")
@@ -126,8 +130,11 @@ class StudyConfig:
         description="Fractions of a trial's own schedule at which it may be pruned."
     )
     audit_pruning: Count = Field(description="Pruned trials that are trained to the end after all.")
-    confirm: Positive = Field(description="Best configurations trained again on new seeds.")
-    confirm_seeds: int = Field(ge=1, le=1000, description="New seeds for each of them.")
+    confirm: Positive = Field(
+        description="Best trials to train again on new seeds, beside the recipe's own; 1 is none."
+    )
+    confirm_fits: int = Field(ge=0, le=1000, description="Most fits on new seeds, of all of them.")
+    margin: Share = Field(description="Accuracy that may be given up for a faster champion.")
     final_seeds: Positive = Field(description="Fits of the champion, each tested once.")
 
     @model_validator(mode="after")
@@ -149,6 +156,11 @@ class StudyConfig:
             raise UserError(
                 f"study.fork_from={self.fork_from} with study.sampler=grid is invalid: a grid "
                 "visits its points by the numbers of its own trials. Use another sampler"
+            )
+        if self.begin_with and self.sampler is Sampler.grid:
+            raise UserError(
+                f"study.begin_with={self.begin_with} with study.sampler=grid is invalid: a grid "
+                "has its own points. Leave study.begin_with=[], or use another sampler."
             )
         if self.fork_from == self.name:
             raise UserError(

@@ -89,7 +89,7 @@ def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, A
 
 def _as_it_ended(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a study may change meanwhile, as they were at its champion."""
-    names = ("trials", "confirm", "confirm_seeds", "final_seeds")
+    names = ("trials", "confirm", "confirm_fits", "margin", "final_seeds")
     asked = dict(zip(names, notes["champion"]["asked"], strict=True))
     return {f"study.{name}": value for name, value in asked.items()}
 

@@ -1,11 +1,13 @@
 """From candidates to the champion: which fits are needed, and who is selected."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from digitlab.base.statistics import Interval, mean_interval, pooled_intervals
+from digitlab.base.choice import NOTHING_CHOSEN, Choice, choose, read_right
+from digitlab.base.statistics import accuracy_interval, estimate
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.study.trials import TrialRow, best_first
@@ -14,6 +16,7 @@ from digitlab.study.trials import TrialRow, best_first
 # fit that selects shares a seed with one that is reported.
 _CONFIRM_SEEDS = 1
 _FINAL_SEEDS = 1001
+_AT_ONCE = 2  # fits of a round, whoever trains them: how many workers there are decides nothing
 
 
 Results = dict[str, dict[str, Any]]  # by key of a fit: its metrics, or {"failed": reason}
@@ -38,105 +41,114 @@ def finished_results(results: Results) -> Results:
     return {key: metrics for key, metrics in results.items() if "failed" not in metrics}
 
 
-def candidates(rows: list[TrialRow], most: int) -> list[TrialRow]:
-    """Return the best finished trials with different values, best first."""
+def candidates(
+    rows: Sequence[TrialRow], most: int, own: Mapping[str, Any] | None = None
+) -> list[TrialRow]:
+    """Return the best finished trials with different values, best first.
+
+    Where there is a choice, a trial with the recipe's own values is one more, last if not among
+    them: what the search was worth is measured from it.
+    """
     chosen: list[TrialRow] = []
     for row in best_first(rows):
         if len(chosen) < most and all(row.values != other.values for other in chosen):
             chosen.append(row)
+    if most > 1 and all(row.values != own for row in chosen):
+        chosen += [row for row in best_first(rows) if row.values == own][:1]
     return chosen
 
 
-def confirm_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
-    """Return each candidate on each new seed; none where there is nothing to choose between."""
-    seeds = range(config.study.confirm_seeds if len(rows) > 1 else 0)
-    return _fits(config, rows, "confirm", [_CONFIRM_SEEDS + seed for seed in seeds])
+def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> list[Fit]:
+    """Return the next round of the candidates' fits on new seeds; none when all is decided.
+
+    First each has one; then those between which it is undecided have one more, two at a time, the
+    least trained first, since that lowers the variance of a difference most. A round depends on the
+    results of the earlier rounds alone, so that a driver that was killed comes to the same ones.
+    """
+    left = config.study.confirm_fits - len(results)
+    if left <= 0 or len(rows) < 2:
+        return []
+    counts = {row.number: len(_of(results, row.number)) for row in rows}
+    numbers = [number for number, count in counts.items() if not count]
+    if not numbers:
+        choice = select_champion(config, rows, finished_results(results))
+        undecided = choice.undecided if choice else []
+        numbers = sorted(undecided, key=counts.__getitem__)[:_AT_ONCE]
+    values = {row.number: row for row in rows}
+    chosen = [(values[number], _CONFIRM_SEEDS + counts[number]) for number in numbers[:left]]
+    return [_fit(config, row, "confirm", seed) for row, seed in chosen]
 
 
-def unpruned_fits(config: Config, rows: list[TrialRow]) -> list[Fit]:
+def unpruned_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
     """Return the pruned trials that were closest to going on, to be trained to the end."""
     best = best_first(rows, "pruned")[: config.study.audit_pruning]
-    return _fits(config, best, "confirm", [0])
+    return [_fit(config, row, "confirm", 0) for row in best]
 
 
 def final_fits(config: Config, row: TrialRow) -> list[Fit]:
     """Return the champion's fits on all training images, each to be tested once."""
-    seeds = [_FINAL_SEEDS + seed for seed in range(config.study.final_seeds)]
-    return _fits(config, [row], "final", seeds)
+    seeds = range(config.study.final_seeds)
+    return [_fit(config, row, "final", _FINAL_SEEDS + seed) for seed in seeds]
 
 
-def _fits(config: Config, rows: Sequence[TrialRow], kind: str, offsets: Sequence[int]) -> list[Fit]:
-    fits = []
-    for row in rows:
-        for offset in offsets:
-            seed = (config.trainer.seed + offset) % 2**31
-            values = {
-                "trainer.seed": seed,
-                "data.evaluate_on": "test" if kind == "final" else "validation",
-            }
-            fits.append(Fit(kind, row.number, seed, with_values(config, row.values | values)))
-    return fits
+def _fit(config: Config, row: TrialRow, kind: str, offset: int) -> Fit:
+    seed = (config.trainer.seed + offset) % 2**31
+    values = {
+        "trainer.seed": seed,
+        "data.evaluate_on": "test" if kind == "final" else "validation",
+    }
+    return Fit(kind, row.number, seed, with_values(config, row.values | values))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The champion, the candidates it was selected from and why."""
-
-    champion: TrialRow
-    intervals: dict[int, Interval]  # validation accuracy over the new seeds, by trial number
-    tied: list[int]  # numbers of the candidates whose interval overlaps the best one's
-
-
-def select_champion(rows: Sequence[TrialRow], confirmed: Results) -> Choice:
-    """Select the best mean validation accuracy over new seeds; of those tied, the cheapest.
+def select_champion(config: Config, rows: Sequence[TrialRow], confirmed: Results) -> Choice | None:
+    """Choose among the candidates by their fits on new seeds; None where no fit finished.
 
     The accuracy that made a trial a candidate is left out: it was picked for being high. A
-    candidate without any result has failed on every new seed, and drops out. Cost is
-    floating-point operations of training, which do not depend on the machine.
+    candidate none of whose fits finished drops out. Cost is floating-point operations of training,
+    which do not depend on the machine.
     """
-    groups = {
-        row.number: [m["val_accuracy"] for key, m in confirmed.items() if _is_of(key, row)]
-        for row in rows
-    }
-    rows = [row for row in rows if groups[row.number]] or rows[:1]
-    if not groups[rows[0].number]:
-        return Choice(rows[0], {}, [rows[0].number])
-    pooled = pooled_intervals([groups[row.number] for row in rows])
-    intervals = dict(zip((row.number for row in rows), pooled, strict=True))
-    best = max(intervals.values(), key=lambda interval: interval.mean)
-    tied = [row for row in rows if intervals[row.number].overlaps(best)]
-    champion = min(tied, key=lambda row: (_cost(row), row.number))
-    return Choice(champion, intervals, [row.number for row in tied])
+    found = {row.number: _of(confirmed, row.number) for row in rows}
+    groups = {number: read_right(notes) for number, notes in found.items() if notes}
+    costs = {row.number: (_cost(row), row.number) for row in rows}
+    return choose(groups, costs, config.study.margin) if groups else None
 
 
-def _is_of(key: str, row: TrialRow) -> bool:
-    return key.split("/", maxsplit=1)[0] == str(row.number)
+def _of(results: Results, number: int) -> list[dict[str, Any]]:
+    """Return the results of the fits of one trial."""
+    return [found for key, found in results.items() if key.split("/")[0] == str(number)]
 
 
 def _cost(row: TrialRow) -> float:
     """A trial whose cost is not known is no cheap one."""
-    return float(row.notes.get("metrics", {}).get("training_flops", float("inf")))
+    return float(row.notes.get("metrics", {}).get("training_flops", math.inf))
 
 
-def summarise(choice: Choice, finals: Results) -> dict[str, Any]:
-    """Return what the study notes of its champion."""
-    tested = [metrics["test_accuracy"] for metrics in finals.values()]
+def summarise(
+    config: Config, champion: TrialRow, choice: Choice | None, own: int | None, finals: Results
+) -> dict[str, Any]:
+    """Return what the study notes of its champion.
+
+    Args:
+        choice: None where there was nothing to choose between.
+        own: number of the trial with the recipe's own values.
+        finals: results of the final fits that did not fail.
+    """
+    tested = read_right(list(finals.values()))
+    found = estimate([tested], 0)
     return {
-        "trial": choice.champion.number,
-        "values": choice.champion.values,
-        "val_accuracy": {n: dataclasses.asdict(i) for n, i in choice.intervals.items()},
-        "tied": choice.tied,
-        "test_accuracy": dataclasses.asdict(mean_interval(tested)),
+        "trial": champion.number,
+        "values": champion.values,
+        **(choice.notes(champion.value, config.study.margin, own) if choice else NOTHING_CHOSEN),
+        "test_accuracy": dataclasses.asdict(accuracy_interval([tested], 0)),
+        # Standard errors: from the seeds, from the images.
+        "test_errors": found and [found.over_seeds**0.5, found.over_images**0.5],
         "weights_of": next(iter(finals)),  # not the best one's, which the test set would select
     }
 
 
 def test_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics by which other programs know a champion's test accuracy."""
+    """Return the metrics of a champion's test accuracy; one seed has no low and high."""
     interval = summary["test_accuracy"]
-    return {
-        "test_accuracy_mean": interval["mean"],
-        "test_accuracy_low": interval["low"],
-        "test_accuracy_high": interval["high"],
-        "test_seeds": interval["n"],
-    }
+    known = {part: interval[part] for part in ("mean", "low", "high") if interval[part] is not None}
+    names = {f"test_accuracy_{part}": value for part, value in known.items()}
+    return names | {"test_seeds": interval["n"]}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, EvaluateOn, Launcher
 from digitlab.study.champion import (
+    Fit,
     Results,
     candidates,
     confirm_fits,
@@ -118,7 +120,7 @@ class StudyDriver:
         stop = self.session.stop
         search.run(self._loop("trials", self.study.trials))
         rows = self.store.rows()
-        best = candidates(rows, self.study.confirm)
+        best = candidates(rows, self.study.confirm, self.store.own)
         if stop():
             return 130
         if not best:
@@ -126,7 +128,8 @@ class StudyDriver:
             reason = reasons[-1] if reasons else "no reason is known"
             self.board.say(f"study {self.study.name}: no trial finished; {reason}")
             return 1
-        asked = [len(rows), self.study.confirm, self.study.confirm_seeds, self.study.final_seeds]
+        study = self.study
+        asked = [len(rows), study.confirm, study.confirm_fits, study.margin, study.final_seeds]
         summary = self.store.notes().get("champion", {})
         unpruned = self._fits("unpruned", unpruned_fits(self.session.config, rows))
         if summary.get("asked") == asked:
@@ -157,11 +160,16 @@ class StudyDriver:
     def _champion(self, best: list[TrialRow]) -> dict[str, Any]:
         """Select the champion and test it; returns {} when the user stops."""
         config = self.session.config
-        confirmed = self._fits("confirm", confirm_fits(config, best))
-        if self.session.stop():
-            return {}
-        choice = select_champion(best, finished_results(confirmed))
-        finals = self._fits("final", final_fits(config, choice.champion))
+        confirmed: Results = {}
+        while fits := confirm_fits(config, best, confirmed):
+            confirmed |= self._fits("confirm", fits)
+            if self.session.stop():
+                return {}
+        choice = select_champion(config, best, finished_results(confirmed))
+        champion = next((row for row in best if choice and row.number == choice.best), best[0])
+        fits = final_fits(config, champion)
+        looks = self._note_look(fits)
+        finals = self._fits("final", fits)
         if self.session.stop():
             return {}
         tested = finished_results(finals)
@@ -169,13 +177,29 @@ class StudyDriver:
             reason = next(iter(finals.values()))["failed"]
             raise UserError(
                 f"study {self.study.name}: all final fits of its champion, trial "
-                f"{choice.champion.number}, have failed ({reason}). It has no test accuracy: "
+                f"{champion.number}, have failed ({reason}). It has no test accuracy: "
                 "start a new study with another study.space"
             )
-        return summarise(choice, tested)
+        own = next((row.number for row in best if row.values == self.store.own), None)
+        fits_spent = {"confirm_fits": [len(confirmed), self.study.confirm_fits], "looks": looks}
+        return summarise(config, champion, choice, own, tested) | fits_spent
 
-    def _fits(self, phase: str, fits: list[Any]) -> Results:
-        loop = self._loop(phase, len(fits))
+    def _note_look(self, fits: list[Fit]) -> int:
+        """Note in the study's ledger which fits will read the test set; return how many looks.
+
+        It is written before they start: a look that is interrupted is one, and stays the same.
+        """
+        ledger: list[dict[str, Any]] = self.store.notes().get("tested", [])
+        known = {key for look in ledger for key in look["fits"]}
+        new = [fit.key for fit in fits if fit.key not in known]
+        if new:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            ledger = [*ledger, {"when": now, "fits": new, "n": len(new)}]
+            self.store.note("tested", ledger)
+        return len(ledger)
+
+    def _fits(self, phase: str, fits: list[Fit]) -> Results:
+        loop = self._loop(phase, len({fit.key for fit in fits} | set(self._noted(phase))))
         return FitPhase(self.session, phase, self.sealed).run(loop, fits)
 
     def _loop(self, phase: str, total: int) -> JobLoop:
@@ -213,7 +237,11 @@ class StudyDriver:
     def _done(self, phase: str) -> int:
         if phase == "trials":
             return sum(row.is_ended for row in self.store.rows())
-        return len(self.store.notes().get(phase, {}))
+        return len(self._noted(phase))
+
+    def _noted(self, phase: str) -> Results:
+        noted: Results = self.store.notes().get(phase, {})
+        return noted
 
     def _leave(self, state: str) -> None:
         if self.session.lock.is_lost:

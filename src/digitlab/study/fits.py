@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors.numpy
+
+from digitlab.base.choice import note_predictions
 from digitlab.study.champion import Fit, Results
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
@@ -60,7 +63,8 @@ class FitPhase:
         """
         fit: Fit = task.about
         if ending.state == "finished":
-            self._note(fit, task.metrics)
+            found = safetensors.numpy.load(task.files["predictions.safetensors"])
+            self._note(fit, task.metrics | note_predictions(found["predictions"], found["labels"]))
             return True
         self.charged[fit.key] = self.charged.get(fit.key, 0) + ending.is_charged
         retries = self.session.config.study.retries

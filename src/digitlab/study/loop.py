@@ -42,6 +42,7 @@ class Task:
     accuracy: float | None = None  # the last that was measured
     curve: list[float] = field(default_factory=list)  # validation accuracy after each epoch
     metrics: dict[str, float] = field(default_factory=dict)  # the last of each name
+    files: Mapping[str, bytes] = field(default_factory=dict)  # of a finished one
     is_pruned: bool = False
     is_late: bool = False  # it was cancelled, since it took too long
     is_cancelled: bool = False
@@ -150,6 +151,7 @@ class JobLoop:
     def _finish(self, task: Task, event: Finished) -> Ending:
         results = event.metrics | _seconds(task)
         task.metrics |= results
+        task.files = event.files
         task.recorder.finish(results, event.files, event.environment, event.data_sha256)
         return Ending("finished")
 

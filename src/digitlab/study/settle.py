@@ -1,13 +1,16 @@
 """What a killed driver left: trials that are marked as running, though nothing runs them."""
 
 from collections.abc import Callable
+from typing import Any
 
+from digitlab.base.choice import note_predictions
+from digitlab.records.reader import recorded_guesses
 from digitlab.records.record import Records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
-# Metrics of finished fits, by kind, number of the trial, and seed, as they are tagged.
-SealedFits = dict[tuple[str, str, str], dict[str, float]]
+# Results of finished fits, by kind, number of the trial, and seed, as they are tagged.
+SealedFits = dict[tuple[str, str, str], dict[str, Any]]
 
 
 def trial_value(state: str, metrics: dict[str, float]) -> float | None:
@@ -43,12 +46,19 @@ def settle(
 
 
 def sealed_fits(store: TrialStore, tracker: Tracker) -> SealedFits:
-    """Return the fits that earlier calls have sealed, whether they came to note them or not.
+    """Return the fits that earlier calls have sealed, and did not come to note.
 
     It is asked once, when the study is opened: later the tracker may be away.
     """
+
+    def result(run: RunRow) -> dict[str, Any]:
+        guesses, labels = recorded_guesses(tracker, run)
+        return run.metrics | note_predictions(guesses.numpy(), labels.numpy())
+
+    notes = store.notes()
+    noted = {key for phase in ("confirm", "final", "unpruned") for key in notes.get(phase, {})}
     return {
-        (kind, run.tags.get("digitlab.trial", ""), run.tags.get("digitlab.seed", "")): run.metrics
+        (kind, run.tags.get("digitlab.trial", ""), run.tags.get("digitlab.seed", "")): result(run)
         for kind in ("confirm", "final")
         for run in tracker.find(
             {
@@ -57,6 +67,7 @@ def sealed_fits(store: TrialStore, tracker: Tracker) -> SealedFits:
                 "digitlab.state": "finished",
             }
         )
+        if f"{run.tags.get('digitlab.trial')}/{run.tags.get('digitlab.seed')}" not in noted
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from digitlab.base.choice import describe_choice
 from digitlab.base.console import table
 from digitlab.base.invocation import SHORT_ID, command
 from digitlab.base.statistics import Interval
@@ -92,17 +93,17 @@ def champion_text(
     """Return champion, accuracy and next steps; `overrides` is None where none are to follow."""
     study = config.study
     test = Interval(**summary["test_accuracy"])
-    validation = {int(n): Interval(**i) for n, i in summary["val_accuracy"].items()}
-    number, tied = summary["trial"], summary["tied"]
     values = ", ".join(f"{name}={short(value)}" for name, value in summary["values"].items())
-    lines = [f"champion: trial {number} ({values})"]
-    if len(tied) > 1:
-        for n, interval in validation.items():
-            verdict = ", tied" if n in tied else ""
-            lines.append(f"  candidate {n}: validation {interval} on new seeds{verdict}")
-        lines.append(f"  tied: {tied}; trial {number} is the cheapest of them to train")
+    lines = [f"champion: trial {summary['trial']} ({values})", *describe_choice(summary)]
     images = "on all training images" if not config.data.images else f"of {config.data.images}"
-    lines.append(f"  test accuracy {test}, over seeds, fits {images}")
+    lines.append(f"  test accuracy {test}, fits {images}")
+    if summary.get("test_errors"):
+        seeds, of_images = (f"{100 * error:.3f}" for error in summary["test_errors"])
+        lines.append(
+            f"    standard error: {seeds} points from the seeds, {of_images} from the images"
+        )
+    if summary.get("looks", 1) > 1:
+        lines.append(f"    this is look {summary['looks']} of the study at the test set")
     if summary.get("run_id"):
         again = command("reproduce", summary["run_id"][:SHORT_ID], *store_words(config))
         lines.append(f"reproduce: {again}")

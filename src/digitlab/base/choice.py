@@ -1,0 +1,151 @@
+"""Which of several candidates to take, whose fits were all measured on the same images."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from digitlab.base.statistics import LEVEL, Difference, Interval, accuracy_interval, estimate
+
+Right = NDArray[np.bool_]  # (fits, images): whether each fit reads each image right
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that was taken, and why."""
+
+    groups: Mapping[int, Right]  # by the number of a candidate
+    best: int
+    is_settled: bool  # the best is shown to be within the margin of all others
+    undecided: list[int]  # between whom more fits could decide, best mean first; none if all is
+
+    def interval(self, number: int) -> Interval:
+        """Return the accuracy of a candidate over seeds and images."""
+        return accuracy_interval(list(self.groups.values()), list(self.groups).index(number))
+
+    def difference(self, first: int, second: int) -> Difference:
+        """Return how much better one candidate is than another; a single fit has no interval.
+
+        The interval is that of all candidates at once, since one was chosen among them.
+        """
+        counts = [len(self.groups[number]) for number in (first, second)]
+        value = float(self.groups[first].mean() - self.groups[second].mean())
+        if first == second or min(counts) < 2:
+            return Difference(value, None, None)
+        tail = (1 - LEVEL) / 2 / (len(self.groups) - 1)
+        return Difference(value, *_bounds(self.groups, 1 - tail)[first, second])
+
+    def notes(self, accuracy: float | None, margin: float, own: int | None) -> dict[str, Any]:
+        """Return what is noted of the choice, as `describe_choice` reads it.
+
+        Args:
+            accuracy: the one that made the best a candidate.
+            own: the candidate with the recipe's own values.
+        """
+        gain = self.difference(self.best, own) if own in self.groups and own is not None else None
+        return {
+            "val_accuracy": {n: asdict(self.interval(n)) for n in self.groups},
+            "is_settled": self.is_settled,
+            "margin": margin,
+            "optimism": (accuracy or 0.0) - float(self.groups[self.best].mean()),
+            "own": own,
+            "gain": asdict(gain) if gain else None,
+        }
+
+
+NOTHING_CHOSEN: dict[str, Any] = {"val_accuracy": {}}  # notes where there was nothing to choose
+
+
+def choose(
+    groups: Mapping[int, Right], costs: Mapping[int, tuple[float, int]], margin: float
+) -> Choice:
+    """Take the cheapest candidate that is shown to be at most `margin` worse than the best.
+
+    That is a test of non-inferiority: the upper bounds of its differences to all other candidates
+    are at most the margin, each at 5 % divided by the number of the others (Bonferroni), since the
+    cheapest that passes is taken. Where none passes, the best mean is taken, and the choice is not
+    settled. A candidate is out where another one is shown to be better, by more than the margin if
+    that one costs more.
+
+    Args:
+        groups: of each candidate, one fit or more.
+        costs: of each candidate, and what decides between equal ones.
+    """
+    by_mean = sorted(groups, key=lambda n: (-groups[n].mean(), costs[n]))
+    by_cost = sorted(groups, key=lambda n: costs[n])
+    bounds = _bounds(groups, 1 - (1 - LEVEL) / max(1, len(groups) - 1))
+
+    def is_shown(number: int) -> bool:
+        return all(bounds[other, number][1] <= margin for other in groups if other != number)
+
+    def is_out(number: int) -> bool:
+        return any(
+            bounds[other, number][0] > (margin if costs[other] > costs[number] else 0)
+            for other in groups
+            if other != number
+        )
+
+    shown = next(filter(is_shown, by_cost), None)
+    best = by_mean[0] if shown is None else shown
+    rivals = by_cost if shown is None else by_cost[: by_cost.index(shown)]
+    rivals = [number for number in rivals if number != best and not is_out(number)]
+    undecided = [number for number in by_mean if number in (best, *rivals)] if rivals else []
+    return Choice(groups, best, shown is not None or not rivals, undecided)
+
+
+def _bounds(
+    groups: Mapping[int, Right], level: float
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return the bounds, each one-sided, of how much better the first of two is than the second."""
+    found, given, numbers = {}, list(groups.values()), list(groups)
+    for first, second in itertools.permutations(range(len(given)), 2):
+        one = estimate(given, first, second)
+        value, half = (one.value, one.reach(level)) if one else (0.0, math.inf)
+        found[numbers[first], numbers[second]] = (value - half, value + half)
+    return found
+
+
+def describe_choice(notes: Mapping[str, Any]) -> list[str]:
+    """Return why the best was taken, and what the search was worth, from what is noted."""
+    found = notes["val_accuracy"].items()
+    if len(found) < 2:
+        return []
+    lines = [f"  candidate {n}: validation {Interval(**i)} on new seeds" for n, i in found]
+    margin, (spent, budget) = f"{100 * notes['margin']:g} points", notes["confirm_fits"]
+    if notes["is_settled"]:
+        saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
+        lines.append(f"  it is the fastest to train within {margin} of the best, as shown{saved}")
+    else:
+        lines.append(
+            f"  not settled by {spent} fits: none is shown to be within {margin} of the best, and "
+            f"this one has the best mean; study.confirm_fits={2 * budget} may settle it"
+        )
+    if notes["gain"]:
+        gain, own = Difference(**notes["gain"]), notes["own"]
+        text = f"{gain} over the recipe's own values (trial {own}), on new seeds"
+        if own == notes["trial"]:
+            text = f"found nothing better: the recipe's own values (trial {own}) won"
+        elif gain.low is None or gain.low > 0:
+            text = f"was worth {text}"
+        else:
+            text = f"found nothing shown to be better: {text}"
+        lines.append(f"  the search {text}")
+    points = f"{100 * notes['optimism']:+.2f} points"
+    return [*lines, f"  optimism: {points}, its trial's accuracy less its mean on new seeds"]
+
+
+def note_predictions(predictions: NDArray[Any], labels: NDArray[Any]) -> dict[str, Any]:
+    """Return what is noted of a fit's predictions: which images it misreads."""
+    return {"images": len(labels), "misread": np.flatnonzero(predictions != labels).tolist()}
+
+
+def read_right(notes: Sequence[Mapping[str, Any]]) -> Right:
+    """Return whether each of one fit or more reads each image right, from what is noted."""
+    right = np.ones((len(notes), notes[0]["images"]), bool)
+    for place, fit in enumerate(notes):
+        right[place, fit["misread"]] = False
+    return right

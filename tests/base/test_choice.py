@@ -1,0 +1,154 @@
+"""Which of several candidates is taken, and whether that is shown."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from digitlab.base.choice import Choice, choose, describe_choice, note_predictions, read_right
+from digitlab.base.statistics import Interval, accuracy_interval
+
+IMAGES = 10_000
+
+
+def fits(n: int, misread: int, changing: int = 4, shared: int = 0) -> np.ndarray:
+    """Fits that misread so many images: some in turn, each its own, the others all."""
+    right = np.ones((n, IMAGES), bool)
+    start = 5000 - shared
+    for place in range(n):
+        right[place, start : start + misread - changing] = False
+        first = 9000 + changing * place
+        right[place, first : first + changing] = False
+    return right
+
+
+def decide(groups: dict[int, np.ndarray], margin: float = 0.0005, **costs: float) -> Choice:
+    """Candidates cost as much as their numbers say, unless another cost is given."""
+    known = {number: (float(costs.get(f"n{number}", number)), number) for number in groups}
+    return choose(groups, known, margin)
+
+
+def test_the_cheapest_that_is_shown_to_be_within_the_margin_is_taken() -> None:
+    choice = decide({1: fits(3, 32), 2: fits(3, 30), 3: fits(3, 31)}, margin=0.002)
+    assert (choice.best, choice.is_settled, choice.undecided) == (1, True, [])
+
+
+def test_a_candidate_that_is_worse_by_more_than_the_margin_is_not_taken_for_being_cheap() -> None:
+    choice = decide({1: fits(3, 80), 2: fits(3, 30)})
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [])
+
+
+def test_where_nothing_is_shown_the_best_mean_is_taken_and_more_fits_could_decide() -> None:
+    noisy = {1: fits(2, 50, 45), 2: fits(2, 46, 45), 3: fits(2, 400, 45)}
+    choice = decide(noisy)
+    assert (choice.best, choice.is_settled) == (2, False)
+    assert choice.undecided == [2, 1]  # the third is out
+
+
+def test_a_cheaper_one_that_may_be_within_the_margin_keeps_the_race_open() -> None:
+    """The best is shown already; the cheaper one is neither shown nor out."""
+    choice = decide({1: fits(3, 36, 20), 2: fits(3, 30, 20)}, margin=0.0008)
+    assert choice.best == 2
+    assert choice.is_settled
+    assert choice.undecided == [2, 1]
+
+
+def test_one_fit_each_shows_nothing() -> None:
+    choice = decide({1: fits(1, 90), 2: fits(1, 30)})
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [2, 1])
+    assert choice.interval(1) == Interval(0.991, None, None, 1)
+    assert choice.difference(2, 1).low is None
+
+
+def test_a_lone_candidate_is_taken() -> None:
+    choice = decide({4: fits(2, 30)})
+    assert (choice.best, choice.undecided) == (4, [])
+
+
+def test_of_equal_candidates_the_earlier_is_taken() -> None:
+    groups = {5: fits(2, 30), 2: fits(2, 30), 7: fits(2, 30)}
+    assert decide(groups, n5=1, n2=1, n7=1).best == 2
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_the_order_of_candidates_decides_nothing(order: tuple[int, ...]) -> None:
+    groups = {1: fits(2, 49, 45), 2: fits(3, 46, 45), 3: fits(2, 50, 45)}
+    choice = decide({number: groups[number] for number in order})
+    assert (choice.best, choice.is_settled) == (2, False)
+    assert choice.undecided == [2, 1, 3]
+
+
+def test_more_candidates_need_more_to_be_shown() -> None:
+    """The bounds are corrected for their number: three more of the same undo a narrow decision."""
+    two = {1: fits(3, 31, 10), 2: fits(3, 30, 10)}
+    margin = 0.0001
+    while not decide(two, margin).is_settled:
+        margin += 0.00001
+    many = two | {number: fits(3, 400, 10) for number in (3, 4, 5)}
+    assert not decide(many, margin).is_settled
+
+
+def test_images_that_both_misread_do_not_blur_the_difference() -> None:
+    apart = decide({1: fits(3, 60), 2: fits(3, 50, shared=56)}).difference(2, 1)
+    paired = decide({1: fits(3, 60), 2: fits(3, 50)}).difference(2, 1)
+    assert paired.value == pytest.approx(0.001)
+    assert apart.value == pytest.approx(0.001)
+    assert paired.low is not None
+    assert apart.low is not None
+    assert paired.low > 0 > apart.low
+
+
+def test_predictions_are_noted_and_read_back() -> None:
+    labels = np.arange(50, dtype=np.uint8) % 10
+    guesses = [labels.copy() for _ in range(3)]
+    guesses[1][[3, 49]] = 11
+    guesses[2][:] = 11
+    notes = [note_predictions(each, labels) for each in guesses]
+    assert notes[1] == {"images": 50, "misread": [3, 49]}
+    assert read_right(notes).tolist() == [(each == labels).tolist() for each in guesses]
+
+
+def test_a_choice_takes_less_than_a_second() -> None:
+    groups = {number: fits(5, 50 + number, 20) for number in range(3)}
+    started = time.process_time()
+    decide(groups).notes(0.995, 0.0005, 0)
+    assert time.process_time() - started < 1
+
+
+def notes(choice: Choice, own: int | None, budget: int = 6, **more: Any) -> str:
+    spent = sum(len(group) for group in choice.groups.values())
+    noted = choice.notes(0.997, 0.0005, own) | {"confirm_fits": [spent, budget]}
+    return "\n".join(describe_choice(noted | {"trial": choice.best} | more))
+
+
+def test_the_text_says_what_was_shown_what_was_saved_and_what_it_was_worth() -> None:
+    groups = {1: fits(3, 80), 2: fits(3, 30)}
+    text = notes(decide(groups), own=1, budget=8)
+    assert f"candidate 2: validation {accuracy_interval(list(groups.values()), 1)} on new" in text
+    assert (
+        "the fastest to train within 0.05 points of the best, as shown; 2 of 8 fits saved" in text
+    )
+    assert "the search was worth +0.50 points (" in text
+    assert "optimism: +0.00 points" in text
+    assert "saved" not in notes(decide(groups), own=1)
+
+
+def test_the_text_says_what_was_not_settled_and_how_it_may_be() -> None:
+    text = notes(decide({1: fits(2, 50, 45), 2: fits(2, 46, 45)}), own=1, budget=4)
+    assert "not settled by 4 fits" in text
+    assert "study.confirm_fits=8 may settle it" in text
+    assert "the search found nothing shown to be better: +0.04 points (-" in text
+
+
+def test_a_champion_with_the_recipe_s_own_values_was_worth_nothing() -> None:
+    text = notes(decide({1: fits(3, 30), 2: fits(3, 80)}), own=1)
+    assert "the search found nothing shown to be better: +0.00 points (n=1)" not in text
+    assert "the recipe's own values (trial 1) won" in text
+
+
+def test_single_fits_have_no_interval_in_the_text() -> None:
+    text = notes(decide({1: fits(1, 50), 2: fits(1, 46)}), own=1)
+    assert "candidate 1: validation 99.50 % (n=1)" in text
+    assert "+0.04 points (n=1)" in text
+    assert " to " not in text.replace("to be", "")
