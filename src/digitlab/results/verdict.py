@@ -1,12 +1,14 @@
 """What differs between two trainings of one configuration, and the verdict on a reproduction."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from digitlab.base.statistics import LEVEL, mcnemar, quantile
 from digitlab.records.reader import accuracy_name, over_seeds, recorded_guesses
 from digitlab.records.store import RunRow, Tracker
 
@@ -18,7 +20,15 @@ _COMPARED = ("train_", "val_", "test_")  # metrics; the others are times
 # What a difference is expected to do to a result.
 _NOTHING = "should change nothing"
 _ROUNDING = "can change floating-point rounding, and so the weights"
-_ANYTHING = "can change anything"
+_RESULT = "can change the result"
+_ANYTHING = "can change anything"  # so that other results are of something else
+# Libraries that no number of a training passes through; any other one can change the result.
+_APART = (
+    *("digitlab", "alembic", "fastapi", "filelock", "jinja2", "markupsafe", "matplotlib", "mlflow"),
+    *("mlflow-skinny", "mlflow-tracing", "optuna-dashboard", "pandas", "pillow", "plotly"),
+    *("python-dotenv", "requests", "rich", "sqlalchemy", "starlette", "uvicorn"),
+    *("hypothesis", "mypy", "pip", "playwright", "pytest", "ruff", "setuptools", "uv"),
+)
 _EFFECTS = {
     "source": _ANYTHING,
     "data": _ANYTHING,
@@ -29,8 +39,7 @@ _EFFECTS = {
     "platform": _ROUNDING,
     "processor": _ROUNDING,
     **{f"libraries.{name}": _ROUNDING for name in ("torch", "torchvision", "numpy")},
-    "libraries.pytorch-lightning": _ANYTHING,
-    "libraries.optuna": _ANYTHING,
+    **{f"libraries.{name}": _NOTHING for name in _APART},
 }
 
 
@@ -46,7 +55,10 @@ class Difference:
     def effect(self) -> str:
         if self.name.startswith(("numerics.", "libraries.nvidia", "libraries.cuda")):
             return _ROUNDING
-        return _EFFECTS.get(self.name, _NOTHING)
+        if self.name == "platform" and _without_kernel(self.was) == _without_kernel(self.now):
+            return _NOTHING
+        unknown = _RESULT if self.name.startswith("libraries.") else _NOTHING
+        return _EFFECTS.get(self.name, unknown)
 
     @property
     def is_harmless(self) -> bool:
@@ -56,6 +68,11 @@ class Difference:
         if self.name in ("diff", "untracked"):
             return f"uncommitted changes ({self.name}) differ: {self.effect}"
         return f"{self.name} was {self.was}, is {self.now}: {self.effect}"
+
+
+def _without_kernel(platform: Any) -> str:
+    """Return machine and C library of `platform.platform()` on Linux: training calls no kernel."""
+    return re.sub(r"^Linux-.*-(\w+-with-)", r"Linux-\1", str(platform))
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
@@ -98,32 +115,40 @@ def reach_verdict(
     """Return the verdict on two runs of one configuration, and the reasons for it.
 
     Where nothing differs that can change a bit, a changed bit means that the run is not reproduced.
-    Where something does, accuracies may lie as far apart as those of two seeds; beyond that the two
-    runs cannot be compared, since the difference may well be the cause.
+    Where code or data do, the runs cannot be compared unless all bits are equal. Where anything
+    else does, accuracies may lie as far apart as chance would have them; beyond that the two runs
+    cannot be compared, since the difference may well be the cause.
     """
     changed = compare_runs(tracker, row.run_id, again.run_id)
     if not changed:
         return IDENTICAL, []
     if all(difference.is_harmless for difference in found):
         return NOT, changed
-    name = accuracy_name(row)
+    if any(difference.effect == _ANYTHING for difference in found):
+        return INCOMPARABLE, changed
+    is_chance, reason = _may_be_chance(tracker, row, again)
+    return (WITHIN if is_chance else INCOMPARABLE), [*changed, reason]
+
+
+def _may_be_chance(tracker: Tracker, row: RunRow, again: RunRow) -> tuple[bool, str]:
+    """Return whether the accuracies lie no further apart than by chance in 95 of 100 cases."""
+    name, seeds = accuracy_name(row), over_seeds(tracker, row)
     distance = abs(row.metrics[name] - again.metrics.get(name, 0.0))
-    tolerance, reason = _tolerance(tracker, row, again)
-    text = f"{name} is {distance:.4f} off; {tolerance:.4f} is tolerated: {reason}"
-    return (WITHIN if distance <= tolerance else INCOMPARABLE), [*changed, text]
-
-
-def _tolerance(tracker: Tracker, row: RunRow, again: RunRow) -> tuple[float, str]:
-    """Return how far the accuracies of two runs may lie apart by chance, in 95 of 100 cases."""
-    seeds = over_seeds(tracker, row)
     if len(seeds) >= 3:
+        # Of a difference of two runs, from a deviation that so few seeds tell: Student's t.
         deviation = float(np.std(seeds, ddof=1))
-        reason = f"two seeds differ so, from a deviation of {deviation:.5f} over {len(seeds)} seeds"
-        return 1.96 * 2**0.5 * deviation, reason
+        tolerance = quantile(len(seeds) - 1) * 2**0.5 * deviation
+        return distance <= tolerance, (
+            f"{name} is {distance:.4f} off; {tolerance:.4f} is tolerated: two seeds differ so, "
+            f"from a deviation of {deviation:.5f} over {len(seeds)} seeds"
+        )
     first, second = (g == y for g, y in (recorded_guesses(tracker, run) for run in (row, again)))
-    disagree = int((first != second).sum())
-    reason = f"{disagree} images are right in one alone, which is chance for each (McNemar)"
-    return 1.96 * disagree**0.5 / len(first), reason
+    only = int((first & ~second).sum()), int((second & ~first).sum())
+    p = mcnemar(*only)
+    return p >= 1 - LEVEL, (
+        f"{name} is {distance:.4f} off: {sum(only)} images are right in one alone, {only[0]} of "
+        f"them in the first; p = {p:.3g} by McNemar's exact test, {1 - LEVEL:.2f} is tolerated"
+    )
 
 
 def compare_runs(tracker: Tracker, original: str, again: str) -> list[str]:
