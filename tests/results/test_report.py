@@ -41,10 +41,11 @@ from samples import (
 )
 from serving import HOST, free_port, served
 
-from digitlab.base.statistics import Interval, mean_interval
+from digitlab.base.statistics import Interval, accuracy_interval
 from digitlab.config.recorded import config_to_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.local import sqlite_uri
+from digitlab.records.reader import recorded_guesses
 from digitlab.records.store import NoTracker
 from digitlab.results.charts import in_words, study_charts
 from digitlab.results.report import report
@@ -119,13 +120,20 @@ def test_every_section_has_one_heading_and_every_picture_says_what_it_shows(page
 def test_champions_figures_are_those_that_are_stored(whole: Study, page: Page) -> None:
     champion = whole.store.notes()["champion"]
     finals = whole.runs(kind="final")
-    interval = mean_interval([run.metrics["test_accuracy"] for run in finals])
+    guesses = [recorded_guesses(whole.tracker, run) for run in finals]
+    right = np.array([(predictions == labels).numpy() for predictions, labels in guesses])
+    interval = accuracy_interval([right], 0)
     assert dataclasses.asdict(interval) == pytest.approx(champion["test_accuracy"])
     assert interval.n == 2
+    mean = sum(run.metrics["test_accuracy"] for run in finals) / 2
+    assert interval.mean == pytest.approx(mean)
     row = whole.store.rows()[champion["trial"]]
     told = " ".join(page.sections["Result"].split())
     assert f"The champion, trial {row.number}, reads {interval} of the test images" in told
     assert str(interval) in told
+    assert "points from the seeds" in told
+    assert "The test set was looked at 1 time" in told
+    assert f"{champion['trial']}/1001, {champion['trial']}/1002" in told
     headline = whole.report().split("</header>")[0]
     assert str(interval).split(" (")[0] in headline
     for key, label in in_words(row.values).items():

@@ -158,6 +158,17 @@ def test_a_clear_case_stops_before_the_budget_is_spent(config: Config) -> None:
     assert (choice.best, choice.is_settled) == (1, True)
 
 
+def test_the_recipe_s_own_values_have_two_fits_though_they_are_out(config: Config) -> None:
+    levels = {0: 0.9, 1: 0.99, 2: 0.9895}
+    rows = [row(number, level) for number, level in levels.items()]
+    results: Results = {}
+    rounds = []
+    while fits := confirm_fits(config, rows, results, rows[0].values):
+        rounds.append([each.key for each in fits])
+        results |= {each.key: fit(levels[each.number] - 0.0005 * each.seed) for each in fits}
+    assert rounds[:3] == [["0/1", "1/1", "2/1"], ["1/2", "2/2"], ["0/2"]]
+
+
 @pytest.mark.parametrize("budget", [0, 1, 2, 5])
 def test_the_budget_is_never_exceeded(config: Config, budget: int) -> None:
     study = dataclasses.replace(config.study, confirm_fits=budget)

@@ -105,7 +105,7 @@ def _model_card(config: Config, summary: Mapping[str, Any], first: Config) -> st
             f"**{first.model.name}**, champion of study `{config.study.name}`: trial "
             f"{summary['trial']} ({values}).",
             "",
-            f"- Test accuracy on {config.data.name}: {interval}, over seeds.",
+            f"- Test accuracy on {config.data.name}: {interval}, over seeds and test images.",
             "- Input: pixels 0 to 255 as float32 (N, 1, 28, 28), light digit on dark, centred as "
             "MNIST's are. Output: probabilities (N, 10).",
             f"- Trained on {images} training images of {config.data.name}; seed "

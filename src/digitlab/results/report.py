@@ -79,6 +79,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
     """Return the page; a study that still runs, or whose trials all failed, has one too."""
     rows, notes = store.rows(), store.notes()
     champion: Mapping[str, Any] = notes.get("champion", {})
+    looks: list[Mapping[str, Any]] = notes.get("tested", [])
     parent = tracker.get(notes["run_id"]) if notes.get("run_id") else None
     overrides = None if "again" in notes else notes.get("overrides", [])
     unpruned = notes.get("unpruned", {})
@@ -100,6 +101,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
         champion=champion,
         test=str(Interval(**champion["test_accuracy"])) if champion else "",
         summary=champion_text(config, champion, overrides) if champion else "",
+        looks=[[look["when"], look["n"], ", ".join(look["fits"])] for look in looks],
         labels=in_words(config.study.space),
         best=_best(rows, champion, config),
         best_name=f"{champion.get('trial')} (champion)",

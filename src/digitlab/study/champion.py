@@ -58,11 +58,14 @@ def candidates(
     return chosen
 
 
-def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> list[Fit]:
+def confirm_fits(
+    config: Config, rows: Sequence[TrialRow], results: Results, own: Mapping[str, Any] | None = None
+) -> list[Fit]:
     """Return the next round of the candidates' fits on new seeds; none when all is decided.
 
     First each has one; then those between which it is undecided have one more, two at a time, the
-    least trained first, since that lowers the variance of a difference most. A round depends on the
+    least trained first, since that lowers the variance of a difference most. The recipe's `own`
+    values have two in any case: what the search was worth has an interval. A round depends on the
     results of the earlier rounds alone, so that a driver that was killed comes to the same ones.
     """
     left = config.study.confirm_fits - len(results)
@@ -72,8 +75,10 @@ def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> 
     numbers = [number for number, count in counts.items() if not count]
     if not numbers:
         choice = select_champion(config, rows, finished_results(results))
-        undecided = choice.undecided if choice else []
-        numbers = sorted(undecided, key=counts.__getitem__)[:_AT_ONCE]
+        numbers = list(choice.undecided) if choice else []
+        once = (r.number for r in rows if r.values == own and counts[r.number] == 1)
+        numbers += [n for n in once if choice and n in choice.groups and n not in numbers]
+        numbers = sorted(numbers, key=counts.__getitem__)[:_AT_ONCE]
     values = {row.number: row for row in rows}
     chosen = [(values[number], _CONFIRM_SEEDS + counts[number]) for number in numbers[:left]]
     return [_fit(config, row, "confirm", seed) for row, seed in chosen]

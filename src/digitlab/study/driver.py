@@ -161,7 +161,7 @@ class StudyDriver:
         """Select the champion and test it; returns {} when the user stops."""
         config = self.session.config
         confirmed: Results = {}
-        while fits := confirm_fits(config, best, confirmed):
+        while fits := confirm_fits(config, best, confirmed, self.store.own):
             confirmed |= self._fits("confirm", fits)
             if self.session.stop():
                 return {}
