@@ -123,9 +123,9 @@ def coverage(chance: np.random.Generator, draws: int) -> Iterator[str]:
 
 def gains(chance: np.random.Generator, draws: int) -> Iterator[str]:
     """The gain that is printed: the last of three candidates has the recipe's own values."""
-    yield "true gain | printed with interval | covered | mean of printed less true | worse than own"
+    yield "true gain | printed with interval | covered | mean of printed less true | worse by 0.1"
     rule = new_rule(6, 3)
-    for gain in (0.0, 0.0005, 0.001, 0.002):
+    for gain in (-0.001, 0.0, 0.0005, 0.001, 0.002):
         found = []
         for _ in range(draws):
             errors = [ERRORS, ERRORS, ERRORS + gain]
@@ -140,7 +140,7 @@ def gains(chance: np.random.Generator, draws: int) -> Iterator[str]:
             if has_interval and one is not None:
                 covered = float(abs(value - true) <= one.reach(0.975))
             error = value - true if best != 2 else np.nan
-            found.append((has_interval, covered, 100 * error, true < 0))
+            found.append((has_interval, covered, 100 * error, true < -0.0005))
         shares = np.nanmean(np.array(found, float), axis=0)
         yield (
             f"{100 * gain:.2f} | {100 * shares[0]:.0f} % | {100 * shares[1]:.1f} % | "
