@@ -4,10 +4,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from digitlab.base.server import is_away
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from digitlab.base.errors import UserError
+from digitlab.base.server import is_away
 from digitlab.study.storage import leader_lock, open_storage, study_names
 
 

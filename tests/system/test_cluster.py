@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 from conftest import DATA, SHARE, TINY
-from digitlab.base.server import is_away
 from optuna.storages import RDBStorage
 
 from digitlab.base.paths import ROOT
 from digitlab.base.retry import retry
+from digitlab.base.server import is_away
 from digitlab.config.compose import compose
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialRow, TrialStore
