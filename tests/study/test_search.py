@@ -1,8 +1,10 @@
 """Which trials run, how often, and when a search ends; by scripted workers."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from leading import lead, lead_until_killed, train_well
@@ -11,6 +13,9 @@ from studies import open_store, problems_of, results_of, rows_of, runs_of
 
 from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
+from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.sessions import Sessions
+from digitlab.results.audit import inspect
 from digitlab.study import driver
 from digitlab.study.trials import TrialStore
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
@@ -168,6 +173,24 @@ def test_a_sealed_trial_of_a_killed_driver_is_taken_over(lab: Path, point: str) 
     assert [is_final(job) for job in jobs] == [True]
     [row] = rows_of(lab)
     assert (row.state, row.value, row.attempt) == ("finished", row.values["model.hidden"] / 100, 1)
+    assert problems_of(lab) == []
+
+
+def test_a_sealed_trial_that_another_process_is_to_send_is_waited_for(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Any command in the lab takes over the records of a killed driver."""
+    study = ("study.trials=1", "study.pruner=none")
+    lead_until_killed(lab, train_well, *study, point="outbox.sealed")
+    other = Sessions(lab / "outbox", MlflowTracker(None, "digitlab", lab).identity)
+    [held] = other.left_behind()
+    assert inspect(["smoke"], lab, is_repair=True, as_json=False) == 1
+    assert "another process of this lab is still to send" in capfd.readouterr().out
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: other.release(held))
+    monkeypatch.setattr("digitlab.study.session.time", clock)
+    status, jobs = lead(lab, train_well, *study)
+    assert (status, [is_final(job) for job in jobs]) == (0, [True])
+    assert rows_of(lab)[0].attempt == 1
     assert problems_of(lab) == []
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from studies import open_store, problems_of, results_of, rows_of, runs_of
 
 from digitlab.base.console import Board
 from digitlab.base.errors import UserError
+from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.records.mlflow import MlflowTracker
@@ -163,3 +164,17 @@ def test_a_call_that_was_refused_does_not_stand_in_the_way(lab: Path) -> None:
     with pytest.raises(UserError, match=r"study\.fork_from=nothing does not exist"):
         lead(lab, train_well, *STUDY, "study.fork_from=nothing")
     assert lead(lab, train_well, *STUDY)[0] == 0
+
+
+def test_a_driver_that_lost_its_lock_while_another_one_led_writes_no_more(finished: Path) -> None:
+    class Regained(LeaderLock):
+        def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+            return True
+
+    with opened(finished) as session:
+        session.lock = Regained()
+        session.check_lock()
+        session.store.note("leader", "another")
+        with pytest.raises(UserError, match="another process has gone on with it"):
+            session.check_lock()
+        assert session.lock.is_lost

@@ -35,8 +35,9 @@ class LeaderLock:
 
     is_lost = False  # another process leads the study: nothing more may be written
 
-    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Make sure that the lock is still held."""
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Make sure that the lock is held; return whether it had to be acquired again."""
+        return False
 
 
 class ServerLock(LeaderLock):
@@ -50,14 +51,19 @@ class ServerLock(LeaderLock):
         self.checked = 0.0
         self._acquire()
 
-    def check(self, stopped: Callable[[], bool] = lambda: False) -> None:
+    def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Acquire the lock again where a restart of the server dropped it, or raise UserError.
 
         Args:
             stopped: ends the attempts while the server is away.
+
+        Returns:
+            Whether it was acquired again: another process may have held it meanwhile.
         """
+        before = self.connection
         if time.monotonic() - self.checked > self._CHECK_INTERVAL_S:
             retry(self._acquire, is_away, OUTAGE_S, stopped)
+        return self.connection is not before
 
     def _acquire(self) -> None:
         try:

@@ -4,6 +4,7 @@ A tracker that is slow or away delays nobody, and a process may be killed at any
 sends what it left behind.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,16 @@ class Outbox(Delivery):
         for folder in self._sessions.left_behind():
             count += len(list(folder.glob("*.run")))
             self._sessions.release(folder)
+        return count
+
+    def held_elsewhere(self, study_id: str) -> int:
+        """Return the number of a study's records that another live process is to send."""
+        count = 0
+        for path in self._sessions.held_elsewhere():
+            with suppress(OSError, ValueError):  # sent, or written, just now
+                with open(path, "rb") as file:
+                    tags = json.loads(file.readline()).get("run", {}).get("tags", {})
+                count += tags.get("digitlab.study_id") == study_id
         return count
 
     def close(self) -> None:

@@ -43,6 +43,16 @@ class Sessions:
             if folder not in self._locks and self._lock(folder):
                 yield folder
 
+    def held_elsewhere(self) -> Iterator[Path]:
+        """Yield the files of folders that other live processes have locked."""
+        for folder in sorted(self.outbox.glob("[!.]*/")):
+            if folder in self._locks:
+                continue
+            if self._lock(folder):
+                self.release(folder)
+            else:
+                yield from folder.glob("*.run")
+
     def release(self, folder: Path) -> None:
         os.close(self._locks.pop(folder))
 

@@ -231,6 +231,12 @@ def _audit_study(
     """Return the problems that were found, and those that are left."""
     with open_records(config, lab) as records:
         pending = _find_pending(records, checked, is_repair, as_json)
+        unsent = records.outbox.held_elsewhere(store.study_id)
+        if unsent:  # what the study's runs are is not known yet
+            detail = f"another process of this lab is still to send {unsent} records of the study"
+            problem = Problem("held elsewhere", None, None, detail)
+            _print([problem], as_json)
+            return [*pending, problem], [problem] if is_repair else [*pending, problem]
         problems: list[Problem] = []
         if config.tracking.name is not Tracker.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})

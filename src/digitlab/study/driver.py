@@ -219,7 +219,7 @@ class StudyDriver:
 
         def tick(loop: JobLoop) -> None:
             now = time.monotonic()
-            self.session.lock.check(self.session.stop)
+            self.session.check_lock()
             self.session.records.outbox.check()
             if now - self.noted > _NOTE_INTERVAL_S:
                 self.noted = now

@@ -1,8 +1,10 @@
 """An open study: what the driver holds while it leads one, and how it is opened."""
 
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from digitlab.study.trials import TrialStore
 _DELIVERY_S = 300.0  # to wait for a tracker whose answer is needed before the study can go on
 _SILENT_S = 5.0  # of which nothing is said
 _CREATION_S = 60.0  # for the study's own run
+_POLL_S = 0.2
 
 
 @dataclass
@@ -46,6 +49,7 @@ class StudySession:
     stop: StopSignal
     data_sha256: dict[str, str]
     environment: dict[str, Any]
+    leader: str = field(default_factory=lambda: uuid.uuid4().hex)  # this process, as one that leads
     # The study's own run; None where nothing is recorded.
     parent: RunSpool | None = None
     parent_run_id: str | None = None
@@ -69,6 +73,41 @@ class StudySession:
 
     def identity(self, kind: str, name: str, tags: Mapping[str, str]) -> Identity:
         return Identity(name, kind, tags, self.parent_run_id, self.overrides, self.environment)
+
+    def check_lock(self) -> None:
+        """Make sure that this process leads the study, also after a server's restart.
+
+        Raises:
+            UserError: another process leads it, or has led it while the lock was lost.
+        """
+        is_new = self.lock.check(self.stop)
+        if is_new and self.store.notes().get("leader") != self.leader:
+            self.lock.is_lost = True
+            raise UserError(
+                f"study.name={self.config.study.name} is no longer led by this process: its server "
+                "was away, and another process has gone on with it. Leave it to that one"
+            )
+
+    def deliver_left(self) -> None:
+        """Send all that earlier calls have left of this study, or wait for who sends it.
+
+        Raises:
+            UserError: as `deliver`; or another process of the lab still has records of the study.
+        """
+        deadline = time.monotonic() + _DELIVERY_S
+        while not self.stop():
+            for line in self.records.outbox.adopt():
+                self.board.say(line)
+            self.deliver()
+            left = self.records.outbox.held_elsewhere(self.store.study_id)
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"study {self.config.study.name}: {left} of its records are still sent by "
+                    "another process of this lab, which took them over. Wait for it, or stop it"
+                )
+            time.sleep(_POLL_S)
 
     def deliver(self) -> None:
         """Wait until the tracker has every record, as long as an outage may take.
@@ -116,9 +155,8 @@ def open_session(
             config, composed.overrides, lab, store, records, lock, board, stop, digits.sha256,
             describe_environment(),
         )  # fmt: skip
-        for line in records.outbox.adopt():
-            board.say(line)
-        session.deliver()
+        store.note("leader", session.leader)
+        session.deliver_left()
         _open_parent_run(session)
         yield session
 
