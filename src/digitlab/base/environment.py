@@ -6,6 +6,7 @@ import site
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,35 @@ def describe_environment() -> dict[str, Any]:
     """
     # Ray and others add folders of their own to sys.path when they are imported.
     installed = [*site.getsitepackages(), site.getusersitepackages()]
-    libraries: dict[str, str] = {}
-    # Of two of a name, the first is the one imported.
-    for distribution in distributions(path=[place for place in sys.path if place in installed]):
-        try:
-            name = distribution.metadata["Name"]
-        except FileNotFoundError:  # what an uninstallation left behind
-            continue
-        if name:
-            libraries.setdefault(name.lower(), distribution.version)
+    places = tuple(place for place in sys.path if place in installed)
     listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
     return {
         "commit": _git("rev-parse", "HEAD").strip(),
         "diff": _git("diff", *_DIFF, "HEAD"),
         "untracked": {path: _text(ROOT / path) for path in listed.split("\0") if path},
         "source": source_digest(),
-        "libraries": dict(sorted(libraries.items())),
+        "libraries": _libraries(places),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": usable_cores(),
         "memory_bytes": usable_memory(),
     }
+
+
+@cache  # a process goes on with the versions that it has imported
+def _libraries(places: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of the libraries that are installed in the given folders."""
+    libraries: dict[str, str] = {}
+    # Of two of a name, the first is the one imported.
+    for distribution in distributions(path=list(places)):
+        try:
+            name = distribution.metadata["Name"]
+        except FileNotFoundError:  # what an uninstallation left behind
+            continue
+        if name:
+            libraries.setdefault(name.lower(), distribution.version)
+    return dict(sorted(libraries.items()))
 
 
 def _text(path: Path) -> str | None:
