@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from conftest import TINY
@@ -10,7 +11,7 @@ from scripted import Script, ScriptedWorkers, succeed
 from digitlab.base import faults
 from digitlab.base.console import Board
 from digitlab.base.stop import StopSignal
-from digitlab.config.compose import compose
+from digitlab.config.compose import Composed, compose
 from digitlab.study.driver import Publish, StudyDriver
 from digitlab.study.session import open_session
 from digitlab.workers.base import Job
@@ -29,6 +30,11 @@ def train_well(job: Job) -> Script:
     return succeed(accuracy, tuple(accuracy for _ in job.rungs))
 
 
+@cache
+def _composed(overrides: tuple[str, ...]) -> Composed:
+    return compose("sweep", [*TINY, *overrides])[0]
+
+
 def lead(
     lab: Path,
     write: Callable[[Job], Script],
@@ -38,7 +44,7 @@ def lead(
     publish: Publish = lambda _session, _summary: {},
 ) -> tuple[int, list[Job]]:
     """Run a study, or go on with it; return the exit status and the jobs that were submitted."""
-    composed = compose("sweep", [*TINY, *overrides])[0]
+    composed = _composed(overrides)
     stop = stop or StopSignal()
     with Board() as board, open_session(composed, lab, board, stop) as session:
         workers = ScriptedWorkers(write, count)

@@ -102,7 +102,6 @@ POINTS = [
     *("trial.drawn", "trial.inserted", "trial.reported", "outbox.sealed"),
     *("trial.before_tell", "trial.told", "outbox.removed"),
 ]
-NORMAL = ("outbox.sealed",)
 TWO = ("study.trials=2", "study.workers=1", "study.confirm=2", "study.startup_trials=1")
 
 
@@ -117,15 +116,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[
     return lines_of(lab, "points"), results_of(lab)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("point", "when"),
-    [pytest.param(point, "first") for point in NORMAL]
-    + [
-        pytest.param(point, when, marks=pytest.mark.long)
-        for point in POINTS
-        for when in ("first", "middle", "last")
-        if (point, when) not in [(name, "first") for name in NORMAL]
-    ],
+    [(point, when) for point in POINTS for when in ("first", "middle", "last")],
 )
 def test_a_driver_killed_at_a_point_loses_nothing(
     lab, run_sweep, recorded, point: str, when: str
