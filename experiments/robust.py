@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.digits.predict import Predictor
+from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import Grey, prepare
 from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
@@ -76,7 +76,7 @@ def of_photos(count: int) -> Iterator[Grey]:
 def main(runs: list[str]) -> None:
     lab = lab_folder()
     tracker = lab_tracker(lab, [])
-    predictors = [Predictor(tracker, run, lab) for run in runs]
+    predictors = [DigitReader(tracker, run, lab) for run in runs]
     print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
     test = load_digits(lab, "mnist", TEST)
     uci = load_uci()

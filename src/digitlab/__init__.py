@@ -112,11 +112,11 @@ class Predictor:
 
     def __init__(self, run: str | None = None, lab: Path | None = None) -> None:
         """Load a run named as for `load_run`; the champion, or else the newest, without a name."""
-        from digitlab.digits.predict import Predictor as _Predictor
+        from digitlab.digits.predict import DigitReader
         from digitlab.records.reader import lab_tracker
 
         lab = _lab(lab)
-        self._predictor = _Predictor(lab_tracker(lab), run, lab)
+        self._predictor = DigitReader(lab_tracker(lab), run, lab)
 
     def predict(self, *images: str | Path) -> list[Answer]:
         """Return an answer for each image file: status, digit, probability, probabilities."""

@@ -26,7 +26,7 @@ from samples import readers, studies
 
 from digitlab.base.errors import UserError
 from digitlab.digits.decode import decode
-from digitlab.digits.predict import Predictor
+from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
 from digitlab.records.mlflow import MlflowTracker
@@ -44,8 +44,8 @@ def trained_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predictor(trained_lab: Path) -> Predictor:
-    return Predictor(MlflowTracker(None, "digitlab", trained_lab), "read-seed-0", trained_lab)
+def predictor(trained_lab: Path) -> DigitReader:
+    return DigitReader(MlflowTracker(None, "digitlab", trained_lab), "read-seed-0", trained_lab)
 
 
 Predict = Callable[..., tuple[int, str, str]]
@@ -228,7 +228,7 @@ def test_unknown_run_is_one_line(trained_lab: Path, call_in: Any, tmp_path: Path
 # ---- how sure ------------------------------------------------------------------------------------
 
 
-def test_most_digits_are_digits_and_right_about_as_often_as_said(predictor: Predictor) -> None:
+def test_most_digits_are_digits_and_right_about_as_often_as_said(predictor: DigitReader) -> None:
     prepared = [
         (str(i), prepare(np.pad(digit, 9).astype(np.float32))) for i, digit in enumerate(DIGITS)
     ]
@@ -241,7 +241,7 @@ def test_most_digits_are_digits_and_right_about_as_often_as_said(predictor: Pred
     assert abs(told - np.mean(said)) < 0.03
 
 
-def test_what_is_no_digit_is_seldom_called_one(predictor: Predictor) -> None:
+def test_what_is_no_digit_is_seldom_called_one(predictor: DigitReader) -> None:
     chance = np.random.default_rng(0)
     things = []
     for i in range(60):
@@ -281,7 +281,7 @@ def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     champion_lab: Path, call_in: Any, tmp_path: Path
 ) -> None:
     tracker = MlflowTracker(None, "digitlab", champion_lab)
-    predictor = Predictor(tracker, "champion", champion_lab)
+    predictor = DigitReader(tracker, "champion", champion_lab)
     assert predictor.config.data.evaluate_on == "test"
     assert predictor.calibration.temperature != 1  # which stands for a run without a trial
     picture(DIGITS[0]).save(tmp_path / "new.png")
@@ -295,34 +295,34 @@ def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     assert "own probabilities are" in page.read_text(encoding="utf-8")
 
 
-def test_calibration_is_fitted_once_and_kept(predictor: Predictor, trained_lab: Path) -> None:
+def test_calibration_is_fitted_once_and_kept(predictor: DigitReader, trained_lab: Path) -> None:
     [kept] = (trained_lab / "calibrations").iterdir()
     before = kept.stat().st_mtime_ns
     tracker = MlflowTracker(None, "digitlab", trained_lab)
-    again = Predictor(tracker, "read-seed-0", trained_lab)
+    again = DigitReader(tracker, "read-seed-0", trained_lab)
     assert again.calibration.temperature == predictor.calibration.temperature
     assert kept.stat().st_mtime_ns == before
 
 
 def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
-    predictor: Predictor, trained_lab: Path
+    predictor: DigitReader, trained_lab: Path
 ) -> None:
     tracker = MlflowTracker(None, "digitlab", trained_lab)
     [kept] = (trained_lab / "calibrations").iterdir()
     whole = kept.read_bytes()
     for damaged in (whole[:1000], whole[:-1] + bytes([whole[-1] ^ 1])):
         kept.write_bytes(damaged)
-        again = Predictor(tracker, "read-seed-0", trained_lab)
+        again = DigitReader(tracker, "read-seed-0", trained_lab)
         assert again.calibration.temperature == predictor.calibration.temperature
         assert kept.read_bytes() == whole
     shutil.rmtree(kept.parent)
     kept.parent.touch()  # no folder can be made there
     try:
-        again = Predictor(tracker, "read-seed-0", trained_lab)
+        again = DigitReader(tracker, "read-seed-0", trained_lab)
         assert torch.equal(again.calibration.limits, predictor.calibration.limits)
     finally:
         kept.parent.unlink()
-        Predictor(tracker, "read-seed-0", trained_lab)
+        DigitReader(tracker, "read-seed-0", trained_lab)
 
 
 def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
@@ -332,8 +332,8 @@ def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
     status, out, _ = call_in(champion_lab)("reproduce", "champion", "--json")
     assert (status, json.loads(out)["verdict"]) == (0, "identical")
     tracker = MlflowTracker(None, "digitlab", champion_lab)
-    again = Predictor(tracker, json.loads(out)["run_id"], champion_lab)
-    first = Predictor(tracker, "champion", champion_lab)
+    again = DigitReader(tracker, json.loads(out)["run_id"], champion_lab)
+    first = DigitReader(tracker, "champion", champion_lab)
     assert again.calibration.temperature == first.calibration.temperature != 1
 
 
@@ -398,7 +398,7 @@ def mutated(chance: random.Random) -> tuple[bytes, bool]:
     return bytes(body), not blank
 
 
-def hammer(predictor: Predictor, count: int, seed: int) -> tuple[int, int]:
+def hammer(predictor: DigitReader, count: int, seed: int) -> tuple[int, int]:
     """Put malformed files through everything.
 
     Returns:
@@ -420,7 +420,7 @@ def hammer(predictor: Predictor, count: int, seed: int) -> tuple[int, int]:
 
 
 def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
-    predictor: Predictor,
+    predictor: DigitReader,
 ) -> None:
     read, made_up = hammer(predictor, 150, 1)
     assert 10 < read < 140
@@ -429,7 +429,7 @@ def test_malformed_files_are_refused_or_read_and_nothing_is_a_confident_digit(
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_ten_thousand_malformed_files(predictor: Predictor) -> None:
+def test_ten_thousand_malformed_files(predictor: DigitReader) -> None:
     read, made_up = hammer(predictor, 10000, 2)
     assert read > 1000
     assert made_up <= read // 25  # by a network and a calibration that know 1,600 digits

@@ -33,7 +33,7 @@ from serving import COMMAND, HOST, environment_of, free_port
 
 from digitlab.config.compose import compose
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.digits.predict import Predictor
+from digitlab.digits.predict import DigitReader
 from digitlab.pages import draw
 from digitlab.records.record import open_tracker
 from digitlab.records.store import NewRun, Tracker, now_ms
@@ -108,8 +108,8 @@ def served(app: FastAPI, port: int) -> Iterator[None]:
         thread.join()
 
 
-def of(lab: Lab, load: Callable[[str], Predictor] | None = None) -> FastAPI:
-    load = load or (lambda run: Predictor(lab.tracker, run, lab.folder))
+def of(lab: Lab, load: Callable[[str], DigitReader] | None = None) -> FastAPI:
+    load = load or (lambda run: DigitReader(lab.tracker, run, lab.folder))
     return draw.application(lambda: draw.finished_runs(lab.tracker, lab.read), load)
 
 
@@ -789,10 +789,10 @@ def test_more_than_can_wait_are_sent_away_and_the_others_answered(lab: Lab) -> N
     may_load = threading.Event()
     loads: list[str] = []
 
-    def load(run: str) -> Predictor:
+    def load(run: str) -> DigitReader:
         loads.append(run)
         may_load.wait(60)
-        return Predictor(lab.tracker, run, lab.folder)
+        return DigitReader(lab.tracker, run, lab.folder)
 
     server = Server(free_port(), lab)
     file, path = png(large(6, lab)), f"/predict?run={lab.read}"
@@ -817,10 +817,10 @@ def test_more_than_can_wait_are_sent_away_and_the_others_answered(lab: Lab) -> N
 def test_network_that_cannot_be_loaded_is_told_and_tried_again(
     lab: Lab, api: dict[str, Any]
 ) -> None:
-    def load(run: str) -> Predictor:
+    def load(run: str) -> DigitReader:
         if not is_back:
             raise draw.UserError("its data\nare gone")
-        return Predictor(lab.tracker, run, lab.folder)
+        return DigitReader(lab.tracker, run, lab.folder)
 
     is_back = False
     server = Server(free_port(), lab)
@@ -835,12 +835,12 @@ def test_few_networks_are_kept_and_the_last_used_among_them(lab: Lab) -> None:
     loads: list[str] = []
     names = [f"run{i}" for i in range(6)]
 
-    def load(run: str) -> Predictor:
+    def load(run: str) -> DigitReader:
         loads.append(run)
         return kept
 
-    kept = Predictor(lab.tracker, lab.hasty, lab.folder)
-    runs = [draw.Run(name, name, "train", None) for name in names]
+    kept = DigitReader(lab.tracker, lab.hasty, lab.folder)
+    runs = [draw.ListedRun(name, name, "train", None) for name in names]
     server = Server(free_port(), lab)
     with served(draw.application(lambda: runs, load), server.port):
         for i in (0, 1, 2, 3, 0, 4, 0, 1):

@@ -50,7 +50,7 @@ class Answer:
         return f"{self.path}: {head}   ({likely})"
 
 
-class Predictor:
+class DigitReader:
     """A run's network, ready for new images."""
 
     def __init__(self, tracker: Tracker, run: str | None, lab: Path) -> None:
@@ -103,7 +103,7 @@ def predict(
     Raises:
         UserError: no such run.
     """
-    predictor = Predictor(lab_tracker(lab, stores), run, lab)
+    predictor = DigitReader(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()
     for path in _files(paths):
@@ -134,7 +134,7 @@ def predict(
 
 
 def _draw_why(
-    predictor: Predictor, prepared: Prepared, answer: Answer, folder: Path, name: str
+    predictor: DigitReader, prepared: Prepared, answer: Answer, folder: Path, name: str
 ) -> Path:
     from digitlab.digits.explain import draw_reasons
 

@@ -22,7 +22,7 @@ from digitlab.base.errors import UserError, first_line
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, most_varied
-from digitlab.digits.predict import Predictor
+from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
 from digitlab.pages.guard import guarded
 from digitlab.pages.ui import require_free
@@ -37,7 +37,7 @@ _LOADED = 4  # networks that are kept
 
 
 @dataclass(frozen=True)
-class Run:
+class ListedRun:
     """A network to choose."""
 
     run_id: str
@@ -79,7 +79,7 @@ class Explanation(Reading):
 
 
 @dataclass(frozen=True)
-class Problem:
+class ErrorAnswer:
     """Why there is no answer, in one line."""
 
     detail: str
@@ -93,12 +93,12 @@ def draw(run: str | None, lab: Path, port: int, stores: Sequence[str] = ()) -> i
     """
     require_free(port)
     tracker = lab_tracker(lab, stores)
-    first = Predictor(tracker, run, lab)
+    first = DigitReader(tracker, run, lab)
     chosen = first.row.run_id
     torch.set_num_threads(1)  # two images are computed at once
     app = application(
         lambda: finished_runs(tracker, chosen),
-        lambda run_id: first if run_id == chosen else Predictor(tracker, run_id, lab),
+        lambda run_id: first if run_id == chosen else DigitReader(tracker, run_id, lab),
     )
     print(f"draw: http://127.0.0.1:{port}   (Ctrl-C ends it)", flush=True)
     uvicorn.Server(serving(app, port)).run()
@@ -112,12 +112,12 @@ def serving(app: FastAPI, port: int) -> uvicorn.Config:
     return uvicorn.Config(app, "127.0.0.1", port, **quiet, **narrow)  # type: ignore[arg-type]
 
 
-def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
+def finished_runs(tracker: Tracker, chosen: str) -> list[ListedRun]:
     """Return all runs that have weights: the chosen one, champions, the others newest first."""
     rows = tracker.find({"digitlab.kind": "champion"})
     champions = {row.tags.get("digitlab.weights_run") for row in rows}
     runs = [
-        Run(
+        ListedRun(
             row.run_id,
             row.name,
             "champion" if row.run_id in champions else row.tags["digitlab.kind"],
@@ -129,7 +129,7 @@ def finished_runs(tracker: Tracker, chosen: str) -> list[Run]:
     return sorted(runs, key=lambda run: (run.run_id != chosen, run.kind != "champion"))
 
 
-def read(predictor: Predictor, content: bytes) -> Reading:
+def read(predictor: DigitReader, content: bytes) -> Reading:
     """Return the answer for an image file.
 
     Raises:
@@ -140,7 +140,7 @@ def read(predictor: Predictor, content: bytes) -> Reading:
     return Reading(**asdict(answer), seen=prepared.image.tolist())
 
 
-def explain(predictor: Predictor, content: bytes) -> Explanation:
+def explain(predictor: DigitReader, content: bytes) -> Explanation:
     """As `read`, with what each layer sees and why; without that where nothing was found."""
     answer = asdict(read(predictor, content))
     pixels = torch.tensor(answer["seen"], dtype=torch.uint8)[None, None]
@@ -176,7 +176,7 @@ _PROBLEMS = {
     503: "Too many images at once, or a run that cannot be read",
 }
 _REFUSED: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()
+    status: {"model": ErrorAnswer, "description": text} for status, text in _PROBLEMS.items()
 }
 _Asked = TypeVar("_Asked", Reading, Explanation)
 _RunId = Annotated[
@@ -189,7 +189,9 @@ def _guarded_app(page: str) -> FastAPI:
         title="digitlab draw",
         docs_url=None,  # FastAPI's page of the API is loaded from elsewhere
         redoc_url=None,
-        responses={403: {"model": Problem, "description": "The request comes from another site"}},
+        responses={
+            403: {"model": ErrorAnswer, "description": "The request comes from another site"}
+        },
     )
     app.add_middleware(guarded, headers={
         "content-security-policy": _policy(page), "cache-control": "no-store"})  # fmt: skip
@@ -197,7 +199,7 @@ def _guarded_app(page: str) -> FastAPI:
     return app
 
 
-def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor]) -> FastAPI:
+def application(runs: Callable[[], list[ListedRun]], load: Callable[[str], DigitReader]) -> FastAPI:
     """Build the page and its JSON API.
 
     Args:
@@ -213,7 +215,7 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
     threads, requests = ThreadPoolExecutor(_AT_ONCE), 0
 
     async def answer(
-        request: Request, run: str | None, compute: Callable[[Predictor, bytes], _Asked]
+        request: Request, run: str | None, compute: Callable[[DigitReader, bytes], _Asked]
     ) -> _Asked:
         nonlocal requests
         run = first if run is None else run
@@ -240,7 +242,7 @@ def application(runs: Callable[[], list[Run]], load: Callable[[str], Predictor])
         return HTMLResponse(text)
 
     @app.get("/runs")
-    async def list_runs() -> list[Run]:
+    async def list_runs() -> list[ListedRun]:
         found = await asyncio.to_thread(runs)
         known.update(run.run_id for run in found)
         return found
