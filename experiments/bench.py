@@ -52,7 +52,7 @@ from digitlab.study.trials import TrialStore
 from digitlab.training.evaluate import evaluate
 from digitlab.training.module import build_optimizer, build_schedule
 from digitlab.workers.base import (
-    Answer,
+    Decision,
     End,
     Epoch,
     Event,
@@ -273,7 +273,7 @@ class ClockWorkers(Workers):
     def submit(self, worker: int, job: Job) -> None:
         self.due[worker] = time.monotonic() + self.seconds
 
-    def answer(self, worker: int, answer: Answer) -> None:
+    def answer(self, worker: int, decision: Decision) -> None:
         """Nothing waits for it: there are no rungs."""
 
     def events(self, timeout_s: float) -> list[tuple[int, Event]]:

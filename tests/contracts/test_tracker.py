@@ -11,7 +11,7 @@ from trackers import FILES, LONG, Server
 
 from digitlab.base.errors import UserError
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.store import Batch, NewRun, NoTracker, Tracker, TrackerRefused
+from digitlab.records.store import LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
 
 
 @pytest.fixture(params=["sqlite", "server"])
@@ -67,7 +67,7 @@ def test_run_is_created_once_for_a_key(tracker: Tracker) -> None:
 
 def test_every_write_can_be_repeated(tracker: Tracker) -> None:
     run_id = create(tracker, "twice")
-    batch = Batch({"seed": "3"}, [("loss", 0.5, 1, 1000), ("loss", 0.25, 2, 2000)], {"a": "b"})
+    batch = LogBatch({"seed": "3"}, [("loss", 0.5, 1, 1000), ("loss", 0.25, 2, 2000)], {"a": "b"})
     for _ in range(2):
         tracker.log(run_id, batch)
         tracker.upload(run_id, FILES)
@@ -80,7 +80,7 @@ def test_every_write_can_be_repeated(tracker: Tracker) -> None:
 def test_parameters_are_kept_whole_however_long_or_many(tracker: Tracker) -> None:
     many = {f"setting.{i}": str(i / 7) for i in range(250)}
     run_id = create(tracker, "long")
-    tracker.log(run_id, Batch({"long": LONG, "empty": "", **many}))
+    tracker.log(run_id, LogBatch({"long": LONG, "empty": "", **many}))
     params = tracker.get("long").params
     pieces = sorted(key for key in params if key.startswith("long"))
     assert "".join(params[key] for key in pieces) == LONG
@@ -94,7 +94,7 @@ def test_metrics_are_kept_exactly_by_step_however_many(tracker: Tracker) -> None
     logged += [("many", step, step / 7) for step in range(1500)]
     run_id = create(tracker, "exact")
     points = [(name, value, step, 1000 + step) for name, step, value in reversed(logged)]
-    tracker.log(run_id, Batch(metrics=points))
+    tracker.log(run_id, LogBatch(metrics=points))
     assert tracker.history(run_id) == sorted(logged)
     metrics = tracker.get("exact").metrics
     assert metrics == {"loss": 1e-300, "rate": 0.0, "zero": 5e-324, "many": 1499 / 7}
@@ -146,7 +146,7 @@ def test_deleted_run_is_found_no_more_and_known_as_deleted(tracker: Tracker) -> 
     with pytest.raises(UserError, match="gone: no such run"):
         tracker.get("gone")
     with pytest.raises(TrackerRefused):
-        tracker.log(gone, Batch(tags={"a": "b"}))
+        tracker.log(gone, LogBatch(tags={"a": "b"}))
 
 
 def test_run_is_returned_for_an_id_the_beginning_of_an_id_and_a_name(tracker: Tracker) -> None:
@@ -229,7 +229,7 @@ def test_runs_page_is_that_of_the_experiment(tracker: MlflowTracker) -> None:
 def test_recording_prints_nothing(tracker: Tracker, capfd: pytest.CaptureFixture[str]) -> None:
     run_id = create(tracker, "silent")
     tracker.upload(run_id, FILES)
-    tracker.log(run_id, Batch({"a": "b"}, [("loss", 0.5, 1, 1)], {"c": "d"}))
+    tracker.log(run_id, LogBatch({"a": "b"}, [("loss", 0.5, 1, 1)], {"c": "d"}))
     tracker.end_run(run_id, "finished", 1)
     assert capfd.readouterr() == ("", "")
 
@@ -255,7 +255,7 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
 def test_no_tracker_takes_everything_and_holds_nothing() -> None:
     tracker = NoTracker()
     run_id = create(tracker, "nobody", study="s")
-    tracker.log(run_id, Batch({"a": "b"}))
+    tracker.log(run_id, LogBatch({"a": "b"}))
     tracker.upload(run_id, FILES)
     tracker.end_run(run_id, "finished", 1)
     tracker.tag(run_id, {"a": "b"})

@@ -26,7 +26,7 @@ from digitlab.training.fit import fit
 from digitlab.training.observer import TrainingObserver
 from digitlab.training.outputs import output_files
 from digitlab.workers.base import (
-    Answer,
+    Decision,
     End,
     Epoch,
     Event,
@@ -143,7 +143,7 @@ def address(request: pytest.FixtureRequest) -> str:
 
 
 def until(
-    workers: Pool, is_last: Callable[[Event], bool], answer: Answer = Answer.proceed
+    workers: Pool, is_last: Callable[[Event], bool], answer: Decision = Decision.proceed
 ) -> list[Event]:
     """The events of worker 0 up to the one that is asked for; rungs are answered."""
     seen: list[Event] = []
@@ -163,7 +163,7 @@ def first(workers: Pool, kind: type[Event]) -> list[Event]:
     return until(workers, lambda event: isinstance(event, kind))
 
 
-def train(workers: Pool, job: Job, answer: Answer = Answer.proceed) -> list[Event]:
+def train(workers: Pool, job: Job, answer: Decision = Decision.proceed) -> list[Event]:
     workers.submit(0, job)
     return until(workers, lambda event: isinstance(event, End), answer)
 
@@ -206,9 +206,9 @@ def test_events_of_a_job_come_in_order_and_its_result_is_that_of_a_fit(
 def test_a_job_is_stopped_at_a_rung_and_the_next_one_runs(kind: str, make: Make) -> None:
     workers = make(kind)
     first(workers, Ready)
-    events = train(workers, Job(tiny(), (0.2, 0.7)), Answer.stop)
+    events = train(workers, Job(tiny(), (0.2, 0.7)), Decision.stop)
     assert [type(event) for event in events[-2:]] == [Rung, Stopped]
-    workers.answer(0, Answer.stop)  # too late: the job has ended
+    workers.answer(0, Decision.stop)  # too late: the job has ended
     assert isinstance(train(workers, Job(tiny(), (0.2,)))[-1], Finished)
 
 
@@ -228,7 +228,7 @@ def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
     workers.submit(0, Job(long, (0.0001,)))  # and while it waits for an answer
     until(workers, lambda event: isinstance(event, Rung))
     workers.cancel(0)
-    workers.answer(0, Answer.proceed)
+    workers.answer(0, Decision.proceed)
     assert isinstance(first(workers, End)[-1], Stopped)
     assert isinstance(train(workers, Job(tiny()))[-1], Finished)
 
@@ -360,7 +360,7 @@ def test_two_workers_train_beside_each_other(kind: str, make: Make) -> None:
     while not ended:
         ended = [found for found in workers.events(1.0) if isinstance(found[1], End)]
     assert [worker for worker, _ in ended] == [1]
-    workers.answer(0, Answer.proceed)
+    workers.answer(0, Decision.proceed)
     assert isinstance(first(workers, End)[-1], Finished)
 
 
@@ -393,7 +393,7 @@ def test_process_leaves_signals_to_the_driver(make: Make) -> None:
     until(workers, lambda event: isinstance(event, Rung))
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(ready.machine["pid"], name)
-    workers.answer(0, Answer.proceed)
+    workers.answer(0, Decision.proceed)
     assert isinstance(first(workers, End)[-1], Finished)
 
 

@@ -28,7 +28,7 @@ from trackers import CODE, FILES, HOST, Server, answers
 from digitlab.base.errors import UserError
 from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker, _http_status, save_servable
-from digitlab.records.store import Batch, NewRun, TrackerAway
+from digitlab.records.store import LogBatch, NewRun, TrackerAway
 
 _FOUR_AT_ONCE = """
 import os, sys
@@ -132,7 +132,7 @@ def test_locked_database_is_away_not_a_refusal(
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(TrackerAway):
-            tracker.log(run_id, Batch(tags={"a": "b"}))
+            tracker.log(run_id, LogBatch(tags={"a": "b"}))
 
 
 def test_process_killed_while_it_makes_the_tables_leaves_a_lab_that_can_be_used(

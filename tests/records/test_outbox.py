@@ -26,7 +26,7 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.spool import decode, encode
 from digitlab.records.store import (
-    Batch,
+    LogBatch,
     NewRun,
     NoTracker,
     TrackerAway,
@@ -246,7 +246,7 @@ def test_reading_from_a_tracker_that_is_away_is_reported_in_one_line(
 
 def test_run_that_the_tracker_always_fails_on_delays_no_other(tmp_path: Path) -> None:
     class Failing(MlflowTracker):
-        def log(self, run_id: str, batch: Batch) -> None:
+        def log(self, run_id: str, batch: LogBatch) -> None:
             if "bad" in batch.tags:
                 raise TrackerAway("500")
             super().log(run_id, batch)
@@ -269,7 +269,7 @@ def test_an_outage_does_not_change_the_order_within_a_run(tmp_path: Path) -> Non
     reached, resumed = threading.Event(), threading.Event()
 
     class Away(MlflowTracker):
-        def log(self, run_id: str, batch: Batch) -> None:
+        def log(self, run_id: str, batch: LogBatch) -> None:
             state = batch.tags.get("digitlab.state", "")
             if state == "interrupted" and not resumed.is_set():
                 reached.set()
@@ -326,7 +326,7 @@ def test_refusal_is_not_repeated(tmp_path: Path) -> None:
     class Refusing(MlflowTracker):
         calls = 0
 
-        def log(self, run_id: str, batch: Batch) -> None:
+        def log(self, run_id: str, batch: LogBatch) -> None:
             Refusing.calls += 1
             raise TrackerRefused("403")
 
@@ -342,7 +342,7 @@ def test_refusal_is_not_repeated(tmp_path: Path) -> None:
 
 def test_mistake_in_a_program_is_raised_as_it_is(tmp_path: Path) -> None:
     class Wrong(MlflowTracker):
-        def log(self, run_id: str, batch: Batch) -> None:
+        def log(self, run_id: str, batch: LogBatch) -> None:
             raise KeyError("mine")
 
     outbox = Outbox(tmp_path, Wrong(None, "digitlab", tmp_path))

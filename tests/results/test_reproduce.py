@@ -40,7 +40,7 @@ from digitlab.data.datasets import TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
 from digitlab.records.record import SUMS, Identity, open_records, seal, trial_tags
-from digitlab.records.store import Batch, NewRun, RunRow, now_ms
+from digitlab.records.store import LogBatch, NewRun, RunRow, now_ms
 from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
 from digitlab.results.at_commit import confirm_code, train_at_commit
@@ -49,7 +49,7 @@ from digitlab.results.reproduce import reproduce
 from digitlab.results.verdict import Difference, Verdict, differences, reach_verdict
 from digitlab.study.run import run_once, train
 from digitlab.study.trials import load_study
-from digitlab.training.fit import Fit
+from digitlab.training.fit import FitResult
 from digitlab.training.observer import TrainingObserver
 from digitlab.workers import job
 
@@ -217,7 +217,7 @@ def test_data_that_are_none_of_the_known_ones_are_refused_before_training(
     assert runs(recorded) == before
 
 
-def next_weight(fitted: Fit) -> Fit:
+def next_weight(fitted: FitResult) -> FitResult:
     """The same fit with one weight one step of its precision larger."""
     name, weight = next((n, w) for n, w in fitted.weights.items() if w.is_floating_point())
     weight = weight.clone()
@@ -364,7 +364,7 @@ def written(
     tracker = recorded.tracker
     run_id = tracker.create_run(NewRun(name, own, params))
     tracker.upload(run_id, {"predictions.safetensors": predictions})
-    tracker.log(run_id, Batch(params, [("val_accuracy", accuracy, 1, now_ms())]))
+    tracker.log(run_id, LogBatch(params, [("val_accuracy", accuracy, 1, now_ms())]))
     tracker.end_run(run_id, state, now_ms())
     return tracker.get(run_id)
 

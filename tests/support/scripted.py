@@ -6,7 +6,7 @@ import numpy as np
 import safetensors.numpy
 
 from digitlab.workers.base import (
-    Answer,
+    Decision,
     End,
     Event,
     Finished,
@@ -19,14 +19,14 @@ from digitlab.workers.base import (
     Workers,
 )
 
-Script = Generator[Event, Answer | None, None]
+Script = Generator[Event, Decision | None, None]
 
 
 def succeed(accuracy: float = 0.9, rungs: tuple[float, ...] = ()) -> Script:
     """A job that reports the accuracies at its rungs, and finishes unless it is stopped there."""
     yield Started({"model_parameters": 100.0, "training_flops": 1000.0})
     for index, value in enumerate(rungs):
-        if (yield Rung(index, value)) is Answer.stop:
+        if (yield Rung(index, value)) is Decision.stop:
             yield Stopped()
             return
     metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy}
@@ -47,7 +47,7 @@ class ScriptedWorkers(Workers):
     def __init__(self, write: Callable[[Job], Script], count: int = 1) -> None:
         self.write, self.count = write, count
         self.scripts: dict[int, Script] = {}
-        self.answers: dict[int, Answer | None] = {}  # of workers whose script may go on
+        self.answers: dict[int, Decision | None] = {}  # of workers whose script may go on
         self.cancelled: set[int] = set()
         self.submitted: list[Job] = []
         self.ready: list[tuple[int, Event]] = []
@@ -65,8 +65,8 @@ class ScriptedWorkers(Workers):
         self.scripts[worker] = self.write(job)
         self.answers[worker] = None
 
-    def answer(self, worker: int, answer: Answer) -> None:
-        self.answers[worker] = answer
+    def answer(self, worker: int, decision: Decision) -> None:
+        self.answers[worker] = decision
 
     def events(self, timeout_s: float) -> list[tuple[int, Event]]:
         found, self.ready = self.ready, []

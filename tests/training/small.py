@@ -15,7 +15,7 @@ from torch import Tensor
 from digitlab.config.compose import compose
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import DigitsData
-from digitlab.training.fit import Fit, fit
+from digitlab.training.fit import FitResult, fit
 from digitlab.training.module import DigitModule
 from digitlab.training.observer import TrainingObserver
 
@@ -35,7 +35,7 @@ def configure(*overrides: str) -> Config:
     return compose("train", [*SMALL, *overrides])[0].config
 
 
-def train(lab: Path, *overrides: str, rungs: tuple[float, ...] = ()) -> Fit:
+def train(lab: Path, *overrides: str, rungs: tuple[float, ...] = ()) -> FitResult:
     return fit(configure(*overrides), lab, TrainingObserver(), rungs)
 
 

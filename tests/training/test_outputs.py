@@ -11,11 +11,11 @@ import torch
 from small import configure, train
 
 from digitlab.networks.table import build_network
-from digitlab.training.fit import Fit, Frame
+from digitlab.training.fit import FitResult, Frame
 from digitlab.training.outputs import output_files
 
-WITHOUT_FILM = Fit({}, torch.eye(10), torch.arange(10), torch.zeros(10, 1, 28, 28).byte(), {}, {},
-                   [], {})  # fmt: skip
+WITHOUT_FILM = FitResult({}, torch.eye(10), torch.arange(10), torch.zeros(10, 1, 28, 28).byte(),
+                         {}, {}, [], {})  # fmt: skip
 
 
 def size(picture: bytes) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def test_same_fit_gives_the_same_bytes(lab: Path) -> None:
         assert output_files(fitted) == files
 
 
-def pictures_of(fitted: Fit) -> list[str]:
+def pictures_of(fitted: FitResult) -> list[str]:
     return [name for name in output_files(fitted) if name.startswith("pictures/")]
 
 

@@ -11,7 +11,7 @@ from digitlab.base.errors import UserError, require
 from digitlab.networks.settings import STRICT, ModelConfig, Positive
 
 Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+SeedNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -26,7 +26,7 @@ Optimizer = StrEnum("Optimizer", "adamw adam sgd")
 Schedule = StrEnum("Schedule", "onecycle cosine constant")
 Sampler = StrEnum("Sampler", "tpe gp random grid")
 Pruner = StrEnum("Pruner", "none median halving hyperband")
-Tracker = StrEnum("Tracker", "mlflow none")
+TrackerName = StrEnum("TrackerName", "mlflow none")
 
 
 class Precision(StrEnum):
@@ -60,7 +60,7 @@ class DataConfig:
     name: str = Field(description="Name of the data set.")
     evaluate_on: EvaluateOn = Field(description="Images that a run is measured on.")
     validation_images: int = Field(ge=10, description="Training images kept for validation.")
-    split_seed: Seed = Field(description="Seed of the validation split alone.")
+    split_seed: SeedNumber = Field(description="Seed of the validation split alone.")
     images: Count = Field(description="Images to learn from, stratified; 0 is all.")
     batch_size: Positive = Field(description="Images in a training step.")
     mean: float = Field(description="Subtracted from pixels in [0, 1].")
@@ -90,7 +90,9 @@ class TrainerConfig:
     """How long, with which seed, on how much of the machine."""
 
     epochs: Positive = Field(description="Passes over the images to learn from.")
-    seed: Seed = Field(description="Seed of weights, order of images, augmentation and dropout.")
+    seed: SeedNumber = Field(
+        description="Seed of weights, order of images, augmentation and dropout."
+    )
     threads: int = Field(ge=1, le=1024, description="Torch's threads; other numbers can round.")
     precision: Precision = Field(description="Number format of training.")
 
@@ -174,7 +176,7 @@ class StudyConfig:
 class TrackingConfig:
     """Where runs are recorded."""
 
-    name: Tracker = Field(description="Name of the tracker.")
+    name: TrackerName = Field(description="Name of the tracker.")
     uri: str | None = Field(description="Address of MLflow's server; null is sqlite in the lab.")
     experiment: str = Field(description="MLflow experiment that runs belong to.")
 

@@ -11,7 +11,7 @@ from digitlab.base import faults
 from digitlab.base.files import sync_file_system
 from digitlab.records.spool import Changes, FileSpool, Operation
 from digitlab.records.store import (
-    Batch,
+    LogBatch,
     NewRun,
     Tracker,
     TrackerAway,
@@ -197,7 +197,7 @@ def _refusal(spool: FileSpool, error: TrackerRefused) -> TrackerRefused:
 
 def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operation]) -> None:
     """Send operations on one run in as few calls as possible."""
-    batch, end = Batch(), None
+    batch, end = LogBatch(), None
     files: dict[str, bytes] = {}
     for what, added in operations:
         files |= added

@@ -30,7 +30,7 @@ from digitlab.records.local import (
     write_artifacts,
 )
 from digitlab.records.store import (
-    Batch,
+    LogBatch,
     NewRun,
     RunRow,
     Tracker,
@@ -193,7 +193,7 @@ class MlflowTracker(Tracker):
         return str(self.client.create_run(self.experiment, run.time_ms, tags, run.name).info.run_id)
 
     @_translated
-    def log(self, run_id: str, batch: Batch) -> None:
+    def log(self, run_id: str, batch: LogBatch) -> None:
         params, metrics, tags = _entities(batch)
         while params or metrics or tags:
             self.client.log_batch(
@@ -268,7 +268,7 @@ class MlflowTracker(Tracker):
 
     @_translated
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        self.log(run_id, Batch(tags=dict(tags)))
+        self.log(run_id, LogBatch(tags=dict(tags)))
 
     @_translated
     def delete(self, run_id: str) -> None:
@@ -312,7 +312,7 @@ def _listed(client: MlflowClient, run_id: str) -> list[str]:
     return sorted(paths)
 
 
-def _entities(batch: Batch) -> tuple[list[Param], list[Metric], list[RunTag]]:
+def _entities(batch: LogBatch) -> tuple[list[Param], list[Metric], list[RunTag]]:
     params = [
         Param(key if not part else f"{key}/{part}", value[at : at + _LONGEST])
         for key, value in batch.params.items()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
-from digitlab.config.types import Config
-from digitlab.config.types import Tracker as TrackerName
+from digitlab.config.types import Config, TrackerName
 from digitlab.records.outbox import Outbox
 from digitlab.records.store import NewRun, NoTracker, Tracker
 

@@ -58,7 +58,7 @@ class NewRun:
 
 
 @dataclass(frozen=True)
-class Batch:
+class LogBatch:
     """What is written to a run in one call."""
 
     params: dict[str, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Tracker(ABC):
         """Create a run, unless it `may_exist` and is found by its key; return its id."""
 
     @abstractmethod
-    def log(self, run_id: str, batch: Batch) -> None:
+    def log(self, run_id: str, batch: LogBatch) -> None:
         """Write parameters, metrics and tags."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class NoTracker(Tracker):
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
         return run.key
 
-    def log(self, run_id: str, batch: Batch) -> None: ...
+    def log(self, run_id: str, batch: LogBatch) -> None: ...
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None: ...
     def end_run(self, run_id: str, state: str, time_ms: int) -> None: ...
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import storage_of
-from digitlab.config.types import Config, Tracker
+from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
-from digitlab.records.store import RunRow
-from digitlab.records.store import Tracker as RunTracker
+from digitlab.records.store import RunRow, Tracker
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import leader_lock, listed_studies, open_storage, study_names
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
@@ -112,7 +111,7 @@ def _differences(row: TrialRow, run: RunRow) -> list[Problem]:
     return [Problem(kind, row.number, run.run_id, detail) for kind, detail in found]
 
 
-def find_damage(tracker: RunTracker, runs: Iterable[RunRow]) -> list[Problem]:
+def find_damage(tracker: Tracker, runs: Iterable[RunRow]) -> list[Problem]:
     """Read each finished run's files, and compare them with what was recorded."""
     problems = []
     for run in runs:
@@ -238,7 +237,7 @@ def _audit_study(
             _print([problem], as_json)
             return [*pending, problem], [problem] if is_repair else [*pending, problem]
         problems: list[Problem] = []
-        if config.tracking.name is not Tracker.none:
+        if config.tracking.name is not TrackerName.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
             problems = find_problems(store.rows(), runs) + find_damage(records.tracker, runs)
         _print(problems, as_json)

@@ -15,7 +15,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
 from digitlab.records.record import open_records, open_tracker
-from digitlab.records.store import Batch, NewRun, RunRow, Tracker
+from digitlab.records.store import LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
 from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
 from digitlab.study.storage import leader_lock, open_storage, study_names
@@ -155,7 +155,7 @@ def _record(tracker: Tracker, bundle: Bundle, rows: Sequence[RunRow]) -> dict[st
         tags = {k: ids.get(v, v) if k in _RUN_OF else v for k, v in row.tags.items()}
         history = bundle.history(row.run_id)
         metrics = [(key, value, step, row.started_ms) for key, step, value in history]
-        tracker.log(run_id, Batch(row.params, metrics, tags))
+        tracker.log(run_id, LogBatch(row.params, metrics, tags))
         paths = bundle.files(row.run_id)
         tracker.upload(run_id, {path: bundle.artifact(row.run_id, path) for path in paths})
         state = row.tags.get("digitlab.state", "running")

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from digitlab.base.statistics import Interval
-from digitlab.config.types import Config, DataConfig, Tracker
+from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
 from digitlab.records.mlflow import save_servable
 from digitlab.records.reader import verified
@@ -27,7 +27,7 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]
 
     An earlier champion of the study stays, marked as superseded; the alias moves.
     """
-    if session.config.tracking.name is Tracker.none or session.parent is None:
+    if session.config.tracking.name is TrackerName.none or session.parent is None:
         return {}
     summary = {**summary, "run_id": register_champion(session, summary)}
     session.store.note("champion", summary)  # the report is made from what is noted

@@ -8,7 +8,7 @@ from typing import Any
 from digitlab.base.stop import StopSignal
 from digitlab.records.record import RunRecorder
 from digitlab.workers.base import (
-    Answer,
+    Decision,
     Epoch,
     Event,
     Failed,
@@ -146,7 +146,7 @@ class JobLoop:
         task.metrics |= {"rung": rung, "rung_accuracy": accuracy}
         task.recorder.rung(rung, index, accuracy)
         task.is_pruned = task.should_prune(index, accuracy)
-        self.workers.answer(worker, Answer.stop if task.is_pruned else Answer.proceed)
+        self.workers.answer(worker, Decision.stop if task.is_pruned else Decision.proceed)
 
     def _finish(self, task: Task, event: Finished) -> Ending:
         results = event.metrics | _seconds(task)

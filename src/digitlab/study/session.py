@@ -14,7 +14,7 @@ from digitlab.base.errors import UserError
 from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
-from digitlab.config.types import Config, Tracker
+from digitlab.config.types import Config, TrackerName
 from digitlab.data.datasets import TRAIN, load_digits
 from digitlab.records.record import Identity, Records, RunRecorder, open_records, trial_tags
 from digitlab.records.spool import RunSpool
@@ -175,7 +175,7 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
 
 def _open_parent_run(session: StudySession) -> None:
     """Open the study's own run: created by the first call, reopened by the others."""
-    if session.config.tracking.name is Tracker.none:
+    if session.config.tracking.name is TrackerName.none:
         return
     records, store, name = session.records, session.store, session.config.study.name
     known = store.notes().get("run_id")

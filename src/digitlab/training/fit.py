@@ -36,7 +36,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """The result of a fit.
 
     `logits` (M, 10) and `labels` (M,) are of the images that it was measured on, validation or test
@@ -53,7 +53,9 @@ class Fit:
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
 
 
-def fit(config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[float] = ()) -> Fit:
+def fit(
+    config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[float] = ()
+) -> FitResult:
     """Train a configuration from its seed and measure it.
 
     The same configuration on the same machine with the same thread count gives the same bits, in
@@ -89,7 +91,9 @@ def fit(config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[f
         name: value.detach().contiguous().clone()
         for name, value in module.learned.state_dict().items()
     }
-    return Fit(weights, logits, labels, images, metrics, data.sha256, reporter.film, _numerics())
+    return FitResult(
+        weights, logits, labels, images, metrics, data.sha256, reporter.film, _numerics()
+    )
 
 
 def _train(config: Config, module: BlockModule, blocks: Blocks, reporter: "_Reporter") -> None:

@@ -5,14 +5,14 @@ import json
 import safetensors.torch
 from torch import Tensor
 
-from digitlab.training.fit import Fit
+from digitlab.training.fit import FitResult
 from digitlab.training.pictures import draw_pictures
 
 # Readers refuse weights without it: the same numbers in another order of axes would load too.
 _METADATA = {"layout": "channels_last", "format": "1"}
 
 
-def output_files(fit: Fit) -> dict[str, bytes]:
+def output_files(fit: FitResult) -> dict[str, bytes]:
     """Return the content of each file by its path in the run's record.
 
     weights.safetensors; predictions.safetensors with `predictions` and `labels`, both uint8 (M,),

@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from digitlab.training.fit import Fit, Frame, one_of_each
+from digitlab.training.fit import FitResult, Frame, one_of_each
 
 _MISREAD_SHOWN = 32  # digits
 
 
-def draw_pictures(fit: Fit) -> dict[str, bytes]:
+def draw_pictures(fit: FitResult) -> dict[str, bytes]:
     """Return PNG files by name.
 
     confusion.png; misread.png where any digit was misread; evolution.png of a fit with a film.

@@ -26,7 +26,7 @@ class Job:
     rungs: tuple[float, ...] = ()
 
 
-class Answer(StrEnum):
+class Decision(StrEnum):
     """What the driver decides at a rung. A worker obeys `stop` at any other batch, too."""
 
     proceed = "proceed"
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Rung:
-    """The validation accuracy at the job's rung number `index`; the worker waits for an Answer."""
+    """The validation accuracy at the job's rung number `index`; the worker waits for a Decision."""
 
     index: int
     accuracy: float
@@ -110,7 +110,7 @@ class Lost:
 
 End = Finished | Stopped | Failed | Lost
 Event = Ready | Refused | Started | Progress | Rung | Epoch | End
-Order = Job | Answer
+Order = Job | Decision
 
 
 class Channel(Protocol):
@@ -166,8 +166,8 @@ class Workers(ABC):
         """Give an idle worker a job. One event of type End is its last."""
 
     @abstractmethod
-    def answer(self, worker: int, answer: Answer) -> None:
-        """Answer the worker's Rung."""
+    def answer(self, worker: int, decision: Decision) -> None:
+        """Send the decision at the rung that the worker waits at."""
 
     @abstractmethod
     def events(self, timeout_s: float) -> list[tuple[int, Event]]:
@@ -247,16 +247,16 @@ class Pool(Workers):
         self._states[worker] = _State(is_ready=True, job=self._jobs)
         self._send(worker, (self._jobs, job))
 
-    def answer(self, worker: int, answer: Answer) -> None:
-        # The number keeps a late answer away from the worker's next job.
+    def answer(self, worker: int, decision: Decision) -> None:
+        # The number keeps a late decision away from the worker's next job.
         if self._states[worker].job:
-            self._send(worker, (self._states[worker].job, answer))
+            self._send(worker, (self._states[worker].job, decision))
 
     def cancel(self, worker: int) -> None:
         state = self._states[worker]
         if state.job and state.stop_by == math.inf:
             state.stop_by = time.monotonic() + self.cancel_grace_s
-            self.answer(worker, Answer.stop)
+            self.answer(worker, Decision.stop)
 
     def events(self, timeout_s: float) -> list[tuple[int, Event]]:
         deadline = time.monotonic() + timeout_s

@@ -18,8 +18,8 @@ from digitlab.training.observer import StopTraining, TrainingObserver
 from digitlab.training.outputs import output_files
 from digitlab.workers.base import (
     PROGRESS_INTERVAL_S,
-    Answer,
     Channel,
+    Decision,
     Epoch,
     Event,
     Failed,
@@ -134,6 +134,6 @@ class _JobObserver(TrainingObserver):
 
     def _obey(self, number: int, order: Order) -> bool:
         """End this job if the order says so; return whether it lets the job proceed."""
-        if number == self.number and order is Answer.stop:
+        if number == self.number and order is Decision.stop:
             raise StopTraining
-        return number == self.number and order is Answer.proceed
+        return number == self.number and order is Decision.proceed
