@@ -1,0 +1,82 @@
+"""Check the figures that README and the experiments' pages print (`make check` runs this).
+
+A comment below a paragraph or a table names the values that a figure in it was computed from:
+
+    <!-- 99.05 % = speed.json: fast99, test accuracy, mean -->
+    <!-- table = speed.json -->
+
+The first is compared with the values of that name, rounded as it is printed; the second is a table
+of all values of the file but those of other comments. Figures that were recorded elsewhere have a
+line that begins with "Source:". Prints what is wrong, one a line; exit status 1 if anything is.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPUTED: dict[str, Callable[[Sequence[float]], float]] = {
+    "median": statistics.median,
+    "mean": statistics.fmean,
+    "sd": statistics.stdev,
+}
+COMMENT = re.compile(r"<!-- (.+) = (\S+\.json)(?:: (.+), (\w+))? -->")
+MEASURED = re.compile(r"\d\.\d+ (%|s\b|ms)")  # percentages and times
+
+
+def problems(text: str, folder: Path = ROOT / "experiments") -> Iterator[str]:
+    """Yield what is wrong with the figures of a page; `folder` holds the JSON files."""
+    above, is_sourced = "", True
+    for block in f"{text}\n\n".split("\n\n"):
+        comments = COMMENT.findall(block)
+        named = {key for _, _, key, _ in COMMENT.findall(text)}
+        for printed, file, key, what in comments:
+            figures = json.loads((folder / file).read_text())["figures"]
+            if printed == "table":
+                rows = [_row(figure) for figure in figures if figure["name"] not in named]
+                yield from (f"no row {row}" for row in rows if row not in above)
+            elif (value := _value(figures, key, what, printed)) not in printed:
+                yield f"{printed} should be {value}: {file}: {key}, {what}"
+            elif printed not in above.replace("\n", " "):
+                yield f"{printed} does not stand above its comment"
+        if comments or block.startswith("Source:"):
+            is_sourced = True
+        else:
+            if not is_sourced:
+                yield f"no source of the table with {above.splitlines()[0]}"
+            above, is_sourced = block, not (block.startswith("|") and MEASURED.search(block))
+
+
+def _value(figures: list[dict[str, Any]], key: str, what: str, printed: str) -> str:
+    """Return a figure as it should be printed, with as many digits as it is."""
+    values = next((f["values"] for f in figures if f["name"] == key), [])
+    if not values:
+        return f"one that is measured: {key} is not"
+    is_share = "%" in printed and max(values) <= 1
+    decimals = re.findall(r"\d+\.?(\d*)", printed)[-1]
+    return f"{COMPUTED[what](values) * (100 if is_share else 1):.{len(decimals)}f}"
+
+
+def _row(figure: dict[str, Any]) -> str:
+    values, least, most = figure["values"], figure["least"], figure["most"]
+    bar = f">= {least:g}" if least is not None else f"<= {most:g}" if most is not None else ""
+    unit = "" if figure["unit"] in ("ratio", "requests") else f" {figure['unit']}"
+    spread = f"{min(values):.3g} to {max(values):.3g}"
+    middle = f"{statistics.median(values):.3g}{unit}"
+    return f"| {figure['name']} | {bar} | {middle} | {spread} | {len(values)} |"
+
+
+def main() -> int:
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))):
+        found += [f"{page.name}: {it}" for it in problems(page.read_text())]
+    print("\n".join(found), end="\n" if found else "")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
