@@ -87,12 +87,13 @@ compare: $(STAMP) ## what differs between runs (RUNS="one another")
 bench: $(STAMP) ## time runs, workers and bookkeeping in turns (some minutes; leave the machine alone)
 	@$(BIN)/digitlab bench $(ARGS)
 
-check: $(STAMP) ## format, lint, types, layers, dependencies
+check: $(STAMP) ## format, lint, types, layers, dependencies, printed figures
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache | grep -A40 "^Analyzed"
 	@$(BIN)/deptry src
+	@$(BIN)/python experiments/figures.py
 
 test: $(STAMP) ## the tests (no network needed)
 	@$(BIN)/python -m pytest $(ARGS)

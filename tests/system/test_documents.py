@@ -3,7 +3,10 @@
 They run in this process, on the sample of digits: make and a shell say which arguments it gets.
 """
 
+import io
+import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,19 +18,35 @@ from PIL import Image
 from samples import WHOLE, studies
 
 from digitlab.base.paths import ROOT
+from digitlab.cli import build_parser
 from digitlab.config import compose as composing
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
 COMMAND = re.compile(r"(?:make|digitlab) [a-z].*")
-# What needs other machines, the network, or longer than a test may take; what serves until Ctrl-C.
-NOT_RUN = {
-    "make setup", "make test", "make check", "make bench", "make clean", "make data",
-    "make draw", "make ui", "make dashboard", "make play", "digitlab draw", "digitlab ui",
-    "digitlab dashboard", "digitlab bench", "digitlab data",
-}  # fmt: skip
-HEAVY = ("EXPERIMENT=robust", "evaluate_on=test trainer.seed=0,1,2,3,4")
-SMALL = ["data=sample", "data.batch_size=200"]
-FEW = ["study.trials=2", "study.final_seeds=1", "study.confirm=1"]
+# What needs a cluster, the internet or many minutes, and what serves until Ctrl-C: parsed, not run.
+NOT_RUN = ("setup", "test", "bench", "data", "draw", "ui", "dashboard")
+# So that a command takes a second or two; it prints the same lines.
+SMALL = ["data=sample", "data.batch_size=200", "data.images=0"]
+FEW = ["study.trials=2", "study.final_seeds=1", "study.confirm=1", "trainer.epochs=1"]
+FEW += ["model.widths=[4,4,4]"]
+FIRST_LINE = {  # of what each command prints
+    "audit": r"\d+ studies, 0 problems",
+    "best": r"# @package _global_",
+    "compare": r"parameters",
+    "config": r"  data\.name +Name of the data set",
+    "delete": r"delete study smoke with 6 trials and \d+ runs\?.*deleted: study smoke",
+    "evaluate": r"\S+-final-0: \d+ test images",
+    "explain": r"test image 0, a 7: ",
+    "predict": r"photo\.jpg: ",
+    "report": r"written: .+/reports/\w+\.html",
+    "reproduce": r"reproducing \S+-final-0 \([0-9a-f]{32}\)|replaying study smoke as smoke-replay",
+    "restore": r"restored: study smoke with \d+ runs",
+    "runs": r"[┏━┳┓]+",
+    "show": r"run [0-9a-f]{32} \(\S+-final-0\): final, finished",
+    "studies": r"[┏━┳┓]+",
+    "sweep": r"study \S+: 2 trials over |study (smoke|default) is complete: ",
+    "train": r"epoch 1/\d  train_accuracy 0\.\d+",
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -37,64 +56,101 @@ def commands(page: Path) -> list[str]:
     found = [line for line in blocks if COMMAND.match(line)]
     found += [line for line in re.findall(r"`([^`\n]+)`", text) if COMMAND.fullmatch(line)]
     plain = [re.split(r"\s{2,}#|\s#\s", line)[0].strip() for line in found]
-    return [line for line in dict.fromkeys(plain) if "..." not in line]
+    return [line for line in plain if "..." not in line]
 
 
 def arguments(command: str) -> list[str]:
-    """Return what `digitlab` is called with, once make and the shell have read the command."""
+    """Return what `digitlab` is called with, once make and the shell have read the command.
+
+    It is empty for a target of make that does not call digitlab.
+    """
     if command.startswith("make "):
-        told = subprocess.run(
+        lines = subprocess.run(
             ["bash", "-c", command.replace("make ", "make --dry-run --silent ", 1)],
             cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        command = next(line for line in told.splitlines() if "bin/digitlab" in line)
+        ).stdout.splitlines()  # fmt: skip
+        command = next((line for line in lines if "bin/digitlab" in line), "digitlab")
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.rpartition("/")[2] == "digitlab")
     return words[start + 1 :]
 
 
-ALL = [
-    pytest.param(page, command, id=f"{page.stem}: {command}")
-    for page in PAGES
-    for command in commands(page)
-    if page.stem != "cluster"
-]
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+IS_RUN = {line: line.split()[1] not in NOT_RUN and "launcher=ray" not in line for line in ALL}
 
 
-def is_run(command: str) -> bool:
-    first = " ".join(command.split()[:2])
-    is_light = not any(word in command for word in HEAVY)
-    return first not in NOT_RUN and is_light and "launcher=ray" not in command
-
-
-def test_there_are_commands_to_run() -> None:
-    assert len(ALL) > 30
-    assert len([one for one in ALL if is_run(str(one.values[1]))]) > 20
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a lab with a finished study `smoke`, which the commands go on with."""
-    return shutil.copytree(studies(tmp_path_factory), tmp_path_factory.mktemp("documents") / "lab")
+@pytest.mark.parametrize("command", [line for line, is_run in IS_RUN.items() if not is_run])
+def test_a_printed_command_that_is_not_run_is_known(command: str) -> None:
+    words = arguments(command)
+    if words and words[0] != "bench":
+        _, parsers = build_parser()
+        options = parsers[words[0]].parse_intermixed_args(words[1:])
+        if words[0] == "sweep":
+            assert composing.compose("sweep", options.overrides)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("page", "command"), [one for one in ALL if is_run(str(one.values[1]))])
-def test_a_printed_command_runs(
-    page: Path, command: str, lab: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(300)
+def test_every_printed_command_runs(
+    tmp_path_factory: pytest.TempPathFactory, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the order of the pages, in one lab with a finished study `smoke`."""
+    assert sum(IS_RUN.values()) > 25
+    lab = shutil.copytree(studies(tmp_path_factory), tmp_path_factory.mktemp("documents") / "lab")
+    call = call_in(lab)
+    assert call("delete", "stopped", "--yes")[0] == 0  # it was killed, which `audit` reports
     whole = composing.compose
 
-    def compose(name: str, overrides: list[str]) -> list[composing.Composed]:
+    def compose(
+        name: str, overrides: list[str], multirun: bool = False
+    ) -> list[composing.Composed]:
         if name == "sweep" and "experiments=smoke" in overrides:
             return whole(name, [*overrides, *WHOLE[1:]])  # the study that is there
-        return whole(name, [*overrides, *SMALL, *(FEW if name == "sweep" else [])])
+        few = FEW if name == "sweep" else []
+        return whole(name, [*overrides, *SMALL, *few], multirun)[:2]
 
     monkeypatch.setattr(composing, "compose", compose)
     Image.open(ROOT / "experiments" / "draw.png").convert("L").save("photo.jpg")
-    words = [word.replace("RUN", "champion") for word in arguments(command)]
-    status, out, err = call_in(lab)(*words)
-    assert status == 0, err
-    assert out.splitlines()[0].strip()
-    assert "Traceback" not in err
+    for command in (line for line, is_run in IS_RUN.items() if is_run):
+        words = [word.replace("RUN", "champion") for word in arguments(command)]
+        words += ["--prepared=5"] if "--shift" in words else []
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+        status, out, err = call(*words)
+        assert status == 0, f"{command}: {out}{err}"
+        assert re.match(FIRST_LINE[words[0]], out), f"{command}: {out}"
+
+
+VALUES = {"name": "fast, accuracy", "unit": "%", "values": [98.0, 99.0], "least": None, "most": 9}
+PAGE = """| fast | 98.50 % |
+
+<!-- 98.50 % = speed.json: fast, accuracy, mean -->
+<!-- {} -->
+"""
+
+
+@pytest.mark.parametrize(
+    ("comment", "reason"),
+    [
+        ("98.5 % = speed.json: fast, accuracy, median", "98.5 % does not stand above its comment"),
+        ("98.50 % = speed.json: fast, accuracy, sd", "98.50 % should be 0.71: speed.json"),
+        ("98.50 % = speed.json: slow, accuracy, mean", "slow, accuracy is not"),
+        ("98.50 % = speed.json: fast, accuracy, median", ""),
+    ],
+)
+def test_a_printed_figure_is_compared_with_the_record(
+    tmp_path: Path, comment: str, reason: str
+) -> None:
+    (tmp_path / "speed.json").write_text(json.dumps({"figures": [VALUES]}))
+    problems = runpy.run_path(str(ROOT / "experiments/figures.py"))["problems"]
+    found = list(problems(PAGE.format(comment), tmp_path))
+    assert [reason in problem for problem in found] == [True] * bool(reason)
+
+
+def test_a_table_of_figures_has_a_row_for_each_and_a_source(tmp_path: Path) -> None:
+    (tmp_path / "speed.json").write_text(json.dumps({"figures": [VALUES]}))
+    problems = runpy.run_path(str(ROOT / "experiments/figures.py"))["problems"]
+    row = "| fast, accuracy | <= 9 | 98.5 % | 98 to 99 | 2 |"
+    source = "<!-- table = speed.json -->\n"
+    assert list(problems(f"{row}\n\n{source}", tmp_path)) == []
+    assert list(problems(f"| slow |\n\n{source}", tmp_path)) == [f"no row {row}"]
+    assert list(problems(f"{row}\n", tmp_path)) == [f"no source of the table with {row}"]
