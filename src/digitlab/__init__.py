@@ -153,7 +153,9 @@ def train(*overrides: str, lab: Path | None = None) -> Run:
     _train(composed, lab, conclude=lambda _records, _config, outcome: outcomes.append(outcome))
     if not outcomes or outcomes[0].run_id is None:
         raise UserError(
-            f"{' '.join(overrides)}: no finished run was recorded. See what was printed"
+            f"{' '.join(overrides)}: no finished run was recorded: the training must end by "
+            f"itself. "
+            "Read what was printed, and train again."
         )
     return load_run(outcomes[0].run_id, lab)
 
@@ -171,7 +173,10 @@ def sweep(*overrides: str, lab: Path | None = None) -> Study:
     lab = _lab(lab)
     [composed] = _compose("sweep", overrides)
     if _sweep(composed, lab, publish):
-        raise UserError(f"study {composed.config.study.name} did not end. See what was printed")
+        raise UserError(
+            f"study {composed.config.study.name} did not end: it was stopped, or no trial "
+            "finished. Read what was printed, and call sweep again."
+        )
     return load_study(composed.config.study.name, lab)
 
 

@@ -49,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": plain, **how})
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('digitlab ')}: {message}; see {self.prog} --help")
+        raise UserError(
+            f"{self.prog.removeprefix('digitlab ')}: {message}. See `{self.prog} --help`."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -105,7 +105,9 @@ def studies(options: Namespace) -> int:
 
 def _form(options: Namespace) -> str:
     if options.json and options.csv:
-        raise UserError("--json and --csv are two forms of one answer: give one of them")
+        raise UserError(
+            "--json with --csv is invalid: only one form can be printed. Give one of them."
+        )
     return "json" if options.json else "csv" if options.csv else "table"
 
 
@@ -158,7 +160,7 @@ def audit(options: Namespace) -> int:
 def bench(options: Namespace) -> int:
     script = RECIPES / "bench.py"
     if not script.is_file():
-        raise UserError("bench is not available here: it needs a checkout. Clone the repository")
+        raise UserError("bench is not available here: it needs a checkout. Clone the repository.")
     sys.argv[1:] = options.rest
     runpy.run_path(str(script), run_name="__main__")
     return 0
@@ -172,13 +174,18 @@ def reproduce(options: Namespace) -> int:
     named = [word for word in options.words if word not in changed]
     if len([*named, *filter(None, (options.study, options.config))]) != 1:
         raise UserError(
-            "reproduce: give one of RUN, --study STUDY and --config FILE; "
-            "see digitlab reproduce --help"
+            "reproduce needs exactly one of RUN, --study STUDY and --config FILE. "
+            "See `digitlab reproduce --help`."
         )
     if options.at_commit and not named:
-        raise UserError("reproduce --at-commit goes with RUN alone")
+        raise UserError(
+            "--at-commit without RUN is invalid: only a run records a commit. Name a run."
+        )
     if (options.json and options.config) or (changed and options.study):
-        raise UserError("reproduce --config takes no --json, --study no overrides")
+        raise UserError(
+            "--json with --config, or KEY=VALUE with --study, is invalid: it would have no effect. "
+            "Leave it out."
+        )
 
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:

@@ -32,14 +32,17 @@ def load_env_file(path: Path) -> None:
         values = dotenv_values(path, interpolate=False)  # a password may hold a $
         mode = stat.S_IMODE(path.stat().st_mode)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it must be a file of text") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): it must be a text file. Repair or remove it."
+        ) from error
     for name, value in values.items():
         if name not in _KNOWN:
             raise UserError(
-                f"{path}: {name} is not a name that belongs there: {nearest(name, _KNOWN)}"
+                f"{path}: {name} does not belong there, {nearest(name, _KNOWN)} Correct or remove "
+                f"it."
             )
         if value is None:
-            raise UserError(f"{path}: {name} has no value: write {name}=VALUE")
+            raise UserError(f"{path}: {name} has no value: a line must be NAME=VALUE. Write one.")
         os.environ.setdefault(name, value)
     if mode & 0o077:
         _warn(path, mode)

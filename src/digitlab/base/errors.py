@@ -40,7 +40,9 @@ def refuse_damage(what: str, *more: type[Exception]) -> Iterator[None]:
         raise
     except damage as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{what} is damaged ({reason}): it must be as it was recorded.") from error
+        raise UserError(
+            f"{what} is damaged ({reason}): it must be as it was recorded. Restore it from a copy."
+        ) from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -49,7 +51,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     matches = get_close_matches(word, known, n=3, cutoff=0.6)
     if matches:
         return f"did you mean {' or '.join(matches)}?"
-    return f"known are {', '.join(known)}" if known else "there are none yet"
+    return f"known are {', '.join(known)}." if known else "there are none yet."
 
 
 def first_line(error: object) -> str:

@@ -63,7 +63,9 @@ def write_output(target: Path, content: bytes | str, option: str) -> None:
         target.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(
-            f"{option} {target} cannot be written ({error.strerror}): name another file"
+            f"{option} {target} cannot be written ({error.strerror}): it must be in a folder that "
+            f"can be "
+            "written. Name another file."
         ) from error
 
 

@@ -39,7 +39,7 @@ def lab_folder() -> Path:
     except OSError as error:
         raise UserError(
             f"DIGITLAB_HOME={folder} is invalid: it must be a folder that can be written "
-            f"({error.strerror})."
+            f"({error.strerror}). Name another one."
         ) from error
     load_env_file(folder / ".env")
     return folder
@@ -54,5 +54,5 @@ def _refuse_other_checkout() -> None:
         if (folder / "src/digitlab").is_dir() and folder.resolve() != ROOT:
             raise UserError(
                 f"{folder} is a copy: this digitlab is installed from {ROOT}, and would work there."
-                " Run `make setup` in the copy first"
+                " Run `make setup` in the copy first."
             )

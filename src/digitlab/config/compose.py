@@ -93,7 +93,10 @@ def split_name(command: str, overrides: Sequence[str]) -> tuple[str | None, list
     if not names:
         return None, texts
     if command == "sweep":
-        raise UserError(f"name={names[-1]} is of one run: name a study with study.name={names[-1]}")
+        raise UserError(
+            f"name={names[-1]} is invalid here: it names one run. Name a study by "
+            f"study.name={names[-1]}"
+        )
     is_plain = re.fullmatch(r"[^/\x00-\x1f]{1,100}", names[-1]) and names[-1] != "champion"
     rule = "1 to 100 characters without '/', and not 'champion'"
     require(bool(is_plain), f"name={names[-1]}", rule)
@@ -125,7 +128,11 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         override = _parse(text)
         if override.type is not OverrideType.CHANGE or override.is_sweep_override():
-            raise UserError(f"{text}: a recorded configuration takes one value for a key it has.")
+            raise UserError(
+                f"{text} is invalid: a recorded configuration takes one value for a key that it "
+                f"has. "
+                "Give KEY=VALUE."
+            )
         values[override.key_or_group] = override.value()
     return values
 
@@ -176,8 +183,9 @@ def _product(texts: Sequence[str], multirun: bool) -> list[tuple[str, ...]]:
             continue
         if not multirun:
             raise UserError(
-                f"{text} gives several values: train each with --multirun, or search them with "
-                f"`digitlab sweep`; one text with commas is written {shlex.quote(_quoted(text))}"
+                f"{text} gives several values, and a run has one: train each with --multirun, or "
+                f"search them with "
+                f"`digitlab sweep`. One text with commas is written {shlex.quote(_quoted(text))}"
             )
         require(not override.is_interval_sweep(), text, "a list of values or a range")
         key = override.get_key_element()

@@ -70,10 +70,10 @@ def config_from_yaml(text: str) -> Config:
     """Read a run's `config.yaml`; UserError as `config_from_plain`, or if its format is unknown."""
     try:
         if len(text.encode(errors="replace")) > _MOST_BYTES:
-            raise UserError(f"it is longer than {_MOST_BYTES} bytes")
+            raise UserError(f"not a configuration: it must have at most {_MOST_BYTES} bytes.")
         # A few lines of anchors and aliases unfold to gigabytes: look before anything is loaded.
         if any(isinstance(t, yaml.AnchorToken | yaml.AliasToken) for t in yaml.scan(text)):
-            raise UserError("YAML's anchors and aliases are not allowed")
+            raise UserError("not a configuration: it must hold no YAML anchors or aliases.")
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # PyYAML's own errors reach here besides OmegaConf's
         raise UserError(f"not a configuration: {first_line(error)}") from error
@@ -81,7 +81,7 @@ def config_from_yaml(text: str) -> Config:
         raise UserError("not a configuration: it must be a YAML mapping.")
     given = plain.pop("format", None)
     if given is None:
-        raise UserError(f"not a configuration: it must begin with `format: {FORMAT}`.")
+        raise UserError(f"not a configuration: it must start with `format: {FORMAT}`.")
     if given != FORMAT or isinstance(given, bool):
         raise UserError(f"format={shown(given)} is invalid: it must be {FORMAT}.")
     return config_from_plain({str(key): value for key, value in plain.items()})

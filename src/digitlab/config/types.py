@@ -157,7 +157,7 @@ class StudyConfig:
         if self.fork_from is not None and self.sampler is Sampler.grid:
             raise UserError(
                 f"study.fork_from={self.fork_from} with study.sampler=grid is invalid: a grid "
-                "visits its points by the numbers of its own trials. Use another sampler"
+                "visits its points by the numbers of its own trials. Use another sampler."
             )
         if self.begin_with and self.sampler is Sampler.grid:
             raise UserError(

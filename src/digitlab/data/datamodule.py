@@ -56,7 +56,7 @@ class DigitsData(pl.LightningDataModule):
         if data.images:
             most = len(labels) - 1
             require(
-                data.images <= most, f"data.images={data.images}", f"up to {most}, or 0 for all"
+                data.images <= most, f"data.images={data.images}", f"at most {most}, or 0 for all"
             )
             _, part = stratified_split(labels, data.images, data.split_seed)
             images, labels = images[part], labels[part]

@@ -126,11 +126,17 @@ def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bo
     labels = _parse_idx(labels_file, folder / files[1])
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         shapes = f"images {images.shape} and labels {labels.shape}"
-        raise UserError(f"{folder}: {shapes} do not fit: they must be (N, 28, 28) and (N,)")
+        raise UserError(
+            f"{folder}: {shapes} do not fit: they must be (N, 28, 28) and (N,). Replace them."
+        )
     if not len(labels):
-        raise UserError(f"{folder / files[0]} holds no images")
+        raise UserError(
+            f"{folder / files[0]} holds no images: it must hold one or more. Replace it."
+        )
     if labels.max() > 9:
-        raise UserError(f"{folder / files[1]} holds label {labels.max()}: it must be 0 to 9")
+        raise UserError(
+            f"{folder / files[1]} holds label {labels.max()}: it must be 0 to 9. Replace it."
+        )
     return Digits(
         torch.from_numpy(images),
         torch.from_numpy(labels.astype(np.int64)),
@@ -270,7 +276,10 @@ def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
         if max(shape) < 2**31 and len(content) == start + math.prod(shape):
             return content[start:].reshape(shape)
-    raise UserError(f"{path} is not a whole idx file of unsigned bytes ({len(content)} bytes)")
+    raise UserError(
+        f"{path} is invalid ({len(content)} bytes): it must be a whole idx file of unsigned "
+        f"bytes. Replace it."
+    )
 
 
 def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -162,10 +162,11 @@ def _files(paths: Sequence[str]) -> list[str]:
 def _read(path: str) -> Grey:
     if path == "-":
         if sys.stdin is None:
-            raise UserError("standard input: closed")
+            raise UserError("standard input: closed: it must hold an image.")
         return decode(sys.stdin.buffer.read(2**26), "standard input")
     if Path(path).is_dir():
         raise UserError(
-            f"{path}: a folder without images that can be listed ({', '.join(_SUFFIXES)})"
+            f"{path}: a folder without images: it must hold files that end in "
+            f"{', '.join(_SUFFIXES)}."
         )
     return read_image(Path(path))

@@ -32,8 +32,8 @@ def serve(lab: Path, port: int) -> int:
     elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
     if elsewhere:
         raise UserError(
-            f"MLFLOW_TRACKING_URI={first_line(elsewhere)} is set, so runs are recorded there: "
-            "open that page, or unset it to see the lab's own"
+            f"MLFLOW_TRACKING_URI={first_line(elsewhere)} is set, so runs are recorded there. "
+            "Open that page, or unset it to see the lab's own."
         )
     page = lab_tracker(lab, ["tracking=mlflow"]).runs_page().replace(":5000/", f":{port}/")
     print(f"runs:   {page}   (Ctrl-C ends it)")

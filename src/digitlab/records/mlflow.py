@@ -264,7 +264,9 @@ class MlflowTracker(Tracker):
             if disk_problem(error):
                 raise
             self.client.get_run(run_id)  # raises when it is the tracker that is away
-            raise UserError(f"Run {run_id} has no artifact {path}.") from error
+            raise UserError(
+                f"Run {run_id} has no artifact {path}: it was not recorded. Train the run again."
+            ) from error
 
     @_translated
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -344,7 +346,9 @@ def _match(run: str, rows: list[RunRow]) -> RunRow:
         return (finished or matches)[0]
     if matches:
         ids = ", ".join(row.run_id[:8] for row in matches[-5:])
-        raise UserError(f"{run}: {len(matches)} runs have this name; give an id: {ids}")
+        raise UserError(
+            f"{run}: {len(matches)} runs have this name: it must name one. Give an id: {ids}"
+        )
     raise UserError(f"{run}: no such run, {nearest(run, {row.name for row in rows})}")
 
 

@@ -58,7 +58,9 @@ def _find_champion(tracker: Tracker, study: str) -> RunRow:
         if not rows:
             raise UserError(f"{study}/champion: no such champion, {nearest(study, known)}")
     if not rows:
-        raise UserError(f"champion: no study has one yet: run `{command('sweep')}`")
+        raise UserError(
+            f"champion is not available: no study has selected one yet. Run `{command('sweep')}`."
+        )
     if len({row.params.get("data.name") for row in rows}) > 1:
         name = compose("train", ())[0].config.data.name
         rows = [row for row in rows if row.params.get("data.name") == name] or rows
@@ -84,14 +86,17 @@ def trained(tracker: Tracker, name: str) -> RunRow:
     row = find_run(tracker, name)
     state = row.tags.get("digitlab.state", "not one of digitlab's")
     if state != "finished":
-        raise UserError(f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared")
+        raise UserError(
+            f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared. Name "
+            "another run."
+        )
     if "digitlab.weights_sha256" not in row.tags:
         source = row.tags.get("digitlab.taken_from")
         kind = row.tags.get("digitlab.kind")
         why = f"was taken from {source}" if source else f"is of kind {kind}"
         raise UserError(
-            f"{row.name} ({row.run_id}) {why}, and trained nothing itself: give a trial, "
-            "a final fit or champion"
+            f"{row.name} ({row.run_id}) {why}, and trained nothing itself: it must be a run "
+            "with weights. Name a trial, a final fit or champion."
         )
     return row
 
@@ -216,7 +221,11 @@ def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple["Tensor", "Tensor"]
     """Return predicted and true digits (M,) of the images that the run was measured on."""
     guesses, labels = _recorded_answers(tracker, row, "predictions", "labels")
     if guesses.shape != labels.shape or guesses.ndim != 1:
-        raise UserError(f"{_of('predictions.safetensors', row)} has other sizes than were recorded")
+        raise UserError(
+            f"{_of('predictions.safetensors', row)} is damaged: its sizes must be as recorded. "
+            f"Reproduce "
+            "the run."
+        )
     return guesses, labels
 
 
@@ -224,7 +233,10 @@ def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> "Tensor":
     """Return the logits (count, 10) of the images that the run was measured on."""
     [logits] = _recorded_answers(tracker, row, "logits")
     if logits.shape != (count, 10):
-        raise UserError(f"{_of('predictions.safetensors', row)} is not of {count} images")
+        raise UserError(
+            f"{_of('predictions.safetensors', row)} is damaged: it must be of {count} images. "
+            f"Reproduce the run."
+        )
     return logits
 
 

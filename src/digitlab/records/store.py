@@ -166,7 +166,10 @@ class NoTracker(Tracker):
         return []
 
     def get(self, run: str) -> RunRow:
-        raise UserError(f"Run '{run}' is not recorded: with tracking=none no run is.")
+        raise UserError(
+            f"Run '{run}' is not recorded: with tracking=none no run is. Train with "
+            f"tracking=mlflow."
+        )
 
     def is_deleted(self, run_id: str) -> bool:
         return False
@@ -178,7 +181,10 @@ class NoTracker(Tracker):
         return []
 
     def artifact(self, run_id: str, path: str) -> bytes:
-        raise UserError(f"Artifact {path} is not recorded: with tracking=none none is.")
+        raise UserError(
+            f"Artifact {path} is not recorded: with tracking=none none is. Train with "
+            f"tracking=mlflow."
+        )
 
     def runs_page(self) -> str:
         return ""

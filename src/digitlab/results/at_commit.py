@@ -16,6 +16,7 @@ from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
 from digitlab.records.store import RunRow
 
+_WITHOUT = "Reproduce it without --at-commit."
 _COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"
 
 
@@ -35,11 +36,13 @@ def confirm_code(row: RunRow, then: Mapping[str, Any], is_trusted: bool) -> None
     if not (sys.stdin and sys.stdin.isatty()):
         raise UserError(
             f"--at-commit runs the recorded code of {row.name} on this machine: look at it, and "
-            "give --yes to run it"
+            "give --yes to run it."
         )
     print("run this code on this machine? [y/N] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UserError(f"--at-commit: the recorded code of {row.name} was not run")
+        raise UserError(
+            f"--at-commit: the recorded code of {row.name} was not run: it needs a yes."
+        )
 
 
 def _printable(text: str) -> str:
@@ -60,10 +63,12 @@ def train_at_commit(
     """
     commit, name = str(then.get("commit") or ""), f"--at-commit: {row.name}"
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
-        raise UserError(f"{name} was recorded outside a repository: its commit is not known")
+        raise UserError(
+            f"{name} was recorded outside a repository: its commit is not known. {_WITHOUT}"
+        )
     untracked = then.get("untracked") or {}
     if not isinstance(untracked, dict) or not all(isinstance(t, str) for t in untracked.values()):
-        raise UserError(f"{name} had untracked files that are not in its record")
+        raise UserError(f"{name} had untracked files that are not in its record. {_WITHOUT}")
     name = f"{name} at {commit[:12]}"
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "tree"
@@ -71,14 +76,14 @@ def train_at_commit(
             _restore(tree, commit, str(then.get("diff") or ""), untracked, name)
             package = tree / "src" / "digitlab"
             if not package.is_dir() or source_digest(package) != then.get("source"):
-                raise UserError(f"{name}: its code is not all in its record")
+                raise UserError(f"{name}: its code is not all in its record. {_WITHOUT}")
             command = [sys.executable, "-c", _COMMAND, "reproduce", row.run_id, *overrides]
             place = os.environ | {"PYTHONPATH": str(tree / "src"), "DIGITLAB_HOME": str(lab)}
             done = subprocess.run(command, cwd=tree, env=place, capture_output=True, check=False)
         except subprocess.CalledProcessError as error:
-            raise UserError(f"{name}: {_last_line(error.stderr) or error}") from error
+            raise UserError(f"{name}: {_last_line(error.stderr) or error}. {_WITHOUT}") from error
         except OSError as error:
-            raise UserError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {error}. {_WITHOUT}") from error
         finally:
             shutil.rmtree(tree, ignore_errors=True)
             with suppress(OSError, subprocess.CalledProcessError):
@@ -94,7 +99,9 @@ def _restore(tree: Path, commit: str, diff: str, untracked: Mapping[str, str], n
     for path, text in untracked.items():
         target = (tree / path).resolve()
         if not target.is_relative_to(tree):
-            raise UserError(f"{name}: its untracked file {path} lies outside the checkout")
+            raise UserError(
+                f"{name}: its untracked file {path} lies outside the checkout. {_WITHOUT}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text.encode())
 

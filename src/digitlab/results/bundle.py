@@ -138,7 +138,7 @@ class Bundle(NoTracker):
     def artifact(self, run_id: str, path: str) -> bytes:
         digest = self.parts[run_id].files.get(path)
         if digest is None:  # as a tracker says it
-            raise UserError(f"run {run_id} has no file {path}")
+            raise UserError(f"run {run_id} has no file {path}: it was not exported.")
         content = self._read(f"{run_id}/{path}")
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError(f"{path} of run {run_id} is not the file that was exported")
@@ -159,7 +159,9 @@ def opened_bundle(path: Path) -> Iterator[Bundle]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): it must be a file. Name another."
+        ) from error
     except ValidationError as error:
         raise _refusal(path, f"{_INDEX} is not its index") from error
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
@@ -168,6 +170,6 @@ def opened_bundle(path: Path) -> Iterator[Bundle]:
 
 def _refusal(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} cannot be imported: {reason}. It must be as `digitlab export` wrote it: copy it "
-        "again, or export the study again"
+        f"{path} cannot be imported: {reason}. It must be as `digitlab export` wrote it. Copy it "
+        "again, or export the study again."
     )

@@ -41,11 +41,17 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
             tracker = records.tracker
             if records.outbox.leftovers():
                 repair = command("audit", name, "--repair", *stores)
-                raise UserError(f"records of study {name} wait in the outbox: run `{repair}` first")
+                raise UserError(
+                    f"records of study {name} wait in the outbox, and an export must be whole. "
+                    f"Run `{repair}` first."
+                )
             rows = tracker.find({"digitlab.study_id": store.study_id})
             damaged = find_damage(tracker, rows)
             if damaged:
-                raise UserError(f"study {name} cannot be exported: {damaged[0].detail}")
+                raise UserError(
+                    f"study {name} cannot be exported, as its record is damaged: "
+                    f"{damaged[0].detail}. Train it again."
+                )
             trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
             runs = [_part(tracker, row) for row in rows]
             index = Index(1, name, store.notes(), trials, runs)
@@ -56,7 +62,9 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
                 part.replace(target)
             except OSError as error:
                 reason = error.strerror or error
-                raise UserError(f"{target} cannot be written ({reason}): name another") from error
+                raise UserError(
+                    f"{target} cannot be written ({reason}). Name another file."
+                ) from error
             finally:
                 with suppress(OSError):  # as a rule it is not there any more
                     part.unlink()
@@ -140,7 +148,7 @@ def _refuse_known(storage: RDBStorage, tracker: Tracker, name: str, study_id: st
     if foreign or known:
         raise UserError(
             f"study {name} is here already: a name belongs to one study. Import it into another "
-            "lab, with DIGITLAB_HOME=FOLDER"
+            "lab, with DIGITLAB_HOME=FOLDER."
         )
 
 

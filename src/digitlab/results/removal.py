@@ -45,7 +45,7 @@ def _agreed(what: str) -> bool:
     print(f"delete {what}? It can be restored. [y/N] ", end="", flush=True)
     answer = sys.stdin.readline() if sys.stdin is not None else ""
     if not answer:
-        raise UserError("delete asks first, and standard input is closed: answer, or give --yes")
+        raise UserError("delete asks first, and standard input is closed: answer, or give --yes.")
     return answer.strip().lower() in ("y", "yes")
 
 

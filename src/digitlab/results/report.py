@@ -67,7 +67,7 @@ def _newest(lab: Path, stores: Sequence[str]) -> str:
     storage = open_storage(lab, storage_of(stores))
     known = listed_studies(storage)
     if not known:
-        raise UserError(f"report: there is no study yet: run `{command('sweep')}`")
+        raise UserError(f"report: there is no study yet: run `{command('sweep')}`.")
     notes = {
         name: storage.get_study_user_attrs(storage.get_study_id_from_name(name)) for name in known
     }

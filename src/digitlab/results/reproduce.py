@@ -60,7 +60,7 @@ def reproduce(
     if values.keys() - {"trainer.threads"}:
         raise UserError(
             f"{', '.join(values)} would make it another run: a reproduction changes "
-            f"trainer.threads at most. Use `digitlab train --config-from {name} ...` instead"
+            f"trainer.threads at most. Use `digitlab train --config-from {name} ...` instead."
         )
     with lab_records(lab, stores) as records:
         tracker = records.tracker
@@ -120,7 +120,7 @@ def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: 
 def _train_at_commit(
     tracker: Tracker, row: RunRow, overrides: Sequence[str], config: Config, lab: Path
 ) -> Verdict:
-    """Let the recorded code train; what it says is not asked, its record is judged here."""
+    """Let the recorded code train; its record is checked here, whatever it prints."""
     given = _given(tracker, row, config, lab)
     if any(difference.name == "data" for difference in given):
         return Verdict(INCOMPARABLE, [str(given[0])], None, row.run_id)
@@ -129,7 +129,10 @@ def _train_at_commit(
     reason = train_at_commit(row, recorded_environment(tracker, row), overrides, lab)
     new = [run for run in tracker.find(mine) if run.run_id not in before]
     if not new:
-        raise UserError(f"--at-commit: {row.name}: its code left no record of a run: {reason}")
+        raise UserError(
+            f"--at-commit: {row.name}: its code left no record of a run: {reason}. "
+            f"Reproduce it without --at-commit."
+        )
     again = new[-1]
     state = again.tags.get("digitlab.state")
     if state != "finished":
@@ -177,7 +180,9 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} cannot be read: {error}") from error
+        raise UserError(
+            f"--config {file} cannot be read ({error}): it must be a YAML file. Name another one."
+        ) from error
     stores, others = split_stores(overrides)
     config = with_values(config_from_yaml(text), override_values(others))
     leaves = flat(config_to_plain(config))
@@ -200,7 +205,7 @@ def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
         row = find_run(records.tracker, name)
         damaged = damage(records.tracker, row) if "digitlab.seal" in row.tags else []
         if damaged:
-            raise UserError(f"--config-from {name}: {damaged[0]}")
+            raise UserError(f"--config-from {name}: {damaged[0]}. Name another run.")
         recorded = recorded_config(records.tracker, row)
     config = with_values(recorded, override_values(others) | _tracking_values(stores))
     composed = Composed(config, tuple(overrides), given)

@@ -61,13 +61,13 @@ def sweep(
     if config.data.evaluate_on is not EvaluateOn.validation:
         raise UserError(
             "data.evaluate_on=test is invalid: a study selects on validation images, and tests "
-            "its champion itself. Leave data.evaluate_on=validation"
+            "its champion itself. Leave data.evaluate_on=validation."
         )
     if not config.study.space:
         raise UserError(
             f"study.space={{}} is invalid: study {config.study.name} needs something to search. "
             "Give a range such as 'model.hidden=tag(log,int(interval(32,512)))', or use "
-            "`digitlab train`"
+            "`digitlab train`."
         )
     stop = StopSignal()
     try:
@@ -79,7 +79,7 @@ def sweep(
         reason = first_line(error.__cause__ or error)
         raise UserError(
             f"study {config.study.name}: its storage or the lab cannot be written ({reason}). "
-            "Everything recorded stays: repair that, and go on with the same command"
+            "Nothing recorded is lost. Repair that, and go on with the same command."
         ) from error
 
 
@@ -178,7 +178,7 @@ class StudyDriver:
             raise UserError(
                 f"study {self.study.name}: all final fits of its champion, trial "
                 f"{champion.number}, have failed ({reason}). It has no test accuracy: "
-                "start a new study with another study.space"
+                "start a new study with another study.space."
             )
         own = next((row.number for row in best if row.values == self.store.own), None)
         fits_spent = {"confirm_fits": [len(confirmed), self.study.confirm_fits], "looks": looks}

@@ -51,7 +51,7 @@ def check_fingerprint(
             f"study '{name}' was created with other settings ({'; '.join(changed)}): a study "
             "keeps those that its results depend on, and a range may only grow. Restore them, or "
             f"start a new study with study.name=NEW "
-            f"(study.fork_from={name} reuses its finished trials where they fit)"
+            f"(study.fork_from={name} reuses its finished trials where they fit)."
         )
     store.note("config", config_to_yaml(config))
 

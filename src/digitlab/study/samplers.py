@@ -52,7 +52,7 @@ def _grid(space: list[Hyperparameter]) -> dict[str, list[Any]]:
         if not isinstance(one.distribution, CategoricalDistribution):
             raise UserError(
                 f"study.sampler=grid with study.space: {one.name} is invalid: a grid takes "
-                "choices only. Write choice(a,b,...), or use another sampler"
+                "choices only. Write choice(a,b,...), or use another sampler."
             )
         grid[one.name] = list(one.distribution.choices)
     return grid

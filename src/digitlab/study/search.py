@@ -63,7 +63,7 @@ class TrialSearch:
             raise UserError(
                 f"study {self.study.name}: {len(failed)} trials have failed, the last: "
                 f"{failed[-1].notes.get('reason')}. A study that does not count failures ends "
-                "after study.trials of them: narrow study.space"
+                "after study.trials of them: narrow study.space."
             )
 
     def _task(self, row: TrialRow) -> Task | None:

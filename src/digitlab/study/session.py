@@ -123,7 +123,7 @@ class StudySession:
         if pending and not self.stop():
             raise UserError(
                 f"the tracker does not answer: {pending} records wait in {self.lab / 'outbox'}. "
-                "The champion is chosen from complete records; go on when the tracker is back"
+                "The champion is chosen from complete records; go on when the tracker is back."
             )
 
 
@@ -169,7 +169,7 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
         raise UserError(
             f"study.name={name} is taken: this tracker holds the runs of another study of that "
             f"name (run {foreign[-1].run_id}). Start yours with study.name=NEW; if that one is "
-            "yours, give it its name back in Optuna, or restore the optuna.db that it was kept in"
+            "yours, give it its name back in Optuna, or restore the optuna.db that it was kept in."
         )
 
 
@@ -192,13 +192,13 @@ def _open_parent_run(session: StudySession) -> None:
         if known is None:
             raise UserError(
                 f"study {name}: the tracker did not create its run within {_CREATION_S:g} s. "
-                "Every run of a study belongs to it: go on when the tracker answers"
+                "Every run of a study belongs to it: go on when the tracker answers."
             )
     elif records.tracker.is_deleted(known):
         raise UserError(
             f"study {name}: its own run {known} was deleted in the tracker, and its trials belong "
             f"to it. Restore it with `{records.tracker.command} runs restore --run-id {known}`, or "
-            "start a new study with study.name=NEW"
+            "start a new study with study.name=NEW."
         )
     else:
         session.parent = records.outbox.resume_run(known)

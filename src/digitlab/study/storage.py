@@ -63,7 +63,7 @@ def _open_sqlite(path: Path) -> RDBStorage:
     except Exception as error:  # sqlite's, sqlalchemy's, alembic's: one cause for the user
         raise UserError(
             f"{path} cannot be used ({first_line(error)}): it must be a readable and writable "
-            "Optuna database. Repair it, or restore it from a copy"
+            "Optuna database. Repair it, or restore it from a copy."
         ) from error
 
 
@@ -72,14 +72,14 @@ def _open_server(address: str) -> RDBStorage:
     if not address.startswith("postgresql+psycopg://"):
         raise UserError(
             f"{shown} is invalid: it must be postgresql+psycopg://user@host/database, or null for "
-            "sqlite in the lab"
+            "sqlite in the lab."
         )
     try:
         import psycopg  # noqa: F401  only here, since only a server needs it
     except ImportError as error:
         raise UserError(
             f"{shown} needs psycopg, which is not installed: run `make setup`, or "
-            "`pip install -e '.[cluster]'` in the checkout"
+            "`pip install -e '.[cluster]'` in the checkout."
         ) from error
     # No connection is asked first whether it still works: what fails is tried again.
     options: dict[str, Any] = {"pool_size": 2, "connect_args": _CONNECTION}
@@ -90,7 +90,7 @@ def _open_server(address: str) -> RDBStorage:
     except Exception as error:  # psycopg's, sqlalchemy's, alembic's: one cause for the user
         raise UserError(
             f"{shown} cannot be used ({first_line(error)}): it must be a PostgreSQL database that "
-            "answers. The password comes from PGPASSWORD, ~/.pgpass, or .env in the lab"
+            "answers. The password comes from PGPASSWORD, ~/.pgpass, or .env in the lab."
         ) from error
 
 
@@ -113,7 +113,7 @@ def refuse_deleted(name: str, notes: Mapping[str, Any]) -> None:
     if notes.get(DELETED):
         raise UserError(
             f"study {name} was deleted: its name stays taken. Bring it back with "
-            f"`{command('restore', name)}`, or take another name"
+            f"`{command('restore', name)}`, or take another name."
         )
 
 

@@ -314,4 +314,6 @@ class Pool(Workers):
             raise UserError(self._problem)
         if all(state.refusal for state in self._states):
             reasons = "; ".join(dict.fromkeys(state.refusal for state in self._states))
-            raise UserError(f"No worker can serve: {reasons}")
+            raise UserError(
+                f"No worker can serve: {reasons}. Give each machine the study's code and data."
+            )

@@ -47,7 +47,7 @@ def _short_folder() -> Iterator[None]:
         if not os.access(short, os.W_OK):
             raise UserError(
                 f"TMPDIR={own} is too long for the socket of the workers: it must have at most "
-                f"{_LONGEST_FOLDER} bytes where {short} cannot be written. Set another TMPDIR"
+                f"{_LONGEST_FOLDER} bytes where {short} cannot be written. Set another TMPDIR."
             )
         tempfile.tempdir = short
     try:

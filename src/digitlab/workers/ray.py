@@ -42,7 +42,8 @@ class RayWorkers(Pool):
             import ray
         except ImportError as error:
             raise UserError(
-                "launcher=ray needs Ray, which is not installed: pip install -e '.[cluster]'"
+                "launcher=ray needs Ray, which is not installed. Run `make setup`, or `pip "
+                "install -e '.[cluster]'` in the checkout."
             ) from error
         super().__init__(setup, launcher.workers)
         self.ray: Any = ray
