@@ -113,7 +113,7 @@ class StudyDriver:
             state = {0: "finished", 1: "failed"}.get(status, "interrupted")
             return status
         finally:
-            with suppress(*STORE_ERRORS):  # the user hears of the first failure already
+            with suppress(*STORE_ERRORS):  # the first failure is raised already
                 self._leave(state)
 
     def _phases(self, search: TrialSearch) -> int:
@@ -148,7 +148,7 @@ class StudyDriver:
             if stop():  # perhaps before the tracker had all of it: the next call publishes again
                 return 130
             if self.session.parent is not None:
-                self.session.parent.seal()  # on the disk before Optuna's study says so
+                self.session.parent.seal()  # on the disk before Optuna's study notes it
             self.store.note("champion", summary)
             self.store.note("published", asked)
         self.board.print(trials_table(rows, self.study))

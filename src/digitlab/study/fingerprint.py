@@ -79,7 +79,7 @@ def fitting_trials(store: TrialStore, other: TrialStore) -> list[TrialRow]:
 
     A setting that was fixed there may be searched here if its value lies in the range, and the
     other way round if the value is the one that is fixed here; the data must be the same. Where
-    other code or versions made them, `notes["made_by"]` says so.
+    other code or versions made them, `notes["made_by"]` names them.
     """
     ours, theirs = store.notes()["fingerprint"], other.notes()["fingerprint"]
     fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k not in _MAKERS}

@@ -71,7 +71,7 @@ class JobLoop:
         """Create a loop that runs nothing yet.
 
         Args:
-            tick: called at each turn of the loop, at least five times a second.
+            tick: called in each iteration of the loop, at least five times a second.
             refused: receives the reason why a worker cannot serve; the others go on.
         """
         self.workers, self.stop, self.tick, self.refused = workers, stop, tick, refused
@@ -101,7 +101,7 @@ class JobLoop:
                 return
             self._cancel()
             for worker, event in self.workers.events(_TICK_S):
-                ending = self._hear(worker, event)
+                ending = self._handle(worker, event)
                 if ending is not None:
                     ended(self.running.pop(worker), ending)
             self.tick(self)
@@ -113,7 +113,7 @@ class JobLoop:
                 task.is_cancelled, task.is_late = True, not self.stop()
                 self.workers.cancel(worker)
 
-    def _hear(self, worker: int, event: Event) -> Ending | None:
+    def _handle(self, worker: int, event: Event) -> Ending | None:
         """Pass an event on; return how the worker's task ended, if it did."""
         if isinstance(event, Refused):
             self.refused(event.reason)

@@ -22,7 +22,7 @@ from digitlab.workers.inline import InlineWorkers
 _DELIVERY_S = 30.0  # to wait at the end for a tracker that is slow or away
 _LONGEST_NAME = 100  # characters of a run's name
 _MARKS = r"[\[\]'\"\s]"  # of Hydra's grammar, without which a value is still clear
-# Groups of overrides that say nothing of the run itself; its recipe begins its name.
+# Groups of overrides that do not describe the run itself; its name starts with its recipe.
 _NOT_OF_A_RUN = ("experiments", "study", "tracking", "launcher")
 
 

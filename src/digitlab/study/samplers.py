@@ -59,7 +59,7 @@ def _grid(space: list[Hyperparameter]) -> dict[str, list[Any]]:
 
 
 def build_pruner(config: StudyConfig) -> BasePruner:
-    """Build the configured pruner; it judges a trial by its last value that it is shown."""
+    """Build the configured pruner; it compares trials by the last value that it is given."""
     if config.pruner is Pruner.median:
         return MedianPruner(n_startup_trials=config.startup_trials)
     if config.pruner is Pruner.halving:

@@ -30,7 +30,7 @@ from digitlab.study.summary import describe_study
 from digitlab.study.trials import TrialStore
 
 _DELIVERY_S = 300.0  # to wait for a tracker whose answer is needed before the study can go on
-_SILENT_S = 5.0  # of which nothing is said
+_SILENT_S = 5.0  # during which nothing is printed
 _CREATION_S = 60.0  # for the study's own run
 _POLL_S = 0.2
 

@@ -14,7 +14,7 @@ SealedFits = dict[tuple[str, str, str], dict[str, Any]]
 
 
 def trial_value(state: str, metrics: dict[str, float]) -> float | None:
-    """Return what a trial is judged by: its last validation accuracy, or that of its rung."""
+    """Return what a trial is compared by: its last validation accuracy, or that of its rung."""
     return metrics.get({"finished": "val_accuracy", "pruned": "rung_accuracy"}.get(state, ""))
 
 

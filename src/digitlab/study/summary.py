@@ -20,7 +20,7 @@ _SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
 def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
     """Return the best trials with their values, validation accuracy, size and time.
 
-    It fits a terminal of 80 columns: columns are left out from the right, and the title says so.
+    It fits a terminal of 80 columns: columns are left out from the right, which the title mentions.
     """
     counts = {s: sum(row.state == s for row in rows) for s in ("finished", "pruned", "failed")}
     title = f"study {study.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
@@ -123,7 +123,7 @@ def describe_study(config: Config, overrides: Sequence[str], champion: str = "")
     return "\n".join(
         [
             f"## Study {study.name}",
-            f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), judged by "
+            f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), compared by "
             "`val_accuracy` on validation images.",
             *("", "| hyperparameter | searched |", "|---|---|", *space, ""),
             *(*result, "", f"Start or go on: `{sweep_command(overrides)}`"),

@@ -104,7 +104,7 @@ class TrialStore:
     def is_full(self, total: int) -> bool:
         """Whether `total` trials, or all points of a grid, are drawn.
 
-        Failed trials count where the study says so.
+        Failed trials count if study.count_failed is set.
         """
         counted = [row for row in self._rows if self.config.count_failed or row.state != "failed"]
         return len(counted) >= min(total, count_points(self.config, self.space))
