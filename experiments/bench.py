@@ -97,7 +97,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 def _verdict(met: bool, missed: bool) -> str:
     """Name the side of the bar on which the middle half of the values lies."""
-    return "met" if met else "not met" if missed else "too wide to tell"
+    return "met" if met else "not met" if missed else "not decided"
 
 
 def main() -> None:
@@ -294,7 +294,7 @@ class ClockWorkers(Workers):
 
 @contextmanager
 def open_study(lab: Path, *overrides: str) -> Iterator[StudySession]:
-    """An open study of the default recipe without rungs, in an empty lab; what it says is lost."""
+    """An open study of the default recipe without rungs, in an empty lab; it prints nothing."""
     plain = ["study.pruner=none", "study.rungs=[]", *OWN_STORES, *STUDY, *overrides]
     composed = compose("sweep", plain)[0]
     with (

@@ -4,7 +4,7 @@
     python experiments/scale.py --ray --workers 4 --trials 80 --seconds 1
 
 Without --ray the workers are entries of a clock in the driver's process, so that the driver alone
-is measured: it draws values, submits, hears of each end, and writes to Optuna's storage, and to
+is measured: it draws values, submits jobs, receives results, and writes to Optuna's storage, and to
 MLflow in the lab with --track. With --ray they are actors of a cluster that `ray start --head` has
 started. Every call makes a new study, in a temporary lab or on the server of --storage. Prints one
 JSON line.

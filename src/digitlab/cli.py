@@ -34,8 +34,8 @@ examples:
   digitlab train --multirun trainer.seed=1,2,3
   digitlab sweep experiments=smoke study.name=mine 'model.hidden=int(interval(8,64))'"""
 _STORES = """\
-tracking.uri=URI, tracking.experiment=NAME and study.storage=ADDRESS say where the records are,
-if not in the lab"""
+tracking.uri=URI, tracking.experiment=NAME and study.storage=ADDRESS name the place of the
+records, if it is not the lab"""
 _MORE = """\
 `digitlab help COMMAND` explains one. With --debug, each shows the traceback of an error."""
 _RUN = "id, a unique beginning of one, name, STUDY/TRIAL, STUDY/champion, or champion"
@@ -176,8 +176,8 @@ def build_parser(
     """Return the parser of `digitlab`, and those of its commands.
 
     Args:
-        listed: what help says of the commands; the epilog lists them. shtab leaves out what says
-            nothing.
+        listed: the help of the list of commands, which the epilog prints. shtab leaves out commands
+            without help.
     """
     builder = _Builder(listed)
     _add_training(builder)
@@ -299,7 +299,7 @@ def _add_digits(builder: _Builder) -> None:
     why = "draw why, in explained/ of the lab"
     predict.add_argument("--explain", action="store_true", help=why)
     picture = _out("file for the picture (default: in explained/ of the lab)")
-    text = "what a network sees in a digit, and why it says so"
+    text = "what a network sees in a digit, and why it decides so"
     explain = builder.add_reader("explain", commands.explain, text, _WITH, picture)
     explain.add_argument("image", help="a file, or the index of a test image, from 0")
     other = "the other digit (default: the next likely)"

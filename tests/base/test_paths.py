@@ -38,9 +38,9 @@ def test_env_file_sets_the_known_names_that_are_not_set(lab: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("PATH=/tmp", "PATH is not a name that belongs there"),
-        ("LD_PRELOAD=/tmp/x.so", "LD_PRELOAD is not a name that belongs there"),
-        ("PYTHONPATH=/tmp", "PYTHONPATH is not a name that belongs there"),
+        ("PATH=/tmp", "PATH does not belong there"),
+        ("LD_PRELOAD=/tmp/x.so", "LD_PRELOAD does not belong there"),
+        ("PYTHONPATH=/tmp", "PYTHONPATH does not belong there"),
         ("PGPASWORD=x", "did you mean PGPASSWORD"),
         ("PGPASSWORD", "PGPASSWORD has no value"),
         (b"PGPASSWORD=\xff", "cannot be read"),

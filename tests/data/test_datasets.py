@@ -414,7 +414,7 @@ def test_unknown_files_that_do_not_fit_each_other_are_refused(
 
 def test_an_unknown_file_that_is_no_idx_file_is_refused_by_name(source: Path, home: Path) -> None:
     put(home, CONTENTS | {TRAIN[1]: b"not at all"})
-    with pytest.raises(UserError, match="is not a whole idx file") as caught:
+    with pytest.raises(UserError, match="it must be a whole idx file") as caught:
         load(home, allow_unknown=True)
     assert str(home / TRAIN[1]) in str(caught.value)
 

@@ -188,5 +188,8 @@ def test_champion_of_a_study_is_its_newest() -> None:
     assert find_run(tracker, "a/champion").run_id == "a-1"
     with pytest.raises(UserError, match="aa/champion: no such champion, did you mean a"):
         find_run(tracker, "aa/champion")
-    with pytest.raises(UserError, match="champion: no study has one yet: run `digitlab sweep`"):
+    with pytest.raises(
+        UserError,
+        match="champion is not available: no study has selected one yet",
+    ):
         find_run(Champions(), "champion")

@@ -113,7 +113,7 @@ def print_table(drawn: Table) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], is_cut: bool = False
 ) -> Table:
-    """Lay out rows of plain values: the first column to the left, numbers to the right.
+    """Return a table of plain values: the first column to the left, numbers to the right.
 
     Args:
         is_cut: whether the first column is cut where a line would not fit.

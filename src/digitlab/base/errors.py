@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake of the caller: says what is wrong with what was given, the rule and what to do.
+    """A mistake of the caller; the text names what was given, the rule and what to do.
 
     The command line prints it as one line and exits with status 2.
     """

@@ -1,4 +1,4 @@
-"""What is typed: the commands that a person is shown, and the words that say where records are.
+"""What is typed: the commands that a person is shown, and the words that name the place of records.
 
 Commands are shown as `make` targets where make called, else as `digitlab` ones.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 CALLER = "DIGITLAB_CALLER"  # which the Makefile sets to `make`
 _UNSAFE = set('"$`\\!')  # inside double quotes, a shell or make changes these
-SHORT_ID = 12  # characters of a run's id, which tell it from all others
+SHORT_ID = 12  # characters of a run's id, which are enough to identify it
 _RECIPE, _STORAGE = "experiments=", "study.storage="
 _STORES = re.compile(rf"(tracking(\.\w+)?=|{re.escape(_STORAGE)})")
 # What a target takes in a variable of its own, beside ARGS.
@@ -59,7 +59,7 @@ def _quoted(word: str) -> str:
 
 
 def split_stores(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split words into those that say where runs and studies are recorded, and the others."""
+    """Split words into those that name the place of runs and studies, and the others."""
     stores = [word for word in words if _STORES.match(word)]
     return stores, [word for word in words if word not in stores]
 

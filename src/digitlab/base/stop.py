@@ -15,22 +15,22 @@ class StopSignal:
         # Called before a second signal ends the process.
         self.on_second: Callable[[], None] = lambda: None
         self.count = 0
-        self.has_terminal = True  # until SIGHUP says that it has gone
+        self.has_terminal = True  # until SIGHUP reports that it has gone
 
     def __call__(self) -> bool:
         return self.count > 0
 
     def __enter__(self) -> "StopSignal":
         # A signal that is ignored at the start stays ignored: that is what nohup asks for.
-        heard = [name for name in _SIGNALS if signal.getsignal(name) is not signal.SIG_IGN]
-        self.before = {name: signal.signal(name, self._hear) for name in heard}
+        handled = [name for name in _SIGNALS if signal.getsignal(name) is not signal.SIG_IGN]
+        self.before = {name: signal.signal(name, self._count) for name in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, handler in self.before.items():
             signal.signal(name, handler)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _count(self, number: int, _: FrameType | None) -> None:
         self.count += 1
         if number == signal.SIGHUP:
             self.has_terminal = False

@@ -1,4 +1,4 @@
-"""What the types say of themselves: a JSON schema, and each setting's rule in words."""
+"""Descriptions of the settings: a JSON schema, and each setting's rule in words."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -15,7 +15,7 @@ Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28) and int64 (N,)
 
 
 class DigitsData(pl.LightningDataModule):
-    """The images that a run learns from and is measured on, as `config.data.evaluate_on` says.
+    """The images that a run learns from and is measured on, by `config.data.evaluate_on`.
 
     The test files are opened by `setup("test")` alone, so that no training can see them.
     """

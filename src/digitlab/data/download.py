@@ -14,7 +14,7 @@ _PART_BYTES = 2**16
 
 
 def download(mirrors: Iterable[str], names: Iterable[str]) -> dict[str, bytes]:
-    """Return files by name, each from the first mirror that gives it; say how far it is.
+    """Return files by name, each from the first mirror that gives it, and print the progress.
 
     Raises:
         OSError: no mirror gives one of them; the reasons, one for each mirror.
@@ -51,6 +51,6 @@ def _read(url: str) -> bytes:
                     "Content-Length" in answer.headers
                 )
                 print(f"fetched {len(content) / 1e6:.1f}{whole} MB", file=sys.stderr)
-        if answer.length:  # what is missing, where the server has said how much there is
+        if answer.length:  # what is missing, where the server has sent the size
             raise OSError(f"it broke off after {len(content)} bytes")
     return bytes(content)

@@ -42,7 +42,7 @@ class Delivery:
     def flush(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> int:
         """Wait until the tracker has everything; return the number of runs still pending.
 
-        A disk that takes nothing is not waited for: `check` says so.
+        A disk that takes nothing is not waited for: `check` raises its error.
         """
         deadline = time.monotonic() + timeout_s
         with self._changes:

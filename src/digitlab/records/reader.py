@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported where tensors are read: lists and audits 
 
 
 def lab_tracker(lab: Path, overrides: Sequence[str] = ()) -> Tracker:
-    """Open the records of a lab, where the configuration says that they are."""
+    """Open the records of a lab, at the place that the configuration names."""
     return open_tracker(compose("train", overrides)[0].config, lab)
 
 
@@ -143,7 +143,7 @@ def load_run(tracker: Tracker, name: str | None) -> tuple[RunRow, Config, "nn.Mo
 
     Args:
         name: as for `find_run`; None for the champion or, where no study has one, the run that was
-            trained last, which is then said.
+            trained last, which is then printed.
     """
     row = trained(tracker, name or _default_run(tracker))
     config = recorded_config(tracker, row)
@@ -155,7 +155,7 @@ def _default_run(tracker: Tracker) -> str:
         return "champion"
     runs = tracker.find({"digitlab.kind": "train", "digitlab.state": "finished"})
     if not runs:
-        return "champion"  # which says what is missing
+        return "champion"  # whose error names what is missing
     newest = runs[-1]
     print(f"no study has a champion yet: using {newest.name} ({newest.run_id})", file=sys.stderr)
     return newest.run_id

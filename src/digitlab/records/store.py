@@ -71,7 +71,7 @@ class LogBatch:
 
 
 class Tracker(ABC):
-    """Where runs are recorded. tests/contracts/test_tracker.py says what each must do.
+    """Where runs are recorded. tests/contracts/test_tracker.py checks what each must do.
 
     Every method raises TrackerAway or TrackerRefused. The writes to a run are the outbox's alone;
     all of them can be repeated without changing what the first call did.

@@ -47,7 +47,7 @@ def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Prob
         if run.tags.get("digitlab.kind") == "trial" and number is not None:
             by_trial.setdefault(number, []).append(run)
         elif run.tags.get("digitlab.kind") == "trial":
-            detail = f"run {run.name} is of a trial, and does not say which"
+            detail = f"run {run.name} is of a trial, but its number is not recorded"
             problems.append(Problem("no trial", None, run.run_id, detail))
         elif not run.is_ended:
             problems.append(_left_running(run, None))

@@ -137,7 +137,7 @@ class Bundle(NoTracker):
 
     def artifact(self, run_id: str, path: str) -> bytes:
         digest = self.parts[run_id].files.get(path)
-        if digest is None:  # as a tracker says it
+        if digest is None:  # as a tracker raises it
             raise UserError(f"run {run_id} has no file {path}: it was not exported.")
         content = self._read(f"{run_id}/{path}")
         if hashlib.sha256(content).hexdigest() != digest:

@@ -107,7 +107,7 @@ class _Trials:
         return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
 
     def best_ranges(self) -> str:
-        """Say where the best quarter of the trials lies."""
+        """Describe where the best quarter of the trials lies."""
         best = self.by_measure().head(max(2, len(self.comparable) // 4))
         ranges = []
         for name in self.names:
@@ -216,7 +216,7 @@ def _mattered(trials: _Trials) -> _Drawn:
     return message, figure, data.rename_axis("hyperparameter").reset_index()
 
 
-def _pareto(trials: _Trials, cost: str, cheaper: str) -> _Drawn:
+def _pareto(trials: _Trials, cost: str, comparison: str) -> _Drawn:
     data = trials.finished[["trial", cost, _ACCURACY]].dropna()
     data = data.sort_values([cost, _ACCURACY], ascending=[True, False])
     front = data[data[_ACCURACY] > data[_ACCURACY].cummax().shift(fill_value=-1.0)]
@@ -224,7 +224,7 @@ def _pareto(trials: _Trials, cost: str, cheaper: str) -> _Drawn:
     figure.add_scatter(x=front[cost], y=front[_ACCURACY], mode="lines", name="Pareto front")
     numbers = ", ".join(map(str, front["trial"]))
     message = f"On the line (Pareto front: trials {numbers}), no other trial is both more accurate "
-    return f"{message}and {cheaper}.", figure, data
+    return f"{message}and {comparison}.", figure, data
 
 
 def _timeline(trials: _Trials) -> _Drawn:

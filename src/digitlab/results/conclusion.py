@@ -1,4 +1,4 @@
-"""What `digitlab train` says at its end: what changed since the run before, and what to do next."""
+"""What `digitlab train` prints at its end: what changed since the last run, and what to do next."""
 
 from digitlab.base.errors import UserError
 from digitlab.base.invocation import SHORT_ID, command

@@ -24,7 +24,7 @@ from digitlab.study.trials import load_study
 _RUN_OF = ("mlflow.parentRunId", "digitlab.weights_run", "digitlab.superseded_by")  # tags: run ids
 
 
-_IMPORTING = "importing"  # the attribute of a study that an import has begun; its config comes last
+_IMPORTING = "importing"  # the attribute of a study that is being imported; its config comes last
 
 
 def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> int:
@@ -89,8 +89,8 @@ def _contents(tracker: Tracker, rows: Sequence[RunRow]) -> Iterator[tuple[str, s
 def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
     """Verify a study that was exported, and record it here; return 0.
 
-    Runs get new ids. Optuna's study comes last: an import that was killed is begun again, and finds
-    the runs that it has recorded by their keys.
+    Runs get new ids. Optuna's study comes last: an import that was killed is started again, and
+    finds the runs that it has recorded by their keys.
 
     Raises:
         UserError: the file is damaged, or a study of this name is here already.

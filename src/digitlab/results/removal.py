@@ -18,7 +18,7 @@ from digitlab.study.trials import load_study
 
 
 def delete_study(name: str, lab: Path, stores: Sequence[str], yes: bool) -> int:
-    """Hide a study and its runs; return 0, or 1 where the person says no.
+    """Hide a study and its runs; return 0, or 1 where the answer is no.
 
     Raises:
         UserError: there is no such study, a process leads it, or nobody is there to be asked.

@@ -175,7 +175,7 @@ def _temperature(store: TrialStore, champion: Mapping[str, Any], tracker: Tracke
             try:
                 _, labels = recorded_guesses(tracker, row)
                 logits = recorded_logits(tracker, row, len(labels))
-            except UserError:  # its record is damaged, which an audit says
+            except UserError:  # its record is damaged, which `audit` reports
                 continue
             return fit_temperature(logits, labels.long())
     return None

@@ -49,7 +49,7 @@ def reproduce(
 
     Args:
         overrides: of `trainer.threads` and `tracking.*`; anything else is another run.
-        at_commit: the recorded code trains; it is shown, and run if a person says yes.
+        at_commit: the recorded code trains; it is shown, and run if the answer is yes.
         is_trusted: nobody is asked.
 
     Raises:
@@ -213,6 +213,6 @@ def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
 
 
 def _tracking_values(stores: Sequence[str]) -> dict[str, Any]:
-    """Return where a new run is recorded: where this call says, not where an old one was."""
+    """Return where a new run is recorded: at the place of this call, not of the old run."""
     tracking = config_to_plain(compose("train", stores)[0].config)["tracking"]
     return {f"tracking.{key}": value for key, value in tracking.items()}

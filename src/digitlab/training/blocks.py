@@ -1,8 +1,8 @@
-"""The same training with many steps in a turn of Lightning's loop.
+"""The same training with many steps in one iteration of Lightning's loop.
 
-Lightning's loop takes about 0.5 ms a turn beside the step itself: hooks, progress, the wrapped
-optimizer. That is a third of the step of a small network. Shared by a block of batches it is no
-longer felt; the weights are the same, bit for bit.
+Lightning's loop takes about 0.5 ms an iteration beside the step itself: hooks, progress, the
+wrapped optimizer. That is a third of the step of a small network. Shared by a block of batches it
+does not matter any more; the weights are the same, bit for bit.
 """
 
 import math

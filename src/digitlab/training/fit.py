@@ -39,8 +39,8 @@ class Frame:
 class FitResult:
     """The result of a fit.
 
-    `logits` (M, 10) and `labels` (M,) are of the images that it was measured on, validation or test
-    set as `config.data.evaluate_on` says; `metrics` are the last epoch's.
+    `logits` (M, 10) and `labels` (M,) are of the images that it was measured on, the set that
+    `config.data.evaluate_on` names; `metrics` are the last epoch's.
     """
 
     weights: dict[str, Tensor]

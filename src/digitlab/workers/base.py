@@ -35,7 +35,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker takes jobs; `machine` says where it runs."""
+    """The worker takes jobs; `machine` describes where it runs."""
 
     machine: dict[str, Any]
 

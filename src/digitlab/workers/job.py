@@ -101,7 +101,7 @@ def _run(
 
 
 class _JobObserver(TrainingObserver):
-    """Sends the driver what the training reports, and ends it when the driver says so."""
+    """Sends the driver what the training reports, and ends it when the driver asks for it."""
 
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self.number = channel, number
@@ -133,7 +133,7 @@ class _JobObserver(TrainingObserver):
         self.channel.send(Epoch(epoch, dict(metrics)))
 
     def _obey(self, number: int, order: Order) -> bool:
-        """End this job if the order says so; return whether it lets the job proceed."""
+        """End this job if the order is to stop; return whether it is to proceed."""
         if number == self.number and order is Decision.stop:
             raise StopTraining
         return number == self.number and order is Decision.proceed

@@ -95,7 +95,7 @@ class ProcessWorkers(PipePool):
 
     def start(self) -> None:
         preload()
-        # At exit multiprocessing waits for its processes, and these do not hear its SIGTERM.
+        # At exit multiprocessing waits for its processes, and these ignore its SIGTERM.
         atexit.register(self.close)
         super().start()
 
