@@ -26,7 +26,7 @@ if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked f
 pytest_plugins = ["parts", "browsing"]  # PostgreSQL, MLflow, Ray; a browser
 DATA = Path(__file__).parent / "support" / "digits"
 
-# Processes that tests start hear Ctrl-C, though this one may run in the background.
+# Processes that tests start receive Ctrl-C, though this one may run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop(
     "DIGITLAB_CALLER", None

@@ -233,8 +233,8 @@ def test_trained_run_is_recorded_whole(trained: Trained) -> None:
     assert (row.name, row.status) == (name, "FINISHED")
     assert (row.tags["digitlab.kind"], row.tags["digitlab.state"]) == ("train", "finished")
     assert json.loads(row.tags["digitlab.overrides"]) == [*SMALL, "trainer.epochs=1"]
-    told = trained.done.stdout
-    assert f"val_accuracy {row.metrics['val_accuracy']:.4f}" in told
+    reported = trained.done.stdout
+    assert f"val_accuracy {row.metrics['val_accuracy']:.4f}" in reported
     kept = trained.tracker.artifact(row.run_id, "config.yaml").decode()
     assert config_from_yaml(kept) == compose("train", [*SMALL, "trainer.epochs=1"])[0].config
 

@@ -46,7 +46,7 @@ def test_terminal_gets_a_display_that_changes(monkeypatch: pytest.MonkeyPatch) -
         many = [Busy(i, f"trial {i}", 0.1, 1, 3, None) for i in range(console._MOST + 4)]
         board.show(View("trials", 3, 10, "", None, many))
         board.mute()
-        board.say("nobody hears this")
+        board.say("nobody reads this")
     assert "worker 1" in file.getvalue()
     assert "and 4 more" in file.getvalue()
     assert "nobody" not in file.getvalue()

@@ -1,4 +1,4 @@
-"""Repeated attempts: what is repeated, until when, and who hears of it."""
+"""Repeated attempts: what is repeated, until when, and what is raised."""
 
 import time
 
@@ -45,13 +45,13 @@ def test_the_last_error_is_raised_when_the_time_is_over() -> None:
 
 
 def test_a_stop_is_heard_while_it_waits() -> None:
-    begun = time.monotonic()
-    heard: list[float] = []
+    started = time.monotonic()
+    received: list[float] = []
 
     def stopped() -> bool:
-        heard.append(time.monotonic() - begun)
-        return len(heard) > 2
+        received.append(time.monotonic() - started)
+        return len(received) > 2
 
     with pytest.raises(KeyboardInterrupt):
         retry(failing(99), is_away, 1e9, stopped)
-    assert len(heard) == 3
+    assert len(received) == 3

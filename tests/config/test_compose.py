@@ -253,7 +253,7 @@ def test_a_range_reaches_the_space_letter_by_letter() -> None:
         "study.name": r"choice('a\\','b')",
         "model.batch_norm": "true,false",
     }
-    assert space("~experiments", *(f"{knob}={text}" for knob, text in texts.items())) == texts
+    assert space("~experiments", *(f"{name}={text}" for name, text in texts.items())) == texts
 
 
 # --- text as it was typed, paths of any name ---

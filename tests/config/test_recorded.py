@@ -253,7 +253,7 @@ def fractions(low: float, high: float, **ends: bool) -> st.SearchStrategy[float]
 
 
 # A stored configuration holds neither interpolations nor OmegaConf's mark of a missing value;
-# control characters such as U+0085 are what YAML folds.
+# control characters such as U+0085 are where YAML breaks lines.
 WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12).filter(
     lambda word: "${" not in word and word != "???"
 )

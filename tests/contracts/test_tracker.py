@@ -128,7 +128,7 @@ def test_missing_artifact_is_reported_in_one_line(tracker: Tracker, path: str) -
 def test_runs_are_found_by_all_their_tags_oldest_first(tracker: Tracker) -> None:
     for name in ("c", "a", "b"):
         create(tracker, name, study="s", kind="trial")
-        time.sleep(0.002)  # MLflow tells times apart by the millisecond
+        time.sleep(0.002)  # MLflow's times are in milliseconds
     create(tracker, "d", study="s", kind="final")
     create(tracker, "e", study="other", kind="trial")
     found = tracker.find({"study": "s", "kind": "trial"})

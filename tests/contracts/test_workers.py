@@ -222,7 +222,7 @@ def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
     workers.cancel(0)
     workers.cancel(0)
     assert isinstance(first(workers, End)[-1], Stopped)
-    workers.submit(0, Job(long))  # a worker hears it before its job has begun
+    workers.submit(0, Job(long))  # a worker receives it before its job has started
     workers.cancel(0)
     assert isinstance(first(workers, End)[-1], Stopped)
     workers.submit(0, Job(long, (0.0001,)))  # and while it waits for an answer
@@ -460,9 +460,9 @@ def test_a_lost_node_is_not_charged_to_its_jobs(make: Make, cluster: RayCluster)
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     for worker in machines:
         workers.submit(worker, Job(tiny("trainer.epochs=100000")))
-    begun: set[int] = set()
-    while len(begun) < 4:
-        begun |= {worker for worker, event in workers.events(1.0) if isinstance(event, Epoch)}
+    started: set[int] = set()
+    while len(started) < 4:
+        started |= {worker for worker, event in workers.events(1.0) if isinstance(event, Epoch)}
     cluster.kill(1)
     lost: list[tuple[int, Event]] = []
     while len(lost) < 2:

@@ -48,7 +48,7 @@ def sources(config: AugmentConfig, n: int, seed: int) -> Tensor:
     """The affine maps that `augment` applied, as (n, 2, 3) from where a pixel is to where it came
     from, in pixels from the centre of the image, x before y.
 
-    Interpolation between pixels keeps a linear ramp: an image whose values are its columns tells,
+    Interpolation between pixels keeps a linear ramp: an image whose values are its columns shows,
     after augmentation, which column each pixel came from.
     """
     line = torch.arange(SIDE, dtype=torch.float32) / (SIDE - 1)

@@ -156,11 +156,11 @@ def png_that_claims(width: int, height: int) -> bytes:
     ],
 )
 def test_what_is_no_image_is_told_in_one_line(body: bytes, named: str) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as reported:
         decode(body, "it.png")
-    assert named in str(told.value)
-    assert str(told.value).startswith("it.png: ")
-    assert "\n" not in str(told.value)
+    assert named in str(reported.value)
+    assert str(reported.value).startswith("it.png: ")
+    assert "\n" not in str(reported.value)
 
 
 def test_files_that_cannot_be_read_do_not_stop_the_others(predict: Predict, tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_most_digits_are_digits_and_right_about_as_often_as_said(predictor: Digi
     sure = [answer.status == "digit" for answer in answers]
     assert np.mean(sure) > 0.93
     assert np.mean([right for right, is_sure in zip(said, sure, strict=True) if is_sure]) > 0.95
-    told = np.mean([answer.probability for answer in answers if answer.probability is not None])
-    assert abs(told - np.mean(said)) < 0.03
+    reported = np.mean([answer.probability for answer in answers if answer.probability is not None])
+    assert abs(reported - np.mean(said)) < 0.03
 
 
 def test_what_is_no_digit_is_seldom_called_one(predictor: DigitReader) -> None:
@@ -363,7 +363,7 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     accuracy = {entry["change"]: entry["accuracy"] for entry in document["table"]}
     prepared = {entry["change"]: entry["prepared"] for entry in document["table"]}
     assert list(accuracy) == [*CHANGES, "pictures of 40 to 800 pixels"]
-    assert document["images"] == 400  # of the holdout, since this run was not tested
+    assert document["images"] == 400  # of the validation set, since this run was not tested
     assert accuracy["as they are"] > 0.93
     assert accuracy["inverted"] < 0.5 < 0.9 < prepared["inverted"]
     assert prepared["pictures of 40 to 800 pixels"] > 0.9
@@ -408,14 +408,14 @@ def hammer(predictor: DigitReader, count: int, seed: int) -> tuple[int, int]:
     read = made_up = 0
     for _ in range(count):
         body, has_digit = mutated(chance)
-        begun = time.process_time()
+        started = time.process_time()
         with contextlib.suppress(UserError):
             prepared = prepare(decode(body, "it"))
             read += 1
             [answer] = predictor.answer([("it", prepared)])
             assert answer.status in ("digit", "unsure", "none")
             made_up += answer.status == "digit" and not has_digit
-        assert time.process_time() - begun < 5
+        assert time.process_time() - started < 5
     return read, made_up
 
 
@@ -445,13 +445,13 @@ def most():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-before, begun = most(), time.process_time()
+before, started = most(), time.process_time()
 prepared = prepare(read_image(Path(sys.argv[1])))
-print(most() - before, time.process_time() - begun, prepared.problem)
+print(most() - before, time.process_time() - started, prepared.problem)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the most memory on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel reports the most memory on Linux")
 @pytest.mark.parametrize(
     ("kind", "mode", "side"),
     [
@@ -471,10 +471,10 @@ def test_large_pictures_are_read_within_bounds(
         image = Image.fromarray(levels).convert(mode)
     path = tmp_path / f"large.{kind.lower()}"
     image.save(path, kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-c", _DECODED, str(path)], capture_output=True, text=True, check=True
     )
-    memory, seconds, *problem = told.stdout.split()
+    memory, seconds, *problem = reported.stdout.split()
     assert problem == []
     assert int(memory) < 300 * 1024  # kB
     assert float(seconds) < 5  # of the processor; 1 s is the aim

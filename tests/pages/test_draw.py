@@ -1,4 +1,4 @@
-"""The drawing page in a real browser, and its API against strangers, on a network that reads."""
+"""The drawing page in a real browser, and its API, on a network that reads."""
 
 import base64
 import http.client
@@ -75,7 +75,7 @@ class Server:
             sent = {key.replace("_", "-"): value for key, value in headers.items()}
             connection.request(method, path, body, sent)
             answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), told(answer.read())
+            return answer.status, dict(answer.getheaders()), reported(answer.read())
         finally:
             connection.close()
 
@@ -86,7 +86,7 @@ class Server:
         return answer
 
 
-def told(body: bytes) -> Any:
+def reported(body: bytes) -> Any:
     try:
         return json.loads(body)
     except ValueError:
@@ -297,8 +297,12 @@ def test_page_tells_while_drawing_what_the_network_sees_and_why(paper: Paper) ->
     coloured = "$('reasons').getContext('2d').getImageData(0, 0, 28, 28).data.some(v => v)"
     assert page.evaluate(coloured)
     heads = page.locator("#layers h2").all_inner_texts()
-    told = ["convolution 1 (16 filters): the 8", "convolution 2 (32 filters): the 8", "dense 1 ("]
-    assert [what in head for what, head in zip(told, heads, strict=True)] == [True] * 3
+    reported = [
+        "convolution 1 (16 filters): the 8",
+        "convolution 2 (32 filters): the 8",
+        "dense 1 (",
+    ]
+    assert [what in head for what, head in zip(reported, heads, strict=True)] == [True] * 3
     assert page.locator("#layers canvas").count() == 17
     paper.clear()
     assert (paper.answer, max(paper.seen())) == ("Draw a digit, or drop an image.", 0)
@@ -507,7 +511,7 @@ def test_page_tells_that_the_server_has_gone_and_goes_on_when_it_is_back(
         assert paper.digit == "7"
 
 
-# ---- programs and strangers ask ------------------------------------------------------------------
+# ---- untrusted programs ask ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -622,11 +626,11 @@ def test_api_tells_of_every_answer_it_gives(server: Server, api: dict[str, Any],
     assert set(api["paths"]) == {"/", "/runs", "/predict", "/explain"}
     file = png(large(4, lab))
     for path, kind in (("/predict", "Reading"), ("/explain", "Explanation")):
-        told = api["paths"][path]["post"]
-        assert set(told["requestBody"]["content"]) == {"image/*", "application/octet-stream"}
+        reported = api["paths"][path]["post"]
+        assert set(reported["requestBody"]["content"]) == {"image/*", "application/octet-stream"}
         problems = {"400", "403", "404", "408", "413", "415", "422", "503"}
-        assert set(told["responses"]) == {"200", *problems}
-        assert told["responses"]["200"]["content"]["application/json"]["schema"] == {
+        assert set(reported["responses"]) == {"200", *problems}
+        assert reported["responses"]["200"]["content"]["application/json"]["schema"] == {
             "$ref": f"#/components/schemas/{kind}"
         }
         query = f"run={lab.read}"
@@ -730,8 +734,8 @@ def test_headers_let_nothing_else_run(server: Server) -> None:
 def test_bodies_that_are_too_long_are_refused(server: Server, lab: Lab) -> None:
     path = f"/predict?run={lab.read}"
     for size, status in ((draw._BODY, 400), (draw._BODY + 1, 413), (3 * draw._BODY, 413)):
-        told, _, answer = server.ask("POST", path, bytes(size), Content_Type="image/png")
-        assert told == status, answer
+        reported, _, answer = server.ask("POST", path, bytes(size), Content_Type="image/png")
+        assert reported == status, answer
     chunks = (bytes(2**16) for _ in range(200))  # of unknown length
     status, _, answer = server.ask("POST", path, chunks, Content_Type="image/png")
     assert (status, answer) == (413, {"detail": "the image: more than 8 MB"})

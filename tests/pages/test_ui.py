@@ -35,10 +35,10 @@ BESIDE = "127.0.0.2"  # of this machine too, so what listens to all addresses an
 
 def test_a_studys_text_tells_its_space_and_what_came_of_it() -> None:
     config = configure()
-    begun = describe_study(config, ("experiments=smoke", "study.trials=9"))
-    assert "No champion yet." in begun
-    assert "| `model.hidden` | `tag(log,int(interval(16,64)))` |" in begun
-    assert "`digitlab sweep experiments=smoke study.trials=9`" in begun
+    started = describe_study(config, ("experiments=smoke", "study.trials=9"))
+    assert "No champion yet." in started
+    assert "| `model.hidden` | `tag(log,int(interval(16,64)))` |" in started
+    assert "`digitlab sweep experiments=smoke study.trials=9`" in started
     ended = describe_study(config, (), "champion: trial 7")
     assert "champion: trial 7" in ended
     assert "No champion yet" not in ended
@@ -236,10 +236,10 @@ def test_page_of_a_study_tells_its_space_its_champion_and_the_commands(
     page.get_by_role("heading", name="Study smoke").wait_for()
     lines = [page.locator("table", has_text="searched").locator("tr").nth(i) for i in (1, 2)]
     assert {line.inner_text().split()[0] for line in lines} == set(whole.config.study.space)
-    told = page.locator("pre", has_text="champion: trial").inner_text()
-    assert f"champion: trial {champion['trial']} (" in told
-    assert f"digitlab reproduce {champion['run_id'][:12]}" in told
-    assert "extend:" in told
+    reported = page.locator("pre", has_text="champion: trial").inner_text()
+    assert f"champion: trial {champion['trial']} (" in reported
+    assert f"digitlab reproduce {champion['run_id'][:12]}" in reported
+    assert "extend:" in reported
     assert page.get_by_text("digitlab sweep experiments=smoke").count() >= 2
     figure = str(champion["test_accuracy"]["mean"])
     assert figure in page.locator("body").inner_text()
@@ -289,9 +289,9 @@ def test_ui_answers_to_this_machine_alone(ui: Server) -> None:
 def test_dashboard_shows_the_studies_to_this_machine_alone(lab: Path, tmp_path: Path) -> None:
     with served("dashboard", lab, "/api/studies", tmp_path / "log") as server:
         assert f"http://{HOST}:{server.port}" in server.printed
-        told = json.loads(server.get("/api/studies"))["study_summaries"]
-        assert {study["study_name"] for study in told} == {"smoke", "stopped"}
-        study = next(study for study in told if study["study_name"] == "smoke")
+        reported = json.loads(server.get("/api/studies"))["study_summaries"]
+        assert {study["study_name"] for study in reported} == {"smoke", "stopped"}
+        study = next(study for study in reported if study["study_name"] == "smoke")
         whole = json.loads(server.get(f"/api/studies/{study['study_id']}?after=0"))
         assert len(whole["trials"]) == 6
         with pytest.raises(urllib.error.URLError):
@@ -405,11 +405,11 @@ def timed(what: str, limit: float, do: Callable[[], Any], times: int = 1) -> Any
     limit *= min(4.0, max(1.0, load))
     seconds = []
     for _ in range(times):
-        begun = time.monotonic()
+        started = time.monotonic()
         result = do()
-        seconds.append(time.monotonic() - begun)
-    told = ", ".join(f"{second:.2f}" for second in seconds)
-    print(f"{what} of {MANY} trials: {told} s (allowed {limit:.1f})")
+        seconds.append(time.monotonic() - started)
+    reported = ", ".join(f"{second:.2f}" for second in seconds)
+    print(f"{what} of {MANY} trials: {reported} s (allowed {limit:.1f})")
     assert min(seconds) < limit, what
     return result
 

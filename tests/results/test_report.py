@@ -128,37 +128,37 @@ def test_champions_figures_are_those_that_are_stored(whole: Study, page: Page) -
     mean = sum(run.metrics["test_accuracy"] for run in finals) / 2
     assert interval.mean == pytest.approx(mean)
     row = whole.store.rows()[champion["trial"]]
-    told = " ".join(page.sections["Result"].split())
-    assert f"The champion, trial {row.number}, reads {interval} of the test images" in told
-    assert str(interval) in told
-    assert "points from the seeds" in told
-    assert "The test set was looked at 1 time" in told
-    assert f"{champion['trial']}/1001, {champion['trial']}/1002" in told
+    reported = " ".join(page.sections["Result"].split())
+    assert f"The champion, trial {row.number}, reads {interval} of the test images" in reported
+    assert str(interval) in reported
+    assert "points from the seeds" in reported
+    assert "The test set was looked at 1 time" in reported
+    assert f"{champion['trial']}/1001, {champion['trial']}/1002" in reported
     headline = whole.report().split("</header>")[0]
     assert str(interval).split(" (")[0] in headline
     for key, label in in_words(row.values).items():
         assert f"{label} {short(row.values[key])}" in headline
     metrics = row.notes["metrics"]
-    assert f"It has {int(metrics['model_parameters']):,} parameters" in told
-    assert f"took {metrics['seconds']:.1f} s" in told
+    assert f"It has {int(metrics['model_parameters']):,} parameters" in reported
+    assert f"took {metrics['seconds']:.1f} s" in reported
     assert f"digitlab reproduce {champion['run_id'][:12]}" in page.sections["Commands"]
     states = [row.state for row in whole.store.rows()]
-    assert f"6 of 6 trials: {states.count('finished')} finished" in told
-    assert f"{states.count('pruned')} pruned" in told
+    assert f"6 of 6 trials: {states.count('finished')} finished" in reported
+    assert f"{states.count('pruned')} pruned" in reported
 
 
 def test_best_trials_stand_first_with_their_new_seeds(whole: Study, page: Page) -> None:
     finished = [row for row in whole.store.rows() if row.state == "finished"]
     best = sorted(finished, key=lambda row: -row.value)
-    told = page.sections["Best trials"]
-    places = [told.index(f"{row.value:.2%}") for row in best]
+    reported = page.sections["Best trials"]
+    places = [reported.index(f"{row.value:.2%}") for row in best]
     assert places == sorted(places)
     champion = whole.store.notes()["champion"]
-    assert f" {champion['trial']} (champion) " in told
-    assert told.count("(champion)") == 1
+    assert f" {champion['trial']} (champion) " in reported
+    assert reported.count("(champion)") == 1
     assert len(champion["val_accuracy"]) == 2
     for interval in champion["val_accuracy"].values():
-        assert str(Interval(**interval)) in told
+        assert str(Interval(**interval)) in reported
 
 
 def test_misread_digits_are_those_of_the_champions_predictions(whole: Study, page: Page) -> None:
@@ -170,15 +170,15 @@ def test_misread_digits_are_those_of_the_champions_predictions(whole: Study, pag
         (place, int(labels[place]), int(guesses[place]))
         for place in (guesses != labels).nonzero().flatten().tolist()
     }
-    told = [
+    reported = [
         re.match(
             r"test image (\d+), a (\d), read as (\d): [\d.]+%, \d: [\d.]+%, \d: ", image["alt"]
         )
         for image in page.all("img")
     ]
-    assert {tuple(map(int, found.groups())) for found in told if found} == misread
-    assert sum(found is not None for found in told) == len(misread) > 0
-    assert len(told) == len(misread) + 1  # the film
+    assert {tuple(map(int, found.groups())) for found in reported if found} == misread
+    assert sum(found is not None for found in reported) == len(misread) > 0
+    assert len(reported) == len(misread) + 1  # the film
     assert f"{len(misread)} of {len(labels)} test images are misread" in page.sections["Confusion"]
     right = 1 - len(misread) / len(labels)
     assert right == pytest.approx(whole.tracker.get(weights_run).metrics["test_accuracy"])
@@ -195,15 +195,15 @@ def test_pruned_trials_are_counted_drawn_and_accounted_for(whole: Study, page: P
         assert f"{row.number} {row.state} " in page.sections["Learning curves"]
     saved = sum(row.notes["metrics"]["seconds"] * (1 / 0.3 - 1) for row in pruned)
     spent = sum(row.notes["metrics"]["seconds"] for row in rows)
-    told = f"Pruning saved about {saved:.0f} s of {saved + spent:.0f} s"
-    assert told in page.sections["What pruning saved"]
+    reported = f"Pruning saved about {saved:.0f} s of {saved + spent:.0f} s"
+    assert reported in page.sections["What pruning saved"]
 
 
 def test_environment_and_commands_are_those_of_the_study(whole: Study, page: Page) -> None:
-    told = page.sections["Environment"]
-    assert f"torch {__import__('torch').__version__}".split("+")[0] in told
-    assert re.search(r"commit [0-9a-f]{40}", told)
-    assert "None" not in told
+    reported = page.sections["Environment"]
+    assert f"torch {__import__('torch').__version__}".split("+")[0] in reported
+    assert re.search(r"commit [0-9a-f]{40}", reported)
+    assert "None" not in reported
     commands = page.sections["Commands"]
     assert "digitlab sweep experiments=smoke " in commands
     assert "model.widths=[4]" in commands
@@ -568,10 +568,10 @@ def test_registered_champion_predicts_as_the_tested_network_did(
     folder = str(whole.lab / "artifacts" / run / "artifacts" / "model")
     model = mlflow.pyfunc.load_model(folder)
     for first, last in ((0, 1), (1, 4), (0, 500)):
-        told = model.predict(pixels[first:last])
-        assert told.shape == (last - first, 10)
-        assert (told.argmax(1) == probabilities[first:last].argmax(1)).all()
-        np.testing.assert_allclose(told, probabilities[first:last], atol=1e-5)
+        reported = model.predict(pixels[first:last])
+        assert reported.shape == (last - first, 10)
+        assert (reported.argmax(1) == probabilities[first:last].argmax(1)).all()
+        np.testing.assert_allclose(reported, probabilities[first:last], atol=1e-5)
     example = mlflow.models.Model.load(folder).load_input_example(folder)
     assert example.shape[1:] == (1, 28, 28)
     assert model.predict(example).sum() == pytest.approx(len(example))
@@ -604,8 +604,10 @@ def test_registered_champion_holds_no_pickle_but_of_plain_tensors(whole: Study) 
     }
     plain = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
     for content in found.values():
-        operations = [(opcode.name, told) for opcode, told, _ in pickletools.genops(content)]
-        assert {told for name, told in operations if name == "GLOBAL"} <= plain
+        operations = [
+            (opcode.name, reported) for opcode, reported, _ in pickletools.genops(content)
+        ]
+        assert {reported for name, reported in operations if name == "GLOBAL"} <= plain
         assert not {"STACK_GLOBAL", "INST", "OBJ", "EXT1"} & {name for name, _ in operations}
 
 

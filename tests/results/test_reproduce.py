@@ -243,7 +243,7 @@ fit = job.fit  # as it is before a test replaces it
 
 
 class Nudged(TrainingObserver):
-    """Passes on what it hears, with one loss one step of its precision larger."""
+    """Passes on what it receives, with one loss one step of its precision larger."""
 
     def __init__(self, observer: TrainingObserver) -> None:
         self.observer = observer
@@ -289,7 +289,7 @@ def test_reproduction_that_is_stopped_gives_no_verdict(
             if not asked:
                 os.kill(os.getpid(), signal.SIGINT)
             asked.append(name)
-            time.sleep(0.5)  # a batch: the signal is heard long before the training ends
+            time.sleep(0.5)  # a batch: the signal arrives long before the training ends
 
     before = recorded.row.tags.get("digitlab.reproduced")
     monkeypatch.setattr(faults, "hook", stop)
@@ -407,8 +407,8 @@ def test_tolerance_is_the_distance_of_two_seeds_where_three_are_known(
     ]
     assert sorted(over_seeds(recorded.tracker, rows[0])) == sorted(accuracies)
     again = written(recorded, f"{name}/again", accuracy=0.90 - distance, wrong=range(99))
-    told, (*_, reason) = reach_verdict(recorded.tracker, rows[0], again, [ROUNDING])
-    assert told == verdict
+    reported, (*_, reason) = reach_verdict(recorded.tracker, rows[0], again, [ROUNDING])
+    assert reported == verdict
     tolerance = 4.3027 * math.sqrt(2) * statistics.stdev(accuracies)
     assert reason.startswith(
         f"val_accuracy is {distance:.4f} off; {tolerance:.4f} is tolerated: two seeds differ so"
@@ -427,8 +427,8 @@ def test_tolerance_is_that_of_mcnemar_s_exact_test_where_no_three_seeds_are_know
     again = written(
         recorded, f"{name}/again", accuracy=1 - wrong / IMAGES, wrong=range(wrong), weights="other"
     )
-    told, (*_, reason) = reach_verdict(recorded.tracker, row, again, [ROUNDING])
-    assert told == verdict
+    reported, (*_, reason) = reach_verdict(recorded.tracker, row, again, [ROUNDING])
+    assert reported == verdict
     assert f"{wrong} images are right in one alone" in reason
     assert f"p = {2 / 2**wrong:.3g} by McNemar's exact test" in reason
 
@@ -892,8 +892,11 @@ def test_stored_configuration_is_refused_with_the_version_that_wrote_it(
     monkeypatch.setenv("HOME", "/home/of/nobody")
     before = runs(recorded)
     with sealed_with(recorded, lambda text: text.replace(old, new)):
-        told = [call("reproduce", recorded.run_id), call("train", "--config-from", recorded.run_id)]
-    for status, out, err in told:
+        reported = [
+            call("reproduce", recorded.run_id),
+            call("train", "--config-from", recorded.run_id),
+        ]
+    for status, out, err in reported:
         assert (status, out) == (2, "")
         assert named in err
         assert f"config.yaml of smoke-seed-0 ({recorded.run_id})" in err
@@ -978,9 +981,9 @@ from digitlab import version
 
 def main():
     assert sys.argv[1] == "reproduce"
-    told = [version.NAME, kept.NAME, os.environ["DIGITLAB_HOME"], *sys.argv[2:]]
+    reported = [version.NAME, kept.NAME, os.environ["DIGITLAB_HOME"], *sys.argv[2:]]
     print(json.dumps(dict(verdict="identical", differences=[], run_id="0", original_run_id="0")))
-    print(json.dumps(told), file=sys.stderr)
+    print(json.dumps(reported), file=sys.stderr)
     return 0
 """
 
@@ -1003,8 +1006,8 @@ def test_recorded_code_is_run_when_the_checkout_has_moved_on(
     (package / "version.py").write_text("NAME = 'now'\n")
     (package / "kept.py").unlink()
     line = train_at_commit(recorded.row, then, ["trainer.threads=2"], recorded.lab)
-    told = ["changed", "untracked", str(recorded.lab), recorded.run_id, "trainer.threads=2"]
-    assert json.loads(line) == told
+    reported = ["changed", "untracked", str(recorded.lab), recorded.run_id, "trainer.threads=2"]
+    assert json.loads(line) == reported
     assert work_trees(repository) == 1
     assert (package / "version.py").read_text() == "NAME = 'now'\n"
     assert not (package / "kept.py").exists()
@@ -1105,10 +1108,10 @@ def test_code_that_cannot_be_had_any_more_is_refused(
 ) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
     before = set(repository.parent.rglob("*"))
-    with pytest.raises(UserError, match=reason) as told:
+    with pytest.raises(UserError, match=reason) as reported:
         train_at_commit(recorded.row, {"commit": head} | then, [], recorded.lab)
-    assert "\n" not in str(told.value)
-    assert str(told.value).startswith("--at-commit: smoke-seed-0")
+    assert "\n" not in str(reported.value)
+    assert str(reported.value).startswith("--at-commit: smoke-seed-0")
     assert work_trees(repository) == 1
     after = {path for path in repository.parent.rglob("*") if ".git" not in path.parts}
     assert after <= before
@@ -1135,9 +1138,9 @@ def test_recorded_code_that_breaks_is_refused(recorded: Recorded, repository: Pa
 
 def test_commit_without_the_code_is_refused(recorded: Recorded, repository: Path) -> None:
     head = git(repository, "rev-parse", "HEAD").decode().strip()
-    with pytest.raises(UserError, match="--at-commit") as told:
+    with pytest.raises(UserError, match="--at-commit") as reported:
         train_at_commit(recorded.row, {"commit": head}, ["--nonsense"], recorded.lab)
-    assert "its code ended with status" not in str(told.value)
+    assert "its code ended with status" not in str(reported.value)
 
 
 def test_code_outside_a_repository_is_refused(

@@ -202,12 +202,12 @@ def test_candidates_are_confirmed_on_seeds_that_no_other_fit_has(config: Config)
 
 def test_only_the_final_fits_see_the_test_images(config: Config) -> None:
     rows = [row(0, hidden=33), row(1)]
-    for jobs, fold in (
+    for jobs, measured_on in (
         (confirm_fits(config, rows, {}), EvaluateOn.validation),
         (final_fits(config, rows[0]), EvaluateOn.test),
     ):
         for job in jobs:
-            assert job.config.data.evaluate_on is fold
+            assert job.config.data.evaluate_on is measured_on
             assert job.key == f"{job.number}/{job.config.trainer.seed}"
             assert job.config.model.hidden == {0: 33, 1: 17}[job.number]
 

@@ -29,11 +29,11 @@ def is_final(job: Job) -> bool:
 
 def stop_at_trial(number: int) -> tuple[StopSignal, Callable[[Job], Script]]:
     """A stop signal, and jobs of which one sends it."""
-    stop, begun = StopSignal(), []
+    stop, started = StopSignal(), []
 
     def write(job: Job) -> Script:
-        begun.append(job)
-        if len(begun) - 1 != number:
+        started.append(job)
+        if len(started) - 1 != number:
             yield from train_well(job)
             return
         stop.count = 1

@@ -78,8 +78,8 @@ def wait_until(there: Callable[[], bool], what: str, log: Path, seconds: float =
     deadline = time.monotonic() + seconds
     while not there():
         if time.monotonic() > deadline:
-            told = log.read_text(errors="replace")[-3000:] if log.exists() else ""
-            raise AssertionError(f"{what}: not there after {seconds:g} s\n{told}")
+            reported = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+            raise AssertionError(f"{what}: not there after {seconds:g} s\n{reported}")
         time.sleep(0.1)
 
 
@@ -441,7 +441,7 @@ class Network:
         return ["ip", "netns", "exec", self.places[1], *command]
 
     def cut(self) -> None:
-        """Nothing passes any more, and neither side is told of it."""
+        """Nothing passes any more, and neither side learns of it."""
         _ip("-n", self.places[0], "link", "set", "cable", "down")
 
     def join(self) -> None:
@@ -574,7 +574,7 @@ class RayCluster:
         return self.network.far_host if number else self.network.near_host
 
     def join(self, environment: dict[str, str]) -> RayNode:
-        """Try to add a node that has another environment; its `process` tells what came of it."""
+        """Try to add a node that has another environment; its `process` shows what came of it."""
         number = len(self.nodes)
         node = RayNode(self.folder / f"{number}-{secrets.token_hex(2)}", self._host(number))
         self._start(node, 1, environment)

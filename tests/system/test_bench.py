@@ -43,7 +43,7 @@ def measure(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, part: Any) -> No
 
 
 @pytest.mark.parametrize("place", ["environment", ".env", "both"])
-def test_no_process_of_the_bench_hears_of_a_persons_stores(bench, lab, monkeypatch, place) -> None:
+def test_no_process_of_the_bench_gets_a_persons_stores(bench, lab, monkeypatch, place) -> None:
     if place != ".env":
         for name, value in STORES.items():
             monkeypatch.setenv(name, value)

@@ -181,7 +181,7 @@ def test_mlflow_is_away_and_postgresql_crashes_in_the_middle(site: Site) -> None
     no_secret_is_recorded(site)
 
 
-def test_one_machine_leads_and_hears_ctrl_c_while_postgresql_is_away(site: Site) -> None:
+def test_one_machine_leads_and_obeys_ctrl_c_while_postgresql_is_away(site: Site) -> None:
     (site.lab("driver") / "faults.json").write_text(json.dumps({"record": True}))
     driver = site.sweep(100_000, "study.workers=2", DIGITLAB_FAULTS=str(HOOKS))
     site.until(lambda: site.ended() >= 1, driver)
@@ -197,9 +197,9 @@ def test_one_machine_leads_and_hears_ctrl_c_while_postgresql_is_away(site: Site)
     site.postgres.stop("fast")
     site.until(lambda: is_writing(site.lab("driver") / "points"), driver)
     os.kill(driver.pid, signal.SIGINT)
-    begun = time.monotonic()
+    started = time.monotonic()
     assert site.wait(driver) == 130, site.logs()
-    assert time.monotonic() - begun < 60, "far less than an outage may last"
+    assert time.monotonic() - started < 60, "far less than an outage may last"
     assert "Traceback" not in site.log("driver")
 
     site.postgres.start()

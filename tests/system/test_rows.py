@@ -50,7 +50,9 @@ def test_a_training_that_was_killed_is_ended_by_the_next_command(lab: Path) -> N
 @pytest.mark.parametrize(
     "number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )
-def test_a_training_that_hears_a_signal_is_recorded_as_interrupted(lab: Path, number: int) -> None:
+def test_a_training_that_receives_a_signal_is_recorded_as_interrupted(
+    lab: Path, number: int
+) -> None:
     parent = training(lab, *ENDLESS)
     until(lambda: "epoch" in parent.log.read_text(), parent)
     os.kill(parent.process.pid or 0, number)

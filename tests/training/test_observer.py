@@ -12,7 +12,7 @@ from digitlab.training.fit import fit
 from digitlab.training.observer import StopTraining, TrainingObserver
 
 
-def test_an_observer_that_overrides_nothing_hears_everything_in_silence() -> None:
+def test_an_observer_that_overrides_nothing_receives_everything() -> None:
     observer = TrainingObserver()
     observer.started({})
     observer.batch(0.5)
