@@ -22,7 +22,7 @@ from digitlab.study.trials import TrialRow
 
 IMAGES, HARD, ERRORS = 10_000, 0.04, 0.0067
 ALIKE = 0.9  # of an image's difficulty is the same for all candidates
-DEFICITS = (0.0, 0.0005, 0.001, 0.002)  # of the cheapest candidate
+DEFICITS = (0.0, 0.0005, 0.001, 0.002)  # of the candidate with the lowest cost
 
 Right = NDArray[np.bool_]
 
@@ -47,7 +47,7 @@ def draw(chance: np.random.Generator, n: int, errors: list[float], spread: float
 
 
 def old_rule(groups: list[Right], fits: int) -> int:
-    """Return the cheapest whose interval over seeds overlaps the best one's, as until 0.3."""
+    """Return the fastest whose interval over seeds overlaps the best one's, as until 0.3."""
     values = np.array([group[:fits].mean(1) for group in groups])
     freedom = values.size - len(values)
     half = t.ppf(0.975, freedom) * (values.var(1).sum() * fits / freedom / fits) ** 0.5

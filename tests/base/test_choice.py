@@ -29,12 +29,12 @@ def decide(groups: dict[int, np.ndarray], margin: float = 0.0005, **costs: float
     return choose(groups, known, margin)
 
 
-def test_the_cheapest_that_is_shown_to_be_within_the_margin_is_taken() -> None:
+def test_the_fastest_that_is_shown_to_be_within_the_margin_is_taken() -> None:
     choice = decide({1: fits(3, 32), 2: fits(3, 30), 3: fits(3, 31)}, margin=0.002)
     assert (choice.best, choice.is_settled, choice.undecided) == (1, True, [])
 
 
-def test_a_candidate_that_is_worse_by_more_than_the_margin_is_not_taken_for_being_cheap() -> None:
+def test_a_candidate_that_is_worse_by_more_than_the_margin_is_not_taken_for_being_fast() -> None:
     choice = decide({1: fits(3, 80), 2: fits(3, 30)})
     assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [])
 
@@ -46,8 +46,8 @@ def test_where_nothing_is_shown_the_best_mean_is_taken_and_more_fits_could_decid
     assert choice.undecided == [2, 1]  # the third is out
 
 
-def test_a_cheaper_one_that_may_be_within_the_margin_keeps_the_race_open() -> None:
-    """The best is shown already; the cheaper one is neither shown nor out."""
+def test_a_faster_one_that_may_be_within_the_margin_keeps_the_race_open() -> None:
+    """The best is shown already; the faster one is neither shown nor out."""
     choice = decide({1: fits(3, 36, 20), 2: fits(3, 30, 20)}, margin=0.0008)
     assert choice.best == 2
     assert choice.is_settled

@@ -46,7 +46,7 @@ from digitlab.results import reproduce as reproduction
 from digitlab.results.at_commit import confirm_code, train_at_commit
 from digitlab.results.replay import compare_studies, replay
 from digitlab.results.reproduce import reproduce
-from digitlab.results.verdict import Difference, Verdict, differences, reach_verdict
+from digitlab.results.verdict import Change, Verdict, differences, reach_verdict
 from digitlab.study.run import run_once, train
 from digitlab.study.trials import load_study
 from digitlab.training.fit import FitResult
@@ -370,13 +370,13 @@ def written(
 
 
 _LINUX = "Linux-{}-x86_64-with-glibc2.36"
-HARMLESS = Difference("libraries.mlflow", "3", "4")
-ROUNDING = Difference("libraries.torch", "1", "2")
+HARMLESS = Change("libraries.mlflow", "3", "4")
+ROUNDING = Change("libraries.torch", "1", "2")
 
 
 @pytest.mark.parametrize("found", [[], [HARMLESS], [HARMLESS, ROUNDING]])
 def test_runs_with_the_same_bits_are_identical_whatever_else_differs(
-    recorded: Recorded, found: list[Difference]
+    recorded: Recorded, found: list[Change]
 ) -> None:
     row = written(recorded, f"same {len(found)}")
     assert reach_verdict(recorded.tracker, row, row, found) == ("identical", [])
@@ -384,7 +384,7 @@ def test_runs_with_the_same_bits_are_identical_whatever_else_differs(
 
 @pytest.mark.parametrize("found", [[], [HARMLESS]])
 def test_other_bits_without_a_cause_are_not_reproduced(
-    recorded: Recorded, found: list[Difference]
+    recorded: Recorded, found: list[Change]
 ) -> None:
     row = written(recorded, f"causeless {len(found)}")
     again = written(recorded, f"causeless {len(found)}/again", weights="other")
@@ -439,7 +439,7 @@ def test_other_bits_of_other_code_are_not_comparable_however_near(
 ) -> None:
     row = written(recorded, f"code {name}")
     again = written(recorded, f"code {name}/again", weights="other")
-    found = [Difference(name, "a", "b"), HARMLESS]
+    found = [Change(name, "a", "b"), HARMLESS]
     assert reach_verdict(recorded.tracker, row, again, found)[0] == "not comparable"
     assert reach_verdict(recorded.tracker, row, row, found)[0] == "identical"
 
@@ -459,7 +459,7 @@ def test_other_bits_of_other_code_are_not_comparable_however_near(
     ],
 )
 def test_what_can_explain_another_result(name: str, was: Any, now: Any, is_harmless: bool) -> None:
-    assert Difference(name, was, now).is_harmless is is_harmless
+    assert Change(name, was, now).is_harmless is is_harmless
 
 
 def test_run_of_another_configuration_is_no_seed_of_this_one(recorded: Recorded) -> None:

@@ -30,8 +30,8 @@ class Choice:
     def difference(self, first: int, second: int) -> Difference:
         """Return how much better one candidate is than another; a single fit has no interval.
 
-        It is not corrected for the choice of the first: as simulated in experiments/choice.md it
-        covers the truth as often as it says with up to four candidates.
+        It is not corrected for the choice of the first: as simulated in experiments/choice.md its
+        coverage is as stated with up to four candidates.
         """
         counts = [len(self.groups[number]) for number in (first, second)]
         value = float(self.groups[first].mean() - self.groups[second].mean())
@@ -63,11 +63,11 @@ NOTHING_CHOSEN: dict[str, Any] = {"val_accuracy": {}}  # notes where there was n
 def choose(
     groups: Mapping[int, Right], costs: Mapping[int, tuple[float, int]], margin: float
 ) -> Choice:
-    """Take the cheapest candidate that is shown to be at most `margin` worse than the best.
+    """Take the fastest to train of the candidates shown to be at most `margin` worse than the best.
 
     That is a test of non-inferiority: the upper bounds of its differences to all other candidates
     are at most the margin, each at 5 % divided by the number of the others (Bonferroni), since the
-    cheapest that passes is taken. Where none passes, the best mean is taken, and the choice is not
+    fastest that passes is taken. Where none passes, the best mean is taken, and the choice is not
     settled. A candidate is out where another one is shown to be better, by more than the margin if
     that one costs more.
 

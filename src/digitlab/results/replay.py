@@ -20,7 +20,7 @@ from digitlab.results.verdict import (
     IDENTICAL,
     INCOMPARABLE,
     NOT,
-    Difference,
+    Change,
     Verdict,
     differences,
 )
@@ -52,9 +52,9 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
         now = describe_environment()
         found = differences(recorded_environment(tracker, row), now) if row else []
         if notes.get("workers", 0) != 1:
-            found.append(Difference("study.workers", notes.get("workers", "not recorded"), 1))
+            found.append(Change("study.workers", notes.get("workers", "not recorded"), 1))
         if recorded.study.minutes:
-            found.append(Difference("study.minutes", recorded.study.minutes, "another machine's"))
+            found.append(Change("study.minutes", recorded.study.minutes, "another machine's"))
         with redirect_stdout(sys.stderr if as_json else sys.stdout):
             print(f"replaying study {study} as {config.study.name}, by one worker")
             for difference in found:

@@ -29,7 +29,7 @@ from digitlab.results.conclusion import conclude
 from digitlab.results.verdict import (
     INCOMPARABLE,
     NOT,
-    Difference,
+    Change,
     Verdict,
     differences,
     reach_verdict,
@@ -144,17 +144,17 @@ def _train_at_commit(
     return _judge(tracker, row, again, given)
 
 
-def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Difference]:
+def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Change]:
     """Return what differs before anything is trained: the data first, and the threads."""
     threads = recorded_config(tracker, row).trainer.threads, config.trainer.threads
     both = [
-        Difference("data", recorded_data(row), _data_sha256(config, lab)),
-        Difference("trainer.threads", *threads),
+        Change("data", recorded_data(row), _data_sha256(config, lab)),
+        Change("trainer.threads", *threads),
     ]
     return [item for item in both if item.was != item.now]
 
 
-def _judge(tracker: Tracker, row: RunRow, again: RunRow, given: list[Difference]) -> Verdict:
+def _judge(tracker: Tracker, row: RunRow, again: RunRow, given: list[Change]) -> Verdict:
     then, now = (recorded_environment(tracker, run) for run in (row, again))
     found = given + differences(then, now)
     with refuse_damage(f"the record of {row.name} ({row.run_id})"):

@@ -44,7 +44,7 @@ _EFFECTS = {
 
 
 @dataclass(frozen=True)
-class Difference:
+class Change:
     """One thing that has changed since the run was recorded, and its expected effect."""
 
     name: str
@@ -75,7 +75,7 @@ def _without_kernel(platform: Any) -> str:
     return re.sub(r"^Linux-.*-(\w+-with-)", r"Linux-\1", str(platform))
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return what differs between two environments; libraries and numerics one by one."""
     found = []
     for key in sorted(then.keys() | now.keys()):
@@ -84,7 +84,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differe
             inner = differences(was, is_now)
             found += [replace(item, name=f"{key}.{item.name}") for item in inner]
         elif was != is_now:
-            found.append(Difference(key, was, is_now))
+            found.append(Change(key, was, is_now))
     return found
 
 
@@ -110,7 +110,7 @@ class Verdict:
 
 
 def reach_verdict(
-    tracker: Tracker, row: RunRow, again: RunRow, found: Sequence[Difference]
+    tracker: Tracker, row: RunRow, again: RunRow, found: Sequence[Change]
 ) -> tuple[str, list[str]]:
     """Return the verdict on two runs of one configuration, and the reasons for it.
 

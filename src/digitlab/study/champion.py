@@ -124,7 +124,7 @@ def _of(results: Results, number: int) -> list[dict[str, Any]]:
 
 
 def _cost(row: TrialRow) -> float:
-    """A trial whose cost is not known is no cheap one."""
+    """A trial whose cost is not known costs more than any other."""
     return float(row.notes.get("metrics", {}).get("training_flops", math.inf))
 
 
