@@ -330,7 +330,7 @@ def test_override_that_makes_another_run_is_refused(
     assert runs(recorded) == before
 
 
-# ---- judging two runs ----------------------------------------------------------------------------
+# ---- comparing two runs --------------------------------------------------------------------------
 
 
 def written(
@@ -1013,7 +1013,9 @@ def test_recorded_code_is_run_when_the_checkout_has_moved_on(
     assert not (package / "kept.py").exists()
 
 
-def judge(recorded: Recorded, trained: Callable[[], str], patch: pytest.MonkeyPatch) -> Verdict:
+def verdict_of(
+    recorded: Recorded, trained: Callable[[], str], patch: pytest.MonkeyPatch
+) -> Verdict:
     """The verdict on recorded code that does `trained`, and says what that returns."""
     patch.setattr(reproduction, "train_at_commit", lambda *_: trained())
     config = compose("train", SMALL)[0].config
@@ -1042,13 +1044,13 @@ def test_recorded_code_is_judged_by_the_record_that_it_leaves_and_not_by_its_wor
         return say()
 
     with pytest.raises(UserError, match="left no record of a run") as raised:
-        judge(recorded, say, monkeypatch)
+        verdict_of(recorded, say, monkeypatch)
     assert "\n" not in str(raised.value)
-    verdict = judge(recorded, train_otherwise, monkeypatch)
+    verdict = verdict_of(recorded, train_otherwise, monkeypatch)
     assert verdict.verdict == "not reproduced"
     assert any(text.startswith("SHA-256 of the weights was") for text in verdict.differences)
     for act, reason in ((forge, "seal"), (fail, "failed: broken")):
-        verdict = judge(recorded, act, monkeypatch)
+        verdict = verdict_of(recorded, act, monkeypatch)
         assert verdict.verdict == "not reproduced"
         assert reason in verdict.differences[0]
 

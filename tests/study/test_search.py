@@ -322,12 +322,12 @@ def test_points_outside_of_the_space_are_refused_and_own_values_are_then_left_ou
 
 def test_the_recipe_s_own_values_are_never_pruned(lab: Path) -> None:
     """Trials are trained side by side; the first is the slowest, and the worst."""
-    begun: list[Job] = []
+    started: list[Job] = []
 
     def write(job: Job) -> Script:
-        begun.append(job)
-        accuracy = len(begun) / 10
-        for _ in range(10 if len(begun) == 1 else 5 - len(begun)):  # the best first
+        started.append(job)
+        accuracy = len(started) / 10
+        for _ in range(10 if len(started) == 1 else 5 - len(started)):  # the best first
             yield Progress(0.1)
         yield from succeed(accuracy, tuple(accuracy for _ in job.rungs))
 

@@ -125,7 +125,7 @@ def estimate(
     spread = weight * between / freedom
     explained = weight * residual / (freedom * (images - 1) * images)
     of_images = float(np.var(difference, ddof=1)) / images
-    if second is not None:  # as if one image at least told them apart: no difference is certain
+    if second is not None:  # as if they differed at one image at least: no difference is certain
         of_images = max(of_images, 1 / images**2)
     over_seeds = max(spread, _LEAST_SPREAD * explained)
     over_images = max(0.0, of_images - explained)

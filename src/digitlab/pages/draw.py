@@ -30,7 +30,7 @@ from digitlab.records.reader import accuracy_name, lab_tracker
 from digitlab.records.store import Tracker
 
 _BODY = 8 * 2**20  # bytes of an image
-_DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender hears why
+_DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender gets the reason
 _SECONDS = 5.0  # that a body may take to arrive
 _AT_ONCE, _WAITING = 2, 64  # images that are computed, and that wait for it
 _LOADED = 4  # networks that are kept
