@@ -313,7 +313,7 @@ def test_refused_run_is_reported_and_no_other_waits_for_it(open_outbox: Open) ->
     with pytest.raises(TrackerRefused) as raised:
         other.check()
     other.close()
-    subprocess.run(str(raised.value).split("give the record up: ")[1], shell=True, check=True)
+    subprocess.run(str(raised.value).split("give the record up with: ")[1], shell=True, check=True)
     last = open_outbox()
     last.adopt()
     assert last.flush(60) == 0

@@ -166,8 +166,8 @@ class StudyConfig:
             )
         if self.fork_from == self.name:
             raise UserError(
-                f"study.fork_from={self.fork_from} with study.name={self.name} names the study "
-                "itself: name another one."
+                f"study.fork_from={self.fork_from} with study.name={self.name} is invalid: a study "
+                "takes trials from another one. Name that."
             )
         return self
 

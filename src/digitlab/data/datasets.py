@@ -208,8 +208,9 @@ def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
             print(f"fetched {name} from {source} into {folder}", file=sys.stderr)
             return
     raise UserError(
-        f"{problem}, and no source has it ({'; '.join(tried) or 'none is known'}): "
-        f"put {', '.join(known.sha256)}, uncompressed, into {folder}"
+        f"{problem}, and no source has it ({'; '.join(tried) or 'none is known'}): it must be "
+        f"there. "
+        f"Put {', '.join(known.sha256)}, uncompressed, into {folder}."
     )
 
 

@@ -47,7 +47,7 @@ class ConvnetConfig:
         if self.side() < 1:
             raise UserError(
                 f"model.pools={self.pools} with model.strides={self.strides} over {count} "
-                f"convolutions leaves no pixel of {PIXELS}: lower one of them."
+                f"convolutions leaves no pixel of {PIXELS}: it must leave one. Lower one of them."
             )
         return self
 

@@ -92,8 +92,9 @@ def require_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(
-                f"--port={port}: taken by another program: stop it, or give another port, "
-                f"such as {port + 1}"
+                f"--port={port} is taken by another program: it must be free. Stop that program, "
+                f"or "
+                f"give another port, such as {port + 1}."
             ) from error
 
 

@@ -190,7 +190,7 @@ def _postponed(spools: Sequence[FileSpool], failing: FileSpool) -> list[FileSpoo
 def _refusal(spool: FileSpool, error: TrackerRefused) -> TrackerRefused:
     return TrackerRefused(
         f"The record of run '{spool.name}' was refused ({error}). It is kept, and no other run "
-        "waits for it. Remove the cause and start again, or give the record up: "
+        "waits for it. Remove the cause and start again, or give the record up with: "
         f"rm {shlex.quote(str(spool.path))}"
     )
 

@@ -149,8 +149,10 @@ def _translated(method: _Method) -> _Method:
                     f"The tracker {tracker.where} does not answer ({first_line(error)}). What was "
                     "recorded is kept; try again when it is back."
                 ) from error
-            refusal = f"The tracker {tracker.where} refused: {first_line(error)}"
-            raise TrackerRefused(refusal) from error
+            raise TrackerRefused(
+                f"The tracker {tracker.where} refused ({first_line(error)}), and will refuse the "
+                "same again. Remove the cause."
+            ) from error
 
     return cast(_Method, translated)
 

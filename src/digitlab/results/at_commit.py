@@ -68,7 +68,9 @@ def train_at_commit(
         )
     untracked = then.get("untracked") or {}
     if not isinstance(untracked, dict) or not all(isinstance(t, str) for t in untracked.values()):
-        raise UserError(f"{name} had untracked files that are not in its record. {_WITHOUT}")
+        raise UserError(
+            f"{name} had untracked files that are not in its record: they must be. {_WITHOUT}"
+        )
     name = f"{name} at {commit[:12]}"
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "tree"

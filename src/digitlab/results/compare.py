@@ -39,7 +39,9 @@ def compare(
     tracker = lab_tracker(lab, overrides)
     rows = [trained(tracker, name) for name in names]
     if len({row.run_id for row in rows}) < 2:
-        raise UserError(f"{' '.join(names)} names one run: give two different runs or more.")
+        raise UserError(
+            f"{' '.join(names)} names one run: a comparison needs two. Name another one."
+        )
     tests = [paired_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
     done = [test for test in tests if "p" in test]
     for test, p in zip(done, holm([test["p"] for test in done]), strict=True):

@@ -63,7 +63,8 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
             except OSError as error:
                 reason = error.strerror or error
                 raise UserError(
-                    f"{target} cannot be written ({reason}). Name another file."
+                    f"{target} cannot be written ({reason}): it must be in a folder that can be "
+                    "written. Name another file."
                 ) from error
             finally:
                 with suppress(OSError):  # as a rule it is not there any more

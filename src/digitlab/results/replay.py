@@ -43,7 +43,10 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
     original, recorded = load_study(lab, study, storage_of(stores))
     notes = original.notes()
     if "champion" not in notes:
-        raise UserError(f"{study} has no champion yet: finish it with `{command('sweep')}` first.")
+        raise UserError(
+            f"{study} has no champion yet: only a finished study can be replayed. "
+            f"Finish it with `{command('sweep')}` first."
+        )
     with refuse_damage(f"what the storage holds of study {study!r}"):
         config = _replay_config(original, recorded, notes)
     with open_records(recorded, lab) as records:

@@ -118,7 +118,10 @@ def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
     champion = store.notes().get("champion")
     if not champion:
         goes_on = command("sweep")
-        raise UserError(f"study {study} has no champion yet: finish it with `{goes_on}` first.")
+        raise UserError(
+            f"study {study} has no champion yet: a finished study has one. Finish it "
+            f"with `{goes_on}` first."
+        )
     best = with_values(config, champion["values"])
     test = Interval(**champion["test_accuracy"])
     print("# @package _global_")

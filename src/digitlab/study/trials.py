@@ -221,7 +221,10 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
     refuse_deleted(name, notes)
     if not is_own(notes):
-        raise UserError(f"study {name} has not started yet: run `digitlab sweep` for it first.")
+        raise UserError(
+            f"study {name} has not started yet: it has no trials. Run `digitlab "
+            f"sweep` for it first."
+        )
     with refuse_damage(f"what the storage holds of study {name!r}"):
         config = config_from_yaml(str(notes["config"]))
         config = with_values(config, {"study.name": name})  # it may have been renamed
