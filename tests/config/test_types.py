@@ -178,7 +178,7 @@ def test_a_value_out_of_range_is_refused_with_field_value_and_what_is_allowed(
         ("optim.schedule", limits.Schedule),
         ("study.sampler", limits.Sampler),
         ("study.pruner", limits.Pruner),
-        ("tracking.name", limits.Tracker),
+        ("tracking.name", limits.TrackerName),
         ("launcher.name", limits.Launcher),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_name_that_is_too_long_is_refused_with_the_limit(config: Config) -> No
     assert len(message) < 300
 
 
-# --- what the types say of themselves ---
+# --- descriptions of the settings ---
 
 
 def test_every_setting_has_a_description_and_a_rule(config: Config) -> None:

@@ -87,5 +87,5 @@ def test_a_run_may_learn_from_a_stratified_part_of_the_images(lab: Path) -> None
 
 
 def test_more_images_than_there_are_is_refused_with_the_limit(lab: Path) -> None:
-    with pytest.raises(UserError, match=r"data.images=2000\b.*up to 1999"):
+    with pytest.raises(UserError, match=r"data.images=2000\b.*at most 1999"):
         data(lab, "data.evaluate_on=test", "data.images=2000")

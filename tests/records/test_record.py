@@ -189,7 +189,7 @@ def test_trial_is_found_by_its_finished_attempt(records: Records) -> None:
     assert find_run(records.tracker, "smoke/7").run_id == run_id
     with pytest.raises(UserError, match=r"smoke/8: no such trial, did you mean smoke/7"):
         find_run(records.tracker, "smoke/8")
-    with pytest.raises(UserError, match="no study has one yet"):
+    with pytest.raises(UserError, match="no study has selected one yet"):
         find_run(records.tracker, "champion")
 
 

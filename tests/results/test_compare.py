@@ -181,8 +181,8 @@ def test_page_is_written_with_the_look_of_the_report(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["one-seed-0"], "two different runs"),
-        (["one-seed-0", "one-seed-0"], "two different runs"),
+        (["one-seed-0"], "a comparison needs two"),
+        (["one-seed-0", "one-seed-0"], "a comparison needs two"),
         (["one-seed-0", "noe-seed-0"], "noe-seed-0: no such run, did you mean"),
         (["one-seed-0", "two-seed-1", "--out", "/dev/null/page"], "--out /dev/null/page"),
     ],

@@ -70,10 +70,10 @@ def config_from_yaml(text: str) -> Config:
     """Read a run's `config.yaml`; UserError as `config_from_plain`, or if its format is unknown."""
     try:
         if len(text.encode(errors="replace")) > _MOST_BYTES:
-            raise UserError(f"not a configuration: it must have at most {_MOST_BYTES} bytes.")
+            raise UserError(f"it must have at most {_MOST_BYTES} bytes.")
         # A few lines of anchors and aliases unfold to gigabytes: look before anything is loaded.
         if any(isinstance(t, yaml.AnchorToken | yaml.AliasToken) for t in yaml.scan(text)):
-            raise UserError("not a configuration: it must hold no YAML anchors or aliases.")
+            raise UserError("it must hold no YAML anchors or aliases.")
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # PyYAML's own errors reach here besides OmegaConf's
         raise UserError(f"not a configuration: {first_line(error)}") from error
