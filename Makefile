@@ -41,7 +41,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@if [ "$(TORCH)" != default ]; then $(UV) install --quiet --python $(BIN)/python \
 		--torch-backend "$(TORCH)" $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock); fi
 	@$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -c "from digitlab.records.mlflow import keep_tables; keep_tables()"
+	@$(BIN)/python -c "from digitlab.records.mlflow import save_tables; save_tables()"
 	@echo "$(TORCH)" > .venv/torch-backend
 	@echo "installed; \`source $(BIN)/activate\` lets this shell find the command digitlab"
 	@touch $@

@@ -62,7 +62,7 @@ def test_make_is_named_short_and_the_default_recipe_is_not(
     assert command("restore", "smoke") == ".venv/bin/digitlab restore smoke"
 
 
-def test_words_that_say_where_records_are_are_told_from_the_others() -> None:
+def test_words_that_name_the_place_of_records_are_split_from_the_others() -> None:
     stores = ["tracking.uri=http://host", "tracking=none", "study.storage=a", "study.storage=b"]
     others = ["smoke/7", "seed epochs=5", "study.trials=3", "tracking", "trainer.threads=2"]
     assert split_stores([*others, *stores]) == (stores, others)

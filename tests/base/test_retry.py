@@ -44,7 +44,7 @@ def test_the_last_error_is_raised_when_the_time_is_over() -> None:
         retry(failing(99), is_away, 0)
 
 
-def test_a_stop_is_heard_while_it_waits() -> None:
+def test_a_stop_is_noticed_while_it_waits() -> None:
     started = time.monotonic()
     received: list[float] = []
 

@@ -224,7 +224,7 @@ def test_run_whose_name_is_a_path_writes_in_the_lab_alone(lab: Path, explain) ->
     assert re.fullmatch(r"[\w.=,-]+\.png", picture.name)
 
 
-def test_picture_that_cannot_be_written_is_told_in_one_line(explain, tmp_path: Path) -> None:
+def test_picture_that_cannot_be_written_is_reported_in_one_line(explain, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     status, _, err = explain("3", "--out", str(tmp_path / "file" / "why.png"))
     assert (status, err.count("\n")) == (2, 1)

@@ -155,7 +155,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     ],
 )
-def test_what_is_no_image_is_told_in_one_line(body: bytes, named: str) -> None:
+def test_what_is_no_image_is_reported_in_one_line(body: bytes, named: str) -> None:
     with pytest.raises(UserError) as reported:
         decode(body, "it.png")
     assert named in str(reported.value)

@@ -818,7 +818,7 @@ def test_more_than_can_wait_are_sent_away_and_the_others_answered(lab: Lab) -> N
     assert loads == [lab.read]  # once for all
 
 
-def test_network_that_cannot_be_loaded_is_told_and_tried_again(
+def test_network_that_cannot_be_loaded_is_reported_and_tried_again(
     lab: Lab, api: dict[str, Any]
 ) -> None:
     def load(run: str) -> DigitReader:
@@ -883,6 +883,6 @@ def test_command_serves_the_champion_until_ctrl_c(lab: Lab, tmp_path: Path) -> N
     assert (tmp_path / "log").read_text() == f"draw: http://127.0.0.1:{port}   (Ctrl-C ends it)\n"
 
 
-def test_unknown_run_is_told_in_a_line(lab: Lab) -> None:
+def test_unknown_run_is_reported_in_a_line(lab: Lab) -> None:
     with pytest.raises(draw.UserError, match=r"raed-seed-0: no such run, did you mean read-seed-0"):
         draw.draw("raed-seed-0", lab.folder, free_port())

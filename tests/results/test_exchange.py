@@ -81,7 +81,7 @@ def test_a_study_that_still_runs_goes_with_what_it_has(
     assert facts(other, "stopped") == facts(lab, "stopped")
 
 
-def test_an_import_that_was_killed_is_begun_again(
+def test_an_import_that_was_killed_is_started_again(
     lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs are recorded, and of the study the last note alone is missing."""
@@ -144,7 +144,7 @@ def forge(members: dict[str, bytes]) -> None:
     members["bundle.json"] = json.dumps(index).encode()
 
 
-def drop_weights(members: dict[str, bytes]) -> None:
+def remove_weights(members: dict[str, bytes]) -> None:
     del members[next(name for name in members if name.endswith("/weights.safetensors"))]
 
 
@@ -155,7 +155,7 @@ CHANGES: dict[str, Change] = {
     "a run id that is a path": with_index(lambda index: first(index).update(run_id="../x")),
     "other weights": replace_weights,
     "weights and their digest": forge,
-    "no weights": drop_weights,
+    "no weights": remove_weights,
     "another metric": with_index(lambda index: first(index)["metrics"].update(val_accuracy=1.0)),
     "another history": with_index(lambda index: first(index)["history"].pop()),
     "another trial": with_index(lambda index: first(index)["tags"].update({"digitlab.trial": "9"})),

@@ -82,7 +82,7 @@ def test_two_forms_at_once_are_refused(call: Call) -> None:
     assert call("runs", "--json", "--csv")[0] == 2
 
 
-def test_a_pruned_trial_is_told_apart_by_name_tag_and_description(lab: Path) -> None:
+def test_a_pruned_trial_is_marked_by_name_tag_and_description(lab: Path) -> None:
     for row in recorded(lab, "smoke").runs(kind="trial"):
         pruned = row.tags["digitlab.state"] == "pruned"
         number = row.tags["digitlab.trial"]

@@ -43,7 +43,7 @@ def champions(session: StudySession) -> list[RunRow]:
     """The champion's runs after it was published again, the earlier first."""
     assert len(session.records.tracker.find(CHAMPION)) == 1
     noted = publish(session, session.store.notes()["champion"])
-    session.deliver()
+    session.flush_records()
     found = session.records.tracker.find(CHAMPION)
     assert noted == {"run_id": found[-1].run_id}
     return found

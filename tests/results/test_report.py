@@ -354,7 +354,7 @@ def test_importance_has_a_spread_and_finds_what_matters() -> None:
     assert again.figure == chart.figure
 
 
-def test_study_that_prunes_is_judged_where_all_its_trials_were() -> None:
+def test_study_that_prunes_is_compared_where_all_its_trials_were() -> None:
     study = new_study("study.pruner=halving")
     for accuracy in (0.3, 0.4, 0.5, 0.6):
         prune(study.store, accuracy)

@@ -595,7 +595,7 @@ def test_metric_that_is_shown_otherwise_than_it_was_recorded_is_damage(recorded:
     assert found != []
 
 
-def test_damage_is_told_with_the_file_and_tagged_without_a_run(
+def test_damage_is_reported_with_the_file_and_tagged_without_a_run(
     call: Call, recorded: Recorded
 ) -> None:
     path = recorded.file("weights.safetensors")
@@ -1022,7 +1022,7 @@ def verdict_of(
     return reproduction._train_at_commit(recorded.tracker, recorded.row, [], config, recorded.lab)
 
 
-def test_recorded_code_is_judged_by_the_record_that_it_leaves_and_not_by_its_words(
+def test_recorded_code_is_checked_by_the_record_that_it_leaves_and_not_by_its_words(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tags = {"digitlab.reproduction_of": recorded.run_id}

@@ -32,7 +32,7 @@ def test_a_result_is_sealed_or_of_the_present_attempt(
     assert has_result(run(state, attempt, status), row) is expected
 
 
-def test_a_trial_is_judged_by_its_last_accuracy_or_that_of_its_rung() -> None:
+def test_a_trial_is_compared_by_its_last_accuracy_or_that_of_its_rung() -> None:
     metrics = {"val_accuracy": 0.9, "rung_accuracy": 0.5}
     assert trial_value("finished", metrics) == 0.9
     assert trial_value("pruned", metrics) == 0.5

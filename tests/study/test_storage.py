@@ -91,5 +91,5 @@ PASSWORD = OperationalError("select", {}, Exception("password authentication fai
         (ValueError("a mistake"), False),
     ],
 )
-def test_an_outage_is_told_from_a_mistake(error: Exception, expected: bool) -> None:
+def test_an_outage_is_no_mistake(error: Exception, expected: bool) -> None:
     assert is_away(error) is expected

@@ -26,7 +26,7 @@ def lab_folder() -> Path:
     """Return the lab: `lab/` in a checkout, else `./lab`; DIGITLAB_HOME moves it.
 
     The folder is made if it is not there. Its file `.env`, if any, gives environment variables
-    that are not set: passwords, say.
+    that are not set, such as passwords.
 
     Raises:
         UserError: the folder or its `.env` cannot be used, or this is another checkout's code.

@@ -1,4 +1,4 @@
-"""A database server that may go away: which errors say so, and a lock that it holds."""
+"""A database server that may go away: its errors, and a lock that it holds."""
 
 import time
 from collections.abc import Callable

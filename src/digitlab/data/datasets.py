@@ -93,8 +93,8 @@ def find_known(name: str) -> Known:
     return KNOWN[name]
 
 
-def keep_training_digits() -> None:
-    """Keep training images in memory from now on: a worker reads and hashes them once."""
+def cache_training_digits() -> None:
+    """Cache training images in memory from now on: a worker reads and hashes them once."""
     global _load_training  # noqa: PLW0603
     _load_training = functools.lru_cache(maxsize=1)(_load_digits)
 

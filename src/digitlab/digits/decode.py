@@ -54,7 +54,7 @@ def decode(content: bytes, name: str) -> Grey:
     transparent ones stand on white, or on black where what is opaque is light.
 
     Raises:
-        UserError: empty, too large, cut short or none of the formats; says which.
+        UserError: empty, too large, cut short or none of the formats.
     """
     if not content:
         raise UserError(f"{name}: empty")

@@ -23,14 +23,14 @@ Grey = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prepared:
-    """`image` uint8 (28, 28), black where nothing was found; `problem` then says why."""
+    """`image` uint8 (28, 28), black where nothing was found; `problem` is the reason."""
 
     image: NDArray[np.uint8]
     problem: str = ""
 
 
 class _NoDigitError(Exception):
-    """There is no single digit in the picture; the text says why."""
+    """There is no single digit in the picture; the text is the reason."""
 
 
 def prepare(grey: Grey) -> Prepared:

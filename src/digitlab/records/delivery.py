@@ -83,11 +83,13 @@ class Delivery:
         with self._changes:
             self._spools.append(spool)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._send_until_closed, name="outbox", daemon=True
+                )
                 self._thread.start()
             self._changes.notify_all()
 
-    def _deliver(self) -> None:
+    def _send_until_closed(self) -> None:
         while True:
             with self._changes:
                 self._changes.wait_for(lambda: self._is_closing or self.pending())

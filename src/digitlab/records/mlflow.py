@@ -358,7 +358,7 @@ def _make_tables(path: Path) -> None:
     MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
 
 
-def keep_tables() -> None:
+def save_tables() -> None:
     """Make the tables for labs to come; `make setup` does it."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "mlflow.db")

@@ -67,7 +67,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
         save_servable(_Served(network, fit.config.data), example, folder / "model")
         recorder.add_files(folder)
     recorder.end("finished", metrics=test_metrics(summary))
-    session.deliver()
+    session.flush_records()
     run_id = recorder.run_id()
     if run_id is not None:
         for run in earlier:

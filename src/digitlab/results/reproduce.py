@@ -114,7 +114,7 @@ def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: 
     if outcome.state != "finished" or outcome.run_id is None:
         failed = f"the reproduction {outcome.state}: {outcome.reason}"
         return Verdict(NOT, [failed], outcome.run_id, row.run_id)
-    return _judge(tracker, row, tracker.get(outcome.run_id), given)
+    return _verdict(tracker, row, tracker.get(outcome.run_id), given)
 
 
 def _train_at_commit(
@@ -141,7 +141,7 @@ def _train_at_commit(
     damaged = damage(tracker, again)
     if damaged:
         return Verdict(NOT, damaged, again.run_id, row.run_id)
-    return _judge(tracker, row, again, given)
+    return _verdict(tracker, row, again, given)
 
 
 def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Change]:
@@ -154,7 +154,7 @@ def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Cha
     return [item for item in both if item.was != item.now]
 
 
-def _judge(tracker: Tracker, row: RunRow, again: RunRow, given: list[Change]) -> Verdict:
+def _verdict(tracker: Tracker, row: RunRow, again: RunRow, given: list[Change]) -> Verdict:
     then, now = (recorded_environment(tracker, run) for run in (row, again))
     found = given + differences(then, now)
     with refuse_damage(f"the record of {row.name} ({row.run_id})"):

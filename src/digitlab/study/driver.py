@@ -142,7 +142,7 @@ class StudyDriver:
         if stop():
             return 130
         if self.store.notes().get("published") != asked:
-            self.session.deliver()  # a champion is published from complete records
+            self.session.flush_records()  # a champion is published from complete records
             if not stop():
                 summary |= self.publish(self.session, summary)
             if stop():  # perhaps before the tracker had all of it: the next call publishes again

@@ -85,31 +85,31 @@ class StudySession:
             self.lock.is_lost = True
             raise UserError(
                 f"study.name={self.config.study.name} is no longer led by this process: its server "
-                "was away, and another process has gone on with it. Leave it to that one"
+                "was away, and another process has gone on with it. Leave it to that one."
             )
 
-    def deliver_left(self) -> None:
+    def flush_leftovers(self) -> None:
         """Send all that earlier calls have left of this study, or wait for who sends it.
 
         Raises:
-            UserError: as `deliver`; or another process of the lab still has records of the study.
+            UserError: as `flush_records`; or another process of the lab still has records of the study.
         """
         deadline = time.monotonic() + _DELIVERY_S
         while not self.stop():
             for line in self.records.outbox.adopt():
                 self.board.say(line)
-            self.deliver()
+            self.flush_records()
             left = self.records.outbox.held_elsewhere(self.store.study_id)
             if not left:
                 return
             if time.monotonic() > deadline:
                 raise UserError(
                     f"study {self.config.study.name}: {left} of its records are still sent by "
-                    "another process of this lab, which took them over. Wait for it, or stop it"
+                    "another process of this lab, which took them over. Wait for it, or stop it."
                 )
             time.sleep(_POLL_S)
 
-    def deliver(self) -> None:
+    def flush_records(self) -> None:
         """Wait until the tracker has every record, as long as an outage may take.
 
         Raises:
@@ -156,7 +156,7 @@ def open_session(
             describe_environment(),
         )  # fmt: skip
         store.note("leader", session.leader)
-        session.deliver_left()
+        session.flush_leftovers()
         _open_parent_run(session)
         yield session
 

@@ -201,7 +201,7 @@ class _State:
 
     is_ready: bool = False
     job: int = 0  # number of its job, 0 without
-    has_begun: bool = False  # it has reported something of the job
+    has_started: bool = False  # it has reported something of the job
     stop_by: float = math.inf  # monotonic seconds
     deaths: int = 0  # in a row, before it was ready
     refusal: str = ""
@@ -286,7 +286,7 @@ class Pool(Workers):
         elif isinstance(event, End):
             self._states[worker] = _State(is_ready=True)
         else:
-            state.has_begun = True
+            state.has_started = True
         return event
 
     def _replace(self, worker: int, lost: Lost) -> Lost:
@@ -301,7 +301,7 @@ class Pool(Workers):
             )
         else:
             self._launch(worker)
-        return Lost(lost.cause, lost.is_charged and state.has_begun)
+        return Lost(lost.cause, lost.is_charged and state.has_started)
 
     def _kill_unresponsive(self) -> list[tuple[int, Event]]:
         now = time.monotonic()

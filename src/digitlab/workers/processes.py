@@ -130,9 +130,9 @@ class ProcessWorkers(PipePool):
 def _main(pipe: Connection, setup: WorkerSetup) -> None:
     # Blocked, not ignored: Lightning installs a handler of SIGTERM for each fit.
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_DRIVER)
-    from digitlab.data.datasets import keep_training_digits
+    from digitlab.data.datasets import cache_training_digits
     from digitlab.workers.job import serve
 
-    keep_training_digits()
+    cache_training_digits()
     gc.freeze()  # imported modules are never garbage: a collection after each job skips them
     serve(setup, pipe)

@@ -103,7 +103,7 @@ class RayWorkers(Pool):
         there, _ = self.ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
         late = [probe for probe, (_, until) in self._probes.items() if time.monotonic() > until]
         for source in [*there, *(probe for probe in late if probe not in there)]:
-            yield from self._next(source) if source in self._streams else self._judge(source)
+            yield from self._next(source) if source in self._streams else self._note_loss(source)
 
     def _next(self, stream: Any) -> Iterator[tuple[int, Event]]:
         worker = self._streams[stream]
@@ -129,7 +129,7 @@ class RayWorkers(Pool):
         probe = self.ray.remote(**options)(_host).remote()
         self._probes[probe] = (worker, time.monotonic() + _PROBE_S)
 
-    def _judge(self, probe: Any) -> Iterator[tuple[int, Event]]:
+    def _note_loss(self, probe: Any) -> Iterator[tuple[int, Event]]:
         worker, _ = self._probes.pop(probe)
         try:
             host = self.ray.get(probe, timeout=0)
@@ -175,12 +175,12 @@ class _Actor:
         import ray
 
         from digitlab.base.environment import describe_environment
-        from digitlab.data.datasets import keep_training_digits
+        from digitlab.data.datasets import cache_training_digits
         from digitlab.workers.job import serve
 
         lab = Path(os.environ.get("DIGITLAB_HOME") or setup.lab).expanduser().resolve()
         node = ray.get_runtime_context().get_node_id()
-        keep_training_digits()
+        cache_training_digits()
         try:
             serve(replace(setup, lab=lab), self, {"node": node}, describe_environment())
         finally:
