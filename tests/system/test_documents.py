@@ -90,7 +90,7 @@ def test_a_printed_command_that_is_not_run_is_known(command: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_printed_command_runs(
     tmp_path_factory: pytest.TempPathFactory, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
