@@ -92,7 +92,7 @@ class StudySession:
         """Send all that earlier calls have left of this study, or wait for who sends it.
 
         Raises:
-            UserError: as `flush_records`; or another process of the lab still has records of the study.
+            UserError: as `flush_records`; or another process of the lab still sends some of them.
         """
         deadline = time.monotonic() + _DELIVERY_S
         while not self.stop():
