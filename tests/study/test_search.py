@@ -16,7 +16,7 @@ from digitlab.base.stop import StopSignal
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.sessions import Sessions
 from digitlab.results.audit import inspect
-from digitlab.study import driver
+from digitlab.study import progress
 from digitlab.study.trials import TrialStore
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
 
@@ -78,7 +78,7 @@ def test_the_study_ends_when_its_patience_is_spent_while_a_trial_waits(lab: Path
 
 
 def test_minutes_count_calls_that_were_killed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_NOTE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "_NOTE_INTERVAL_S", 0.0)
 
     def die(_: Job) -> Script:
         for _ in range(3):

@@ -48,10 +48,10 @@ class Delivery:
         with self._changes:
             self._disk_error = None  # an attempt is made now, whatever became of the last one
             while self.pending() and self._disk_error is None and not stopped():
-                if (left := deadline - time.monotonic()) <= 0:
+                if time.monotonic() > deadline:
                     break
                 self._changes.hurry()
-                self._changes.wait(min(_POLL_S, left))
+                self._changes.wait(_POLL_S)
             return self.pending()
 
     def pending(self) -> int:

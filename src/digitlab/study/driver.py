@@ -1,13 +1,12 @@
 """The driver: leads a study from its first trial to its champion, and keeps its books."""
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from digitlab.base.console import Board, Busy, View
+from digitlab.base.console import Board
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.limits import usable_cores
@@ -26,17 +25,15 @@ from digitlab.study.champion import (
     unpruned_fits,
 )
 from digitlab.study.fits import FitPhase
-from digitlab.study.loop import JobLoop, Task
+from digitlab.study.loop import JobLoop
+from digitlab.study.progress import Progress
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.settle import SealedFits, sealed_fits, settle
 from digitlab.study.storage import STORE_ERRORS
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
-from digitlab.study.trials import TrialRow, best_first
+from digitlab.study.trials import TrialRow
 from digitlab.workers.base import Workers, WorkerSetup
-
-_SHOW_INTERVAL_S = 0.2  # between two pictures of the board
-_NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
 
 # Registers and reports a study that has just selected its champion; returns what to note of it.
 Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
@@ -91,9 +88,7 @@ class StudyDriver:
     ) -> None:
         self.session, self.workers, self.publish, self.again = session, workers, publish, again
         self.store, self.board, self.study = session.store, session.board, session.config.study
-        self.started = time.monotonic()
-        self.spent = float(self.store.notes().get("seconds", 0.0))  # in earlier calls
-        self.noted = self.shown = self.started
+        self.progress = Progress(session)
         self.sealed: SealedFits = {}
 
     def run(self) -> int:
@@ -105,7 +100,7 @@ class StudyDriver:
                 return 130
             settle(session.store, session.records, session.parent_run_id, self.board.say)
             self.sealed = sealed_fits(session.store, session.records.tracker)
-            search = TrialSearch(session, self._seconds)
+            search = TrialSearch(session, self.progress.seconds)
             search.fork()
             with self.workers:
                 session.stop.on_second = self.workers.close
@@ -199,49 +194,15 @@ class StudyDriver:
         return len(ledger)
 
     def _fits(self, phase: str, fits: list[Fit]) -> Results:
-        loop = self._loop(phase, len({fit.key for fit in fits} | set(self._noted(phase))))
-        return FitPhase(self.session, phase, self.sealed).run(loop, fits)
+        run = FitPhase(self.session, phase, self.sealed)
+        loop = self._loop(phase, len({fit.key for fit in fits} | set(run.results())))
+        return run.run(loop, fits)
 
     def _loop(self, phase: str, total: int) -> JobLoop:
         def refused(reason: str) -> None:
             self.board.say(f"a worker cannot serve this study, which goes on without it: {reason}")
 
-        return JobLoop(self.workers, self.session.stop, self._ticker(phase, total), refused)
-
-    # Time, and what a person sees of it
-
-    def _seconds(self) -> float:
-        """Seconds spent on the study, in all calls."""
-        return self.spent + time.monotonic() - self.started
-
-    def _ticker(self, phase: str, total: int) -> Callable[[JobLoop], None]:
-        started, ended_before = time.monotonic(), self._done(phase)
-
-        def tick(loop: JobLoop) -> None:
-            now = time.monotonic()
-            self.session.check_lock()
-            self.session.records.outbox.check()
-            if now - self.noted > _NOTE_INTERVAL_S:
-                self.noted = now
-                self.store.note("seconds", self._seconds())
-            if now - self.shown > _SHOW_INTERVAL_S:
-                self.shown = now
-                done = self._done(phase)
-                new = done - ended_before
-                left = (now - started) / new * (total - done) if new > 0 else None
-                busy = [_busy(worker, task) for worker, task in loop.running.items()]
-                self.board.show(View(phase, done, total, _best_text(self.store), left, busy))
-
-        return tick
-
-    def _done(self, phase: str) -> int:
-        if phase == "trials":
-            return sum(row.is_ended for row in self.store.rows())
-        return len(self._noted(phase))
-
-    def _noted(self, phase: str) -> Results:
-        noted: Results = self.store.notes().get(phase, {})
-        return noted
+        return JobLoop(self.workers, self.session.stop, self.progress.ticker(phase, total), refused)
 
     def _leave(self, state: str) -> None:
         if self.session.lock.is_lost:
@@ -256,7 +217,7 @@ class StudyDriver:
                 f"stopped with {ended} of {self.study.trials} trials; "
                 f"go on with: {self.again or sweep_command(self.session.overrides)}"
             )
-        self.store.note("seconds", self._seconds())
+        self.store.note("seconds", self.progress.seconds())
 
 
 def _build_workers(session: StudySession) -> Workers:
@@ -282,14 +243,3 @@ def _count_workers(config: Config, board: Board) -> int:
             f"asks for more threads than the {cores} cores"
         )
     return config.study.workers or min(most, config.study.trials)
-
-
-def _best_text(store: Any) -> str:
-    best = best_first(store.rows())[:1]
-    return f"best {best[0].value:.2%} (trial {best[0].number})" if best else ""
-
-
-def _busy(worker: int, task: Task) -> Busy:
-    epochs = task.job.config.trainer.epochs
-    epoch = min(epochs, int(task.fraction * epochs) + 1)
-    return Busy(worker, task.title, task.fraction, epoch, epochs, task.accuracy)

@@ -16,7 +16,7 @@ from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points
-from digitlab.study.space import first_values, own_values, read_space
+from digitlab.study.space import Hyperparameter, first_values, own_values, read_space
 from digitlab.study.storage import open_storage, refuse_deleted, study_names
 
 _STATES = {
@@ -54,6 +54,16 @@ def best_first(rows: Sequence[TrialRow], state: str = "finished") -> list[TrialR
     return sorted(ended, key=lambda row: (-(row.value or 0.0), row.number))
 
 
+def _row_of(space: Sequence[Hyperparameter], trial: FrozenTrial) -> TrialRow:
+    decode = {one.name: one.decode for one in space}
+    values = {k: decode[k](v) if k in decode else v for k, v in trial.params.items()}
+    value = trial.values[0] if trial.values else None
+    if value is None and trial.intermediate_values:
+        value = trial.intermediate_values[max(trial.intermediate_values)]
+    state = _NAMES[trial.state]
+    return TrialRow(trial.number, state, value, values, trial.user_attrs.get(RESULT, {}))
+
+
 class TrialStore:
     """The trials of one study. The driver alone writes to it."""
 
@@ -69,7 +79,7 @@ class TrialStore:
         self.own = own_values(config, self.space)  # the recipe's
         self.mirror = MirroredStudy(storage, self.config.name, stopped, self.space)
         self.study_id = str(self.notes()["study_id"])  # its identity; its name is not one
-        self._rows = [self._row(trial) for trial in self.mirror.trials()]
+        self._rows = [_row_of(self.space, trial) for trial in self.mirror.trials()]
         # Only where no hyperparameter is continuous can two trials have the same values.
         self._is_finite = not any(
             isinstance(one.distribution, FloatDistribution) and one.distribution.step is None
@@ -91,15 +101,6 @@ class TrialStore:
     def rows(self) -> list[TrialRow]:
         """Return all trials by number."""
         return list(self._rows)
-
-    def _row(self, trial: FrozenTrial) -> TrialRow:
-        decode = {one.name: one.decode for one in self.space}
-        values = {k: decode[k](v) if k in decode else v for k, v in trial.params.items()}
-        value = trial.values[0] if trial.values else None
-        if value is None and trial.intermediate_values:
-            value = trial.intermediate_values[max(trial.intermediate_values)]
-        state = _NAMES[trial.state]
-        return TrialRow(trial.number, state, value, values, trial.user_attrs.get(RESULT, {}))
 
     def is_full(self, total: int) -> bool:
         """Whether `total` trials, or all points of a grid, are drawn.
@@ -134,7 +135,7 @@ class TrialStore:
         )
         self.mirror.insert(trial, is_in_memory=True)
         faults.point("trial.inserted")
-        self._rows.append(self._row(drawn))
+        self._rows.append(_row_of(self.space, drawn))
         return self._rows[-1]
 
     def add(self, values: Mapping[str, Any], value: float, notes: dict[str, Any]) -> None:
@@ -156,7 +157,7 @@ class TrialStore:
             user_attrs=attributes,
         )
         self.mirror.insert(trial)
-        self._rows.append(self._row(self.mirror.trials()[-1]))
+        self._rows.append(_row_of(self.space, self.mirror.trials()[-1]))
         return self._rows[-1]
 
     def take_waiting(self) -> TrialRow | None:
@@ -172,7 +173,7 @@ class TrialStore:
         its earlier attempt, and later ones must not decide.
         """
         trial = self.mirror.set_rung(number, rung, accuracy)
-        self._rows[number] = self._row(trial)
+        self._rows[number] = _row_of(self.space, trial)
         faults.point("trial.reported")
         return self.config.pruner is not Pruner.none and self.pruner.prune(self.study, trial)
 
@@ -202,7 +203,9 @@ class TrialStore:
     ) -> TrialRow:
         earlier = {key: x for key, x in self._rows[number].notes.items() if key != "reason"}
         result = None if notes is None else earlier | dict(notes)
-        self._rows[number] = self._row(self.mirror.set_state(number, state, values, result))
+        self._rows[number] = _row_of(
+            self.space, self.mirror.set_state(number, state, values, result)
+        )
         return self._rows[number]
 
     def twin(self, row: TrialRow) -> TrialRow | None:
