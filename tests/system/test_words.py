@@ -1,4 +1,4 @@
-"""Words, names and the map in CONTRIBUTING.md: what people read is plain and true."""
+"""Words, names, sizes and the map in CONTRIBUTING.md: what people read is plain and true."""
 
 import ast
 import re
@@ -59,6 +59,19 @@ def test_no_two_classes_or_types_share_a_name() -> None:
                 names[name] += re.fullmatch(r"[A-Z][a-z]\w*", name) is not None
     # The public one wraps the other: `digitlab.Predictor`.
     assert {name for name, count in names.items() if count > 1} == set()
+
+
+def test_a_class_a_function_and_a_file_can_be_read_at_a_time() -> None:
+    most = {ast.ClassDef: 150, ast.FunctionDef: 60}  # lines
+    assert [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for module in modules()
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > most[type(node)]
+    ] == []
+    files = (ROOT / "src").rglob("*.py")
+    assert [path for path in files if len(path.read_text().splitlines()) > 400] == []
 
 
 def test_the_map_of_rooms_lists_every_module() -> None:

@@ -83,9 +83,7 @@ class Delivery:
         with self._changes:
             self._spools.append(spool)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._send_until_closed, name="outbox", daemon=True
-                )
+                self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
                 self._thread.start()
             self._changes.notify_all()
 

@@ -12,9 +12,9 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
+from digitlab.networks.layers import layers_table
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.records.store import Tracker, TrackerAway
-from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
