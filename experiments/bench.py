@@ -44,7 +44,7 @@ from digitlab.data.datasets import TEST, load_digits
 from digitlab.networks.table import build_network
 from digitlab.records.record import Identity, open_records
 from digitlab.study.loop import JobLoop
-from digitlab.study.progress import Progress
+from digitlab.study.progress import StudyProgress
 from digitlab.study.run import run_once
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
@@ -323,7 +323,7 @@ def lead(session: StudySession, workers: Workers, trials: int) -> float:
     """Return the seconds in which the driver gets so many more trials done."""
     total = len(session.store.rows()) + trials
     session.config = with_values(session.config, {"study.trials": total})
-    tick = Progress(session).ticker("trials", total)
+    tick = StudyProgress(session).ticker("trials", total)
     search, loop = TrialSearch(session, lambda: 0.0), JobLoop(workers, session.stop, tick)
     seconds = _timed(lambda: search.run(loop))
     if session.stop():

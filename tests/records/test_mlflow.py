@@ -27,7 +27,8 @@ from trackers import CODE, FILES, HOST, Server, answers
 
 from digitlab.base.errors import UserError
 from digitlab.records import local
-from digitlab.records.mlflow import MlflowTracker, _http_status, save_servable
+from digitlab.records.mlflow import MlflowTracker, save_servable
+from digitlab.records.mlflow_errors import http_status
 from digitlab.records.store import LogBatch, NewRun, TrackerAway
 
 _FOUR_AT_ONCE = """
@@ -112,7 +113,7 @@ def response(status: int) -> requests.Response:
     ],
 )
 def test_errors_amount_to_a_status(error: Exception, status: int | None) -> None:
-    assert _http_status(error) == status
+    assert http_status(error) == status
 
 
 def test_locked_database_is_away_not_a_refusal(

@@ -1,6 +1,5 @@
-"""Records of runs in MLflow. The only module that imports mlflow."""
+"""Records of runs in MLflow. Beside its errors' module the only one that imports mlflow."""
 
-import functools
 import logging
 import os
 import re
@@ -10,11 +9,11 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -36,7 +35,6 @@ from digitlab.records.store import (
     Tracker,
     TrackerAway,
     TrackerRefused,
-    TrackerUnwritable,
 )
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -45,11 +43,11 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # s
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox tries again
 
-import requests
-import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
-from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestException
+from mlflow.exceptions import MlflowException
+
+from digitlab.records.mlflow_errors import http_status, translated
 
 if TYPE_CHECKING:  # torch takes as long to import as all else that lists runs
     import numpy as np
@@ -66,31 +64,6 @@ _STATUS = {
 }
 _LONGEST = 6000  # characters of a parameter's value in MLflow's stores
 _MOST_PARAMS, _MOST_METRICS, _MOST_TAGS = 100, 700, 100  # in one call
-# A locked database is an operational error.
-_AWAY = (requests.RequestException, ConnectionError, TimeoutError, sqlalchemy.exc.OperationalError)
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _http_status(error: Exception) -> int | None:
-    """Return the HTTP status that an error amounts to; None if it is a mistake in a program."""
-    status: int | None = None
-    if isinstance(error, MlflowException):
-        status = ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500)
-        # MLflow reports a status that it has no code for, such as 413, as an internal error, and
-        # so it does what it finds wrong itself.
-        found = re.search(r"failed with error code (\d{3}) != 200", str(error))
-        if found:
-            status = int(found[1])
-        elif status == 500 and not isinstance(error, RestException):
-            status = 503 if str(error).startswith("API request to ") else None
-    elif isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-    elif isinstance(error, _AWAY):
-        status = 503
-    elif isinstance(error, (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError)):
-        status = 400
-    return status
 
 
 def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experiment]:
@@ -126,37 +99,6 @@ def _shown(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri).split("?")[0]
 
 
-def _translated(method: _Method) -> _Method:
-    """Make a method of a tracker raise the tracker's errors, for MLflow's and what it uses."""
-
-    @functools.wraps(method)
-    def translated(tracker: "MlflowTracker", *arguments: Any, **named: Any) -> Any:
-        try:
-            return method(tracker, *arguments, **named)
-        except Exception as error:
-            if isinstance(error, UserError):
-                raise
-            if problem := disk_problem(error):
-                raise TrackerUnwritable(
-                    f"The tracker {tracker.where} cannot be used ({problem}). What was recorded "
-                    "is kept in the outbox; repair that, and go on with the same command."
-                ) from error
-            status = _http_status(error)
-            if status is None:
-                raise
-            if status >= 500 or status in (408, 429):
-                raise TrackerAway(
-                    f"The tracker {tracker.where} does not answer ({first_line(error)}). What was "
-                    "recorded is kept; try again when it is back."
-                ) from error
-            raise TrackerRefused(
-                f"The tracker {tracker.where} refused ({first_line(error)}), and will refuse the "
-                "same again. Remove the cause."
-            ) from error
-
-    return cast(_Method, translated)
-
-
 class MlflowTracker(Tracker):
     """MLflow on sqlite in the lab, or on the server or database of `uri`."""
 
@@ -171,7 +113,7 @@ class MlflowTracker(Tracker):
             self.client, self.opened = _open(uri, experiment, lab)
         except Exception as error:
             problem = disk_problem(error)
-            is_away = not problem and (_http_status(error) or 400) >= 500
+            is_away = not problem and (http_status(error) or 400) >= 500
             place = f"tracking.uri={self.where}" if uri else str(lab / "mlflow.db")
             raise (TrackerAway if is_away else UserError)(
                 f"{place} cannot be used ({problem or first_line(error)}). It must be an MLflow "
@@ -182,7 +124,7 @@ class MlflowTracker(Tracker):
         # MLflow's server handles these artifacts for its clients; without one, they are files here.
         self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
 
-    @_translated
+    @translated
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
         if may_exist:
             mine = f"tags.`digitlab.record` = '{run.key}'"
@@ -194,7 +136,7 @@ class MlflowTracker(Tracker):
             tags["mlflow.parentRunId"] = run.parent_run_id
         return str(self.client.create_run(self.experiment, run.time_ms, tags, run.name).info.run_id)
 
-    @_translated
+    @translated
     def log(self, run_id: str, batch: LogBatch) -> None:
         params, metrics, tags = _entities(batch)
         while params or metrics or tags:
@@ -203,7 +145,7 @@ class MlflowTracker(Tracker):
             )
             del metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
 
-    @_translated
+    @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
         if self.is_local:
             # As MLflow composes the place of a run in an experiment's.
@@ -213,39 +155,39 @@ class MlflowTracker(Tracker):
             write_artifacts(Path(folder), files)
             self.client.log_artifacts(run_id, folder)
 
-    @_translated
+    @translated
     def end_run(self, run_id: str, state: str, time_ms: int) -> None:
         if state == "running":
             self.client.update_run(run_id, _STATUS[state])
         else:
             self.client.set_terminated(run_id, _STATUS[state], time_ms)
 
-    @_translated
+    @translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         return _search(self.client, self.experiment, text)
 
-    @_translated
+    @translated
     def get(self, run: str) -> RunRow:
         try:
             return _row(self.client.get_run(run))
         except MlflowException as error:
-            if _http_status(error) not in (400, 404):
+            if http_status(error) not in (400, 404):
                 raise
         return _match(run, _search(self.client, self.experiment, ""))
 
-    @_translated
+    @translated
     def is_deleted(self, run_id: str) -> bool:
         _require_active(self.client.get_experiment(self.experiment), self.command)
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:
-            if _http_status(error) == 404:  # removed for good by `mlflow gc`
+            if http_status(error) == 404:  # removed for good by `mlflow gc`
                 return True
             raise
         return bool(stage == LifecycleStage.DELETED)
 
-    @_translated
+    @translated
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
         names = self.client.get_run(run_id).data.metrics
         return sorted(
@@ -254,7 +196,7 @@ class MlflowTracker(Tracker):
             for metric in self.client.get_metric_history(run_id, name)
         )
 
-    @_translated
+    @translated
     def artifact(self, run_id: str, path: str) -> bytes:
         place = self.client.get_run(run_id).info.artifact_uri
         try:
@@ -270,26 +212,26 @@ class MlflowTracker(Tracker):
                 f"Run {run_id} has no artifact {path}: it was not recorded. Train the run again."
             ) from error
 
-    @_translated
+    @translated
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         self.log(run_id, LogBatch(tags=dict(tags)))
 
-    @_translated
+    @translated
     def delete(self, run_id: str) -> None:
         self.client.delete_run(run_id)
 
-    @_translated
+    @translated
     def restore(self, run_id: str) -> None:
         self.client.restore_run(run_id)
 
-    @_translated
+    @translated
     def files(self, run_id: str) -> list[str]:
         place = self.client.get_run(run_id).info.artifact_uri
         if not self.is_server and place.startswith(LOCATION):
             return list_artifacts(place_of(self.lab, place))
         return _listed(self.client, run_id)
 
-    @_translated
+    @translated
     def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
         if not self.client.search_registered_models(f"name = '{model}'"):
             self.client.create_registered_model(model)
@@ -297,7 +239,7 @@ class MlflowTracker(Tracker):
         made = self.client.create_model_version(model, source, run_id, dict(tags), description=card)
         self.client.set_registered_model_alias(model, "champion", made.version)
 
-    @_translated
+    @translated
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             self.client.set_experiment_tag(self.experiment, key, value)

@@ -26,7 +26,7 @@ from digitlab.study.champion import (
 )
 from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop
-from digitlab.study.progress import Progress
+from digitlab.study.progress import StudyProgress
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.settle import SealedFits, sealed_fits, settle
@@ -88,7 +88,7 @@ class StudyDriver:
     ) -> None:
         self.session, self.workers, self.publish, self.again = session, workers, publish, again
         self.store, self.board, self.study = session.store, session.board, session.config.study
-        self.progress = Progress(session)
+        self.progress = StudyProgress(session)
         self.sealed: SealedFits = {}
 
     def run(self) -> int:

@@ -12,7 +12,7 @@ _SHOW_INTERVAL_S = 0.2  # between two pictures of the board
 _NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
 
 
-class Progress:
+class StudyProgress:
     """Shows how far a study is, and notes its time."""
 
     def __init__(self, session: StudySession) -> None:
