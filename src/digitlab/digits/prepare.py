@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from digitlab.digits.ink import Grey, ink_of, peak_of
+from digitlab.digits.sheet import find_sheet
+
 SIDE, BOX = 28, 20  # pixels, of the image and of the digit in it (LeCun et al. 1998)
 _LEAST_CONTRAST = 16.0  # grey levels of 255 between paper and ink
 _SMALLEST = 8  # pixels of the larger side of a digit that can be read
@@ -15,8 +18,6 @@ _SMALLEST = 8  # pixels of the larger side of a digit that can be read
 _THINNEST, _THICKEST = 1.5, 5.3
 _WIDEST = 2.5  # times its height: no digit of the 60,000 that MNIST has for training is wider
 _LINE = 20  # times its width: what is longer and reaches from edge to edge is a rule or a fold
-
-Grey = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def prepare(grey: Grey) -> Prepared:
 
 def _digit(grey: Grey) -> Grey:
     """Return the ink of the one digit, 0 to 1, in its tight box."""
-    ink, noise = _ink(grey)
-    peak = _peak(ink)
+    ink, noise = ink_of(find_sheet(grey))
+    peak = peak_of(ink)
     if peak < max(_LEAST_CONTRAST, 6 * noise):
         raise _NoDigitError("nothing stands out from its background")
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
@@ -71,42 +72,6 @@ def _boxed(ink: Grey) -> Grey:
     scale = BOX / max(height, width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
     return (_overlap(height, rows) @ ink @ _overlap(width, columns).T).astype(np.float32)
-
-
-def _ink(grey: Grey) -> tuple[Grey, float]:
-    """Return how far each pixel stands out from the paper, in grey levels, and the paper's noise.
-
-    The paper is a quadratic surface, fitted to what is left when outliers are set aside.
-    """
-    height, width = grey.shape
-    border = max(1, min(height, width) // 30)
-    edge = [grey[:border], grey[-border:], grey[:, :border], grey[:, -border:]]
-    level = float(np.median(np.concatenate([part.ravel() for part in edge])))
-    paper = np.full(grey.shape, level, np.float32)
-    if float((np.abs(grey - level) <= 2).mean()) < 0.5:  # not the flat background of a drawing
-        y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-        terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], -1).astype(np.float32)
-        step = max(1, int((height * width / 20000) ** 0.5))  # a sample is enough for six numbers
-        sample, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].reshape(-1)
-        for reach in (60.0, 30.0, 15.0):
-            near = np.abs(values - paper[::step, ::step].reshape(-1)) < reach
-            if near.sum() < 100:
-                break
-            fitted = np.linalg.lstsq(sample[near], values[near], rcond=None)[0]
-            paper = (terms @ fitted).astype(np.float32)
-    rest = grey - paper
-    near = np.abs(rest) < max(15.0, 0.2 * float(np.abs(rest).max()))
-    noise = 1.4826 * float(np.median(np.abs(rest[near]))) if near.any() else 0.0
-    far = rest[~near]
-    sign = -1.0 if float(far.sum()) < 0 else 1.0
-    return np.maximum(sign * rest, 0).astype(np.float32), noise
-
-
-def _peak(ink: Grey) -> float:
-    """Return the grey level of full ink: what the darkest tenth of a stroke reaches."""
-    top = float(ink.max())
-    strong = ink[ink > top / 2]
-    return float(np.quantile(strong, 0.9)) if strong.size else 0.0
 
 
 def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

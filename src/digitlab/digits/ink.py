@@ -1,0 +1,78 @@
+"""Tell ink from paper: how far each pixel of a picture stands out from what is around it."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Grey = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+_WINDOW = 0.3  # of the shorter side: wider than any stroke, narrower than most shadows
+_SHADED = 0.25  # of a picture's border, beyond which what is dark there is a shadow and no digit
+
+
+def ink_of(grey: Grey) -> tuple[Grey, float]:
+    """Return how far each pixel stands out from the paper, in grey levels, and the paper's noise.
+
+    The paper is a quadratic surface, fitted to what is left when outliers are set aside; where
+    much of the border is far from it, as in a hard shadow, it follows the picture's edges.
+    """
+    paper = _surface(grey)
+    ink, noise, far = _apart(grey, paper)
+    if float(_border(far).mean()) > _SHADED:
+        ink, noise, _ = _apart(grey, _local_paper(grey))
+    return ink, noise
+
+
+def peak_of(ink: Grey) -> float:
+    """Return the grey level of full ink: what the darkest tenth of a stroke reaches."""
+    top = float(ink.max())
+    strong = ink[ink > top / 2]
+    return float(np.quantile(strong, 0.9)) if strong.size else 0.0
+
+
+def _border(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    width = max(1, min(values.shape) // 30)
+    edges = [values[:width], values[-width:], values[:, :width], values[:, -width:]]
+    return np.concatenate([part.ravel() for part in edges])
+
+
+def _surface(grey: Grey) -> Grey:
+    """Fit the border's level or, where it is not the flat background of a drawing, a surface."""
+    height, width = grey.shape
+    level = float(np.median(_border(grey)))
+    paper = np.full(grey.shape, level, np.float32)
+    if float((np.abs(grey - level) <= 2).mean()) >= 0.5:
+        return paper
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], -1).astype(np.float32)
+    step = max(1, int((height * width / 20000) ** 0.5))  # a sample is enough for six numbers
+    sample, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].reshape(-1)
+    for reach in (60.0, 30.0, 15.0):
+        near = np.abs(values - paper[::step, ::step].reshape(-1)) < reach
+        if near.sum() < 100:
+            break
+        fitted = np.linalg.lstsq(sample[near], values[near], rcond=None)[0]
+        paper = (terms @ fitted).astype(np.float32)
+    return paper
+
+
+def _local_paper(grey: Grey) -> Grey:
+    """Fill what is narrower than a window, and leave the edges of shadows as sharp as they are.
+
+    A morphological closing takes dark strokes away, an opening light ones: the one that changes
+    fewer levels has found the ink of this picture.
+    """
+    size = max(3, round(_WINDOW * min(grey.shape)))
+    calm = ndimage.median_filter(grey, 3)
+    dark, light = ndimage.grey_closing(calm, size), ndimage.grey_opening(calm, size)
+    return dark if float((dark - calm).sum()) < float((calm - light).sum()) else light
+
+
+def _apart(grey: Grey, paper: Grey) -> tuple[Grey, float, Mask]:
+    """Return ink in its direction, the noise of the paper, and which pixels are far from it."""
+    rest = grey - paper
+    near = np.abs(rest) < max(15.0, 0.2 * float(np.abs(rest).max()))
+    noise = 1.4826 * float(np.median(np.abs(rest[near]))) if near.any() else 0.0
+    sign = -1.0 if float(rest[~near].sum()) < 0 else 1.0
+    return np.maximum(sign * rest, 0).astype(np.float32), noise, ~near
