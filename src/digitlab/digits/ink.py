@@ -8,19 +8,22 @@ Grey = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 _WINDOW = 0.3  # of the shorter side: wider than any stroke, narrower than most shadows
-_SHADED = 0.25  # of a picture's border, beyond which what is dark there is a shadow and no digit
+_APART, _MUCH = 20.0, 0.12  # grey levels from the paper, of a share of it: shadows are looked for
 
 
 def ink_of(grey: Grey) -> tuple[Grey, float]:
     """Return how far each pixel stands out from the paper, in grey levels, and the paper's noise.
 
     The paper is a quadratic surface, fitted to what is left when outliers are set aside; where
-    much of the border is far from it, as in a hard shadow, it follows the picture's edges.
+    that leaves much, as a hard shadow does, it is what lies around each pixel.
     """
     paper = _surface(grey)
-    ink, noise, far = _apart(grey, paper)
-    if float(_border(far).mean()) > _SHADED:
-        ink, noise, _ = _apart(grey, _local_paper(grey))
+    ink, noise = _apart(grey, paper)
+    share = float((np.abs(grey - paper) > _APART).mean())
+    if share > _MUCH:
+        local, least = local_ink(grey)
+        if float((local > _APART).mean()) < share / 2:
+            return local, least
     return ink, noise
 
 
@@ -57,22 +60,30 @@ def _surface(grey: Grey) -> Grey:
     return paper
 
 
-def _local_paper(grey: Grey) -> Grey:
-    """Fill what is narrower than a window, and leave the edges of shadows as sharp as they are.
+def local_ink(grey: Grey) -> tuple[Grey, float]:
+    """Return ink and noise against a paper that is as sharp as the edges of its shadows.
 
-    A morphological closing takes dark strokes away, an opening light ones: the one that changes
-    fewer levels has found the ink of this picture.
+    A morphological closing fills what is dark and narrower than a window, an opening what is
+    light. Ink is dark where more is darker than the border's shadow than lighter than its light.
+    In a shadow ink differs less from its paper: it is scaled by the light there.
     """
     size = max(3, round(_WINDOW * min(grey.shape)))
     calm = ndimage.median_filter(grey, 3)
-    dark, light = ndimage.grey_closing(calm, size), ndimage.grey_opening(calm, size)
-    return dark if float((dark - calm).sum()) < float((calm - light).sum()) else light
+    low, high = np.quantile(_border(calm), (0.1, 0.9))
+    if np.maximum(low - calm, 0).sum() > np.maximum(calm - high, 0).sum():
+        paper = ndimage.grey_closing(calm, size)
+        rest = (paper - calm) * (paper.max() / np.maximum(paper, 0.2 * paper.max()))
+    else:
+        rest = calm - ndimage.grey_opening(calm, size)
+    rest = ndimage.grey_opening(rest - np.median(rest), 3)  # the steps of a slanting edge
+    noise = max(1.0, 1.4826 * float(np.median(np.abs(rest))))
+    return np.maximum(rest, 0).astype(np.float32), noise
 
 
-def _apart(grey: Grey, paper: Grey) -> tuple[Grey, float, Mask]:
-    """Return ink in its direction, the noise of the paper, and which pixels are far from it."""
+def _apart(grey: Grey, paper: Grey) -> tuple[Grey, float]:
+    """Return ink in its direction, and the noise of the paper."""
     rest = grey - paper
     near = np.abs(rest) < max(15.0, 0.2 * float(np.abs(rest).max()))
     noise = 1.4826 * float(np.median(np.abs(rest[near]))) if near.any() else 0.0
     sign = -1.0 if float(rest[~near].sum()) < 0 else 1.0
-    return np.maximum(sign * rest, 0).astype(np.float32), noise, ~near
+    return np.maximum(sign * rest, 0).astype(np.float32), noise

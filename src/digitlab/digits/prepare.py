@@ -84,7 +84,7 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     inside = np.array(
         [
             all(
-                part.start > 0 and part.stop < side
+                part.start > side // 150 and part.stop < side - side // 150
                 for part, side in zip(box, ink.shape, strict=True)
             )
             for box in boxes

@@ -1,10 +1,11 @@
 """Find the sheet in a picture: the paper on a table, the plot in a figure, the box of a form."""
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from digitlab.digits.ink import Grey, Mask, ink_of, peak_of
+from digitlab.digits.ink import Grey, Mask, ink_of, local_ink, peak_of
 
 _SHEET = 0.06  # of the picture that a sheet covers at least
 _INK = (0.002, 0.5)  # of a sheet that is ink
@@ -19,43 +20,72 @@ def find_sheet(grey: Grey) -> Grey:
     the picture itself is returned where it has none.
     """
     for _ in range(3):  # on a table, of a form, in a box
-        sheet = _region(_tones(grey))
-        if sheet is None:
-            ink, noise = ink_of(grey)
-            lines = ink > max(0.3 * peak_of(ink), 4 * noise)
-            sheet = _region([~lines])
-        if sheet is None:
-            return grey
+        sheet = _tone(grey)
+        if sheet is None or _is_crossed(sheet, grey):  # a shadow's edge
+            sheet = _box(grey)
+        if sheet is None or _is_crossed(sheet, grey):
+            break
         grey = _cut_out(grey, sheet)
     return grey
 
 
-def _tones(grey: Grey) -> list[Mask]:
-    """Return what is light, and what is dark, without the grain of a table and thin lines."""
-    calm = ndimage.median_filter(grey, max(3, min(grey.shape) // 40))
-    counts, edges = np.histogram(calm, 64)
+def _box(grey: Grey) -> Mask | None:
+    """Return the largest sheet that lines enclose."""
+    ink, noise = ink_of(grey)
+    paper = ink <= max(0.3 * peak_of(ink), 4 * noise)
+    paper[[0, -1]] = paper[:, [0, -1]] = True  # what touches the edge is not enclosed
+    return _region(paper)
+
+
+def _tone(grey: Grey) -> Mask | None:
+    """Return the largest sheet that is lighter, or darker, than its surroundings."""
+    block = max(1, max(grey.shape) // 200)  # fine enough for a sheet
+    image = Image.fromarray(grey)
+    calm = ndimage.median_filter(np.asarray(image.reduce(block)), 5)  # without grain and lines
+    light = calm > _threshold(calm)
+    found = [sheet for sheet in map(_region, (light, ~light)) if sheet is not None]
+    if not found:
+        return None
+    whole = np.kron(max(found, key=np.sum), np.ones((block, block), bool))
+    return whole[: grey.shape[0], : grey.shape[1]]
+
+
+def _threshold(levels: Grey) -> float:
+    """Return the level that parts them best into two classes (Otsu 1979)."""
+    counts, edges = np.histogram(levels, 64)
     middle = (edges[1:] + edges[:-1]) / 2
-    below, total = np.cumsum(counts), np.cumsum(counts * middle)
-    with np.errstate(divide="ignore", invalid="ignore"):  # Otsu 1979
-        spread = (total[-1] * below / below[-1] - total) ** 2 / (below * (below[-1] - below))
-    light = calm > edges[1 + int(np.nanargmax(spread[:-1]))] if calm.min() < calm.max() else None
-    return [] if light is None else [light, ~light]
+    below, total = np.cumsum(counts)[:-1], np.cumsum(counts * middle)
+    spread = (total[-1] * below / levels.size - total[:-1]) ** 2 / (below * (levels.size - below))
+    return float(edges[1 + int(spread.argmax())])
 
 
-def _region(tones: list[Mask]) -> Mask | None:
-    """Return the largest sheet among the connected parts of some masks."""
+def _region(tone: Mask) -> Mask | None:
+    """Return the largest connected part of a mask that is a sheet, with its ink."""
+    labels, _ = ndimage.label(tone)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0  # the rest
     found: list[Mask] = []
-    for tone in tones:
-        labels, _ = ndimage.label(tone)
-        sizes = np.bincount(labels.ravel())
-        sizes[0] = 0
-        for label in np.flatnonzero(sizes > _SHEET * (1 - _INK[1]) * tone.size):
-            part = labels == label
-            whole = ndimage.binary_fill_holes(part)
-            ink = 1 - float(part.sum()) / float(whole.sum())
-            if whole.mean() > _SHEET and _INK[0] < ink < _INK[1] and _is_sheet(whole):
-                found.append(whole)
-    return max(found, key=np.sum) if found else None
+    for label in np.flatnonzero(sizes > _SHEET * (1 - _INK[1]) * tone.size):
+        part = labels == label
+        whole = ndimage.binary_fill_holes(part)
+        ink = 1 - float(part.sum()) / float(whole.sum())
+        if whole.mean() > _SHEET and _INK[0] < ink < _INK[1] and _is_sheet(whole):
+            found.append(whole)
+    return max(found, key=np.sum, default=None)
+
+
+def _is_crossed(sheet: Mask, grey: Grey) -> bool:
+    """Whether ink goes on beyond a sheet: then its edge is that of a shadow."""
+    ink, noise = local_ink(grey)
+    labels, count = ndimage.label(ink > max(0.3 * peak_of(ink), 4 * noise))
+    names = np.arange(1, count + 1)
+    sizes = ndimage.sum_labels(sheet | True, labels, names)
+    inside = ndimage.sum_labels(sheet, labels, names) / np.maximum(sizes, 1)
+    framed = np.ones_like(sheet)
+    framed[1:-1, 1:-1] = False
+    sizes[np.unique(labels[framed])[1:] - 1 if count else []] = 0  # the table
+    crossing = (inside > 0.1) & (inside < 0.9)
+    return bool((sizes[crossing] > 0.2 * sizes.max(initial=0)).any())
 
 
 def _is_sheet(whole: Mask) -> bool:
