@@ -54,7 +54,11 @@ def _digit(grey: Grey) -> Grey:
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
     floor = 0.0 if clean else max(4 * noise, 0.12 * peak)
     ink = np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32)
-    kept = _shapes(ink, ink > (0.0 if clean else 0.2))
+    least = 0.0 if clean else 0.2
+    while least < 0.5 and _is_ruled(ink > least):  # with lines that are fainter than its ink
+        least += 0.15
+        ink = np.clip((ink - 0.15) / 0.85, 0, 1)
+    kept = _shapes(ink, ink > least)
     ink = _cut(np.where(kept, ink, 0).astype(np.float32))
     if max(ink.shape) < _SMALLEST:
         raise _NoDigitError(f"what there is has fewer than {_SMALLEST} pixels a side")
@@ -108,6 +112,13 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if kept.mean() > 0.7:
         raise _NoDigitError("more ink than paper")
     return kept
+
+
+def _is_ruled(mask: NDArray[np.bool_]) -> bool:
+    """Whether a connected shape goes from edge to edge."""
+    boxes = ndimage.find_objects(ndimage.label(mask)[0])
+    height, width = mask.shape
+    return any(y.stop - y.start == height or x.stop - x.start == width for y, x in boxes)
 
 
 def _is_line(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:

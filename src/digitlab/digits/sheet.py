@@ -9,6 +9,7 @@ from digitlab.digits.ink import Grey, Mask, ink_of, local_ink, peak_of
 
 _SHEET = 0.06  # of the picture that a sheet covers at least
 _INK = (0.002, 0.5)  # of a sheet that is ink
+_LEAST_STEP = 16.0  # grey levels between tones
 _POLYGON = 0.95  # of its hull that six corners hold: of an ellipse they hold 0.83
 _SOLID = 0.93  # of its hull that a sheet fills
 
@@ -20,34 +21,47 @@ def find_sheet(grey: Grey) -> Grey:
     the picture itself is returned where it has none.
     """
     for _ in range(3):  # on a table, of a form, in a box
-        sheet = _tone(grey)
-        if sheet is None or _is_crossed(sheet, grey):  # a shadow's edge
-            sheet = _box(grey)
-        if sheet is None or _is_crossed(sheet, grey):
+        candidates = (sheet for find in (_boxes, _tones) for sheet in find(grey))
+        sheet = next((sheet for sheet in candidates if _holds_ink(sheet, grey)), None)
+        if sheet is None:
             break
         grey = _cut_out(grey, sheet)
     return grey
 
 
-def _box(grey: Grey) -> Mask | None:
-    """Return the largest sheet that lines enclose."""
+def _boxes(grey: Grey) -> list[Mask]:
+    """Return sheets that lines enclose."""
     ink, noise = ink_of(grey)
     paper = ink <= max(0.3 * peak_of(ink), 4 * noise)
     paper[[0, -1]] = paper[:, [0, -1]] = True  # what touches the edge is not enclosed
-    return _region(paper)
+    return _sheets(paper)
 
 
-def _tone(grey: Grey) -> Mask | None:
-    """Return the largest sheet that is lighter, or darker, than its surroundings."""
+def _tones(grey: Grey) -> list[Mask]:
+    """Return sheets that are lighter, or darker, than their surroundings."""
     block = max(1, max(grey.shape) // 200)  # fine enough for a sheet
-    image = Image.fromarray(grey)
-    calm = ndimage.median_filter(np.asarray(image.reduce(block)), 5)  # without grain and lines
-    light = calm > _threshold(calm)
-    found = [sheet for sheet in map(_region, (light, ~light)) if sheet is not None]
-    if not found:
-        return None
-    whole = np.kron(max(found, key=np.sum), np.ones((block, block), bool))
-    return whole[: grey.shape[0], : grey.shape[1]]
+    calm = ndimage.median_filter(np.asarray(Image.fromarray(grey).reduce(block)), 5)  # of grain
+    if np.ptp(calm) < _LEAST_STEP:
+        return []
+    middle = _threshold(calm)
+    light = calm > middle
+    parts = [light, ~light]
+    # Where a shadow lies on a sheet and its table there are more than two tones.
+    parts += [calm > _threshold(calm[~light]), calm <= _threshold(calm[light])]
+    height, width = grey.shape
+    return [
+        np.kron(sheet, np.ones((block, block), bool))[:height, :width]
+        for part in parts
+        for sheet in _sheets(part)
+        if _has_edge(sheet, calm)
+    ]
+
+
+def _has_edge(sheet: Mask, calm: Grey) -> bool:
+    """Whether levels change at once at a sheet's edge, and not by and by as light does."""
+    outside = ndimage.binary_dilation(sheet, iterations=3) & ~sheet
+    inside = ndimage.binary_dilation(~sheet, iterations=3) & sheet
+    return abs(float(np.median(calm[outside]) - np.median(calm[inside]))) > _LEAST_STEP
 
 
 def _threshold(levels: Grey) -> float:
@@ -59,8 +73,8 @@ def _threshold(levels: Grey) -> float:
     return float(edges[1 + int(spread.argmax())])
 
 
-def _region(tone: Mask) -> Mask | None:
-    """Return the largest connected part of a mask that is a sheet, with its ink."""
+def _sheets(tone: Mask) -> list[Mask]:
+    """Return the connected parts of a mask that are sheets, with their ink."""
     labels, _ = ndimage.label(tone)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # the rest
@@ -71,21 +85,22 @@ def _region(tone: Mask) -> Mask | None:
         ink = 1 - float(part.sum()) / float(whole.sum())
         if whole.mean() > _SHEET and _INK[0] < ink < _INK[1] and _is_sheet(whole):
             found.append(whole)
-    return max(found, key=np.sum, default=None)
+    return sorted(found, key=np.sum, reverse=True)
 
 
-def _is_crossed(sheet: Mask, grey: Grey) -> bool:
-    """Whether ink goes on beyond a sheet: then its edge is that of a shadow."""
+def _holds_ink(sheet: Mask, grey: Grey) -> bool:
+    """Whether no large shape of ink goes on beyond a sheet, or stands outside."""
     ink, noise = local_ink(grey)
     labels, count = ndimage.label(ink > max(0.3 * peak_of(ink), 4 * noise))
-    names = np.arange(1, count + 1)
-    sizes = ndimage.sum_labels(sheet | True, labels, names)
-    inside = ndimage.sum_labels(sheet, labels, names) / np.maximum(sizes, 1)
-    framed = np.ones_like(sheet)
-    framed[1:-1, 1:-1] = False
-    sizes[np.unique(labels[framed])[1:] - 1 if count else []] = 0  # the table
-    crossing = (inside > 0.1) & (inside < 0.9)
-    return bool((sizes[crossing] > 0.2 * sizes.max(initial=0)).any())
+    names = np.arange(count + 1)
+    sizes = np.bincount(labels.ravel())
+    inside = ndimage.sum_labels(sheet, labels, names) / sizes
+    sizes[np.unique([*labels[[0, -1]].ravel(), *labels[:, [0, -1]].ravel(), 0])] = 0  # the table
+    within = ndimage.find_objects(sheet.astype(np.uint8))[0]
+    for name, box in enumerate(ndimage.find_objects(labels), 1):  # a frame encloses its sheet
+        if all(b.start <= w.start and w.stop <= b.stop for b, w in zip(box, within, strict=True)):
+            sizes[name] = 0
+    return bool((inside[sizes > 0.2 * sizes.max()] > 0.9).all()) if sizes.any() else True
 
 
 def _is_sheet(whole: Mask) -> bool:
