@@ -208,7 +208,7 @@ KINDS: dict[str, Callable[[Pixels, Generator], Image.Image]] = {
     "blue ink on yellow paper": lambda d, c: photo(
         page(d, c, np.array([245.0, 232, 140]), np.array([20.0, 40, 150])), c
     ),
-    "a thin pen": lambda d, c: photo(page(d, c, stroke=-0.6), c),
+    "a thin pen": lambda d, c: photo(page(d, c, stroke=-0.4), c),
     "a thick pen": lambda d, c: photo(page(d, c, stroke=0.7), c),
     "a note on a dark table": lambda d, c: photo(_on_table(page(d, c), c), c),
     "squared paper on a dark table": lambda d, c: photo(

@@ -85,20 +85,13 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         raise _NoDigitError("nothing stands out from its background")
     weights = ndimage.sum_labels(ink, labels, np.arange(1, count + 1))
     boxes = ndimage.find_objects(labels)
-    inside = np.array(
-        [
-            all(
-                part.start > side // 150 and part.stop < side - side // 150
-                for part, side in zip(box, ink.shape, strict=True)
-            )
-            for box in boxes
-        ]
-    )
+    margin = 1 + np.array(mask.shape) // 150
+    inside = np.array([_is_inside(box, margin, mask.shape) for box in boxes])
     weights[[_is_line(box, mask.shape) for box in boxes]] = 0
     if not weights.any():
         raise _NoDigitError("a line from edge to edge")
     if inside.any() and weights[inside].max() > 0.1 * weights.max():
-        weights = np.where(inside, weights, 0)  # edges of the paper, shadows, fingers
+        weights = np.where(inside | _is_stroke(mask, labels, inside * weights), weights, 0)
     large = weights > 0.04 * weights.max()
     if large.sum() > 12:
         raise _NoDigitError(f"{int(large.sum())} shapes, which make no digit")
@@ -112,6 +105,28 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if kept.mean() > 0.7:
         raise _NoDigitError("more ink than paper")
     return kept
+
+
+def _is_inside(
+    box: tuple[slice, ...], margin: NDArray[np.int_], shape: tuple[int, ...]
+) -> bool:
+    sides = zip(box, margin, shape, strict=True)
+    return all(part.start >= least and part.stop <= side - least for part, least, side in sides)
+
+
+def _is_stroke(
+    mask: NDArray[np.bool_], labels: NDArray[np.integer], weights: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """Return which shapes are as thin as the heaviest, as the body of a 5 is beside its bar.
+
+    Edges of the paper, shadows and fingers are wider, or run along the edge of the picture.
+    """
+    names = np.arange(1, len(weights) + 1)
+    half = np.asarray(ndimage.maximum(ndimage.distance_transform_edt(mask), labels, names))
+    boxes = ndimage.find_objects(labels)
+    short = [max(y.stop - y.start, x.stop - x.start) < 0.8 * min(mask.shape) for y, x in boxes]
+    thin: NDArray[np.bool_] = (half < 1.6 * half[weights.argmax()]) & np.array(short)
+    return thin
 
 
 def _is_ruled(mask: NDArray[np.bool_]) -> bool:

@@ -69,7 +69,8 @@ def _threshold(levels: Grey) -> float:
     counts, edges = np.histogram(levels, 64)
     middle = (edges[1:] + edges[:-1]) / 2
     below, total = np.cumsum(counts)[:-1], np.cumsum(counts * middle)
-    spread = (total[-1] * below / levels.size - total[:-1]) ** 2 / (below * (levels.size - below))
+    rest = np.maximum(below * (levels.size - below), 1)
+    spread = (total[-1] * below / levels.size - total[:-1]) ** 2 / rest
     return float(edges[1 + int(spread.argmax())])
 
 
@@ -100,7 +101,8 @@ def _holds_ink(sheet: Mask, grey: Grey) -> bool:
     for name, box in enumerate(ndimage.find_objects(labels), 1):  # a frame encloses its sheet
         if all(b.start <= w.start and w.stop <= b.stop for b, w in zip(box, within, strict=True)):
             sizes[name] = 0
-    return bool((inside[sizes > 0.2 * sizes.max()] > 0.9).all()) if sizes.any() else True
+    large = sizes > max(0.2 * sizes.max(), _INK[0] * float(sheet.sum()))  # no text beside it
+    return bool((inside[large] > 0.9).all())
 
 
 def _is_sheet(whole: Mask) -> bool:
