@@ -91,7 +91,8 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if not weights.any():
         raise _NoDigitError("a line from edge to edge")
     if inside.any() and weights[inside].max() > 0.1 * weights.max():
-        weights = np.where(inside | _is_stroke(mask, labels, inside * weights), weights, 0)
+        strokes = _is_stroke(mask, labels, weights, int((inside * weights).argmax()))
+        weights = np.where(inside | strokes, weights, 0)
     large = weights > 0.04 * weights.max()
     if large.sum() > 12:
         raise _NoDigitError(f"{int(large.sum())} shapes, which make no digit")
@@ -115,18 +116,30 @@ def _is_inside(
 
 
 def _is_stroke(
-    mask: NDArray[np.bool_], labels: NDArray[np.integer], weights: NDArray[np.floating]
+    mask: NDArray[np.bool_], labels: NDArray[np.integer], weights: NDArray[np.floating], first: int
 ) -> NDArray[np.bool_]:
-    """Return which shapes are as thin as the heaviest, as the body of a 5 is beside its bar.
+    """Return which shapes are strokes of the digit of shape `first`, as the body of a 5's bar.
 
-    Edges of the paper, shadows and fingers are wider, or run along the edge of the picture.
+    Edges of the paper, shadows and fingers are wider, run along the edge, or are further away.
     """
-    names = np.arange(1, len(weights) + 1)
-    half = np.asarray(ndimage.maximum(ndimage.distance_transform_edt(mask), labels, names))
     boxes = ndimage.find_objects(labels)
-    short = [max(y.stop - y.start, x.stop - x.start) < 0.8 * min(mask.shape) for y, x in boxes]
-    thin: NDArray[np.bool_] = (half < 1.6 * half[weights.argmax()]) & np.array(short)
-    return thin
+    names = np.arange(1, len(boxes) + 1)
+    half = np.asarray(ndimage.maximum(ndimage.distance_transform_edt(mask), labels, names))
+    reach = 0.5 * _length(boxes[first])
+    near = [
+        all(
+            a.start < b.stop + reach and b.start < a.stop + reach
+            for a, b in zip(box, boxes[first], strict=True)
+        )
+        and _length(box) < 0.8 * min(mask.shape)
+        for box in boxes
+    ]
+    stroke: NDArray[np.bool_] = (half < 1.6 * half[first]) & (weights > 0.2 * weights[first])
+    return stroke & np.array(near)
+
+
+def _length(box: tuple[slice, ...]) -> int:
+    return max(part.stop - part.start for part in box)
 
 
 def _is_ruled(mask: NDArray[np.bool_]) -> bool:

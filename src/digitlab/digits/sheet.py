@@ -137,7 +137,7 @@ def _cut_out(grey: Grey, sheet: Mask) -> Grey:
     edge = 2 + min(sheet.shape) // 50
     depth = ndimage.distance_transform_edt(np.pad(sheet, 1))[1:-1, 1:-1]
     inner = depth > edge
-    nearest = ndimage.distance_transform_edt(
-        ~inner, return_distances=False, return_indices=True
-    )
-    return np.asarray(grey[tuple(nearest)], np.float32)
+    apart = np.abs(grey - np.median(grey[inner]))
+    paper = inner & (apart <= 2 * np.median(apart[inner]) + 1)
+    nearest = ndimage.distance_transform_edt(~paper, return_distances=False, return_indices=True)
+    return np.where(inner, grey, grey[tuple(nearest)]).astype(np.float32)
