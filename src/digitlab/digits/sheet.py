@@ -137,7 +137,13 @@ def _cut_out(grey: Grey, sheet: Mask) -> Grey:
     edge = 2 + min(sheet.shape) // 50
     depth = ndimage.distance_transform_edt(np.pad(sheet, 1))[1:-1, 1:-1]
     inner = depth > edge
-    apart = np.abs(grey - np.median(grey[inner]))
-    paper = inner & (apart <= 2 * np.median(apart[inner]) + 1)
+    ink, _ = local_ink(_painted(grey, inner))
+    paper = inner & (ink < 0.3 * peak_of(ink))  # ink that ends at the edge does not go on
+    return np.where(inner, grey, _painted(grey, paper))
+
+
+def _painted(grey: Grey, paper: Mask) -> Grey:
+    """Paint all else like the nearest paper."""
     nearest = ndimage.distance_transform_edt(~paper, return_distances=False, return_indices=True)
-    return np.where(inner, grey, grey[tuple(nearest)]).astype(np.float32)
+    painted: Grey = grey[tuple(nearest)]
+    return painted
