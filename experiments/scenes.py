@@ -118,7 +118,9 @@ def _shadow(levels: Levels, chance: Generator) -> Levels:
     return levels * (1 - chance.uniform(0.3, 0.55) * dark)
 
 
-def _squared(chance: Generator, horizontal: bool = False) -> Callable[[ImageDraw.ImageDraw, int], None]:
+def _squared(
+    chance: Generator, horizontal: bool = False
+) -> Callable[[ImageDraw.ImageDraw, int], None]:
     colour = tuple(int(level) for level in chance.uniform((130, 150, 175), (190, 205, 225)))
 
     def rule(draw: ImageDraw.ImageDraw, side: int) -> None:
@@ -152,12 +154,17 @@ def boxed(digit: Pixels, chance: Generator) -> Image.Image:
     paper, ink = _pick(chance, _PAPERS), _pick(chance, _INKS)
     form = Image.new("RGB", (side, side), tuple(int(level) for level in paper))
     draw, low, high = ImageDraw.Draw(form), int(0.12 * side), int(0.88 * side)
-    line, width = tuple(int(level) for level in chance.uniform(0, 110, 3)), int(chance.integers(1, 5))
+    line, width = (
+        tuple(int(level) for level in chance.uniform(0, 110, 3)),
+        int(chance.integers(1, 5)),
+    )
     for left, right in ((low, high), (high, 2 * high), (-side, low))[: int(chance.integers(1, 4))]:
         draw.rectangle([left, low, right, high], outline=line, width=width)
     shape, whole = np.zeros((side, side, 1)), int(size * side)
     room = (high - low - whole) // 3
-    top, left = (low + (high - low - whole) // 2 + int(chance.integers(-room, room + 1)) for _ in "yx")
+    top, left = (
+        low + (high - low - whole) // 2 + int(chance.integers(-room, room + 1)) for _ in "yx"
+    )
     shape[top : top + whole, left : left + whole, 0] = coverage(digit, whole)
     return photo(np.asarray(form, float) * (1 - shape) + ink * shape, chance)
 

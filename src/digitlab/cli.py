@@ -294,6 +294,8 @@ def _add_digits(builder: _Builder) -> None:
     )  # fmt: skip
     files = "files, folders, - for standard input"
     predict.add_argument("image", nargs="+", metavar="IMAGE", help=files)
+    deep = "read the sub-folders of folders, too"
+    predict.add_argument("--recursive", action="store_true", help=deep)
     why = "draw why, in explained/ of the lab"
     predict.add_argument("--explain", action="store_true", help=why)
     picture = _out("file for the picture (default: in explained/ of the lab)")

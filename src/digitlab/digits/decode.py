@@ -1,29 +1,44 @@
 """Decode untrusted image files within bounds of memory and time."""
 
 import io
+import os
+import resource
+import subprocess
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
-from digitlab.digits.prepare import Grey
+
+Grey = NDArray[np.float32]
 
 # What Pillow warns of in a file is either refused as damage or does not matter.
 warnings.filterwarnings("ignore", module="PIL")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
+# Beginnings of those formats, and names of files that are reported if they are another.
+_HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+             ".heic", ".heif", ".avif", ".jxl", ".jp2", ".pdf", ".svg", ".dng", ".psd")  # fmt: skip
 _FILE = 50 * 2**20  # bytes of a file at most
 _PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
 _WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
+_SCANS = 100  # of a progressive JPEG: each of them goes through the whole picture again
+_BOUNDED = ("PNG", "JPEG")  # decoded here: what they take is bounded by their size in pixels
+_SMALL = 4_000_000  # pixels of such a picture
+_MEMORY, _TIME_S = 2**30, 10  # bytes and seconds of the process that decodes any other
 _LEAST = 5  # pixels of a side
 _LONGEST = 100  # times the shorter side
 _WORKING = 512  # pixels of a side that a digit is looked for in
 _STRIP = 2**20  # pixels that are reduced at once
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
+_TOPS = (1.0, 255.0, 1023.0, 4095.0, 65535.0)  # of floats, and of 8, 10, 12 and 16 bits
 _CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
 
 
@@ -47,6 +62,15 @@ def read_image(path: Path) -> Grey:
     return decode(content, str(path))
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its first bytes or, readable here or not, by its name."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return path.suffix.lower() in _SUFFIXES or head.startswith(_HEADS) or head[4:8] == b"ftyp"
+
+
 def decode(content: bytes, name: str) -> Grey:
     """Return grey levels 0 to 255, float32 (H, W): first frame, upright, on its background.
 
@@ -60,31 +84,89 @@ def decode(content: bytes, name: str) -> Grey:
         raise UserError(f"{name}: empty")
     if len(content) > _FILE:
         raise UserError(f"{name}: more than {_FILE // 2**20} MB: make it smaller")
+    if content[4:8] == b"ftyp":  # what phones save
+        raise UserError(f"{name}: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG")
+    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _SCANS:
+        raise UserError(f"{name}: a JPEG of more than {_SCANS} scans: save it again as a PNG")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _grey(image, name)
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image: it must be one of {', '.join(FORMATS)}") from error
-    except (MemoryError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: too many pixels: at most {_PIXELS} are read") from error
-    except Exception as error:  # Pillow's decoders raise of every kind on files that are damaged
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: damaged or cut short: {reason[0][:200]}") from error
+            if _is_bounded(image):
+                return _grey(image, name)
+            _check_size(image, name)
+    except Exception as error:
+        raise _refusal(error, name) from error
+    return _decode_apart(content, name)
 
 
-def _grey(image: Image.Image, name: str) -> Grey:
-    (width, height), most = image.size, _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
+def _is_bounded(image: Image.Image) -> bool:
+    is_small = image.width * image.height <= _SMALL
+    return image.format in _BOUNDED and is_small and "progressive" not in image.info
+
+
+def _refusal(error: Exception, name: str) -> UserError:
+    """Return what to tell a person of an error; Pillow's decoders raise of every kind."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        rule = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
+        return UserError(f"{name}: not an image: {rule}")
+    if isinstance(error, MemoryError | Image.DecompressionBombError):
+        return UserError(f"{name}: too many pixels: at most {_PIXELS} are read")
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"{name}: damaged or cut short: {reason[0][:200]}")
+
+
+def _decode_apart(content: bytes, name: str) -> Grey:
+    """As `decode`, in a process of its own that may take so much memory and time."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread would ask for memory
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-c", "from digitlab.digits.decode import serve; serve()"]
+    try:
+        done = subprocess.run(
+            command, input=content, capture_output=True, timeout=_TIME_S, env=environment,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        rule = f"it must be decoded within {_TIME_S} s. Make it smaller, or save it as a PNG"
+        raise UserError(f"{name}: too slow to decode: {rule}") from error
+    if done.returncode == 0:
+        return np.load(io.BytesIO(done.stdout), allow_pickle=False)  # type: ignore[no-any-return]
+    if done.returncode == 2:
+        raise UserError(name + done.stdout.decode(errors="replace"))
+    raise UserError(f"{name}: damaged: its decoder has failed. Save it as a PNG")
+
+
+def serve() -> None:
+    """Decode standard input within the limits to an .npy file, or a refusal, on standard output."""
+    content = sys.stdin.buffer.read()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            np.save(sys.stdout.buffer, _grey(image, ""))
+    except Exception as error:  # noqa: BLE001
+        print(_refusal(error, ""), end="")
+        sys.exit(2)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    """Raise UserError where a picture is too large or too thin; a JPEG is opened reduced."""
+    width, height = image.size
     size = f"{name}: {width} x {height} pixels"
-    if width * height > most:
-        raise UserError(f"{size}: at most {most} are read")
     if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
         raise UserError(
             f"{size}: at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
         )
     image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
+    most = _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
+    if image.width * image.height > most:
+        raise UserError(f"{size}: at most {most} are read")
+
+
+def _grey(image: Image.Image, name: str) -> Grey:
+    _check_size(image, name)
     image.load()
+    if image.mode in _CLEAR and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
+        image = image.convert("L" if image.mode == "LA" else "RGB")  # of an alpha never written
     width, height = image.size
     block = max(1, max(width, height) // _WORKING)  # pixels of a side
     rows = block * max(1, _STRIP // (width * block))  # of a strip, so that memory stays bounded
@@ -126,10 +208,12 @@ def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
 def _scaled(values: Grey, name: str) -> Grey:
     """Scale levels of 16 or 32 bits to 0 to 255.
 
-    8 bits stay, 16 bits are divided by 257, others are scaled by their own range.
+    The range is that of the least number of bits that holds them, or 0 to 1.
     """
     if not np.isfinite(values).all():
         raise UserError(f"{name}: contains values that are not finite numbers")
     low, high = min(float(values.min()), 0.0), float(values.max())
-    top = 65535.0 if 255 < high <= 65535 else max(high, 255.0)
+    top = next((top for top in _TOPS if high <= top), high)
+    if top == low:
+        return np.zeros_like(values)
     return ((values - low) * (255 / (top - low))).astype(np.float32)

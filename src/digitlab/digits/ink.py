@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Grey = NDArray[np.float32]
+from digitlab.digits.decode import Grey
+
 Mask = NDArray[np.bool_]
 
 _WINDOW = 0.3  # of the shorter side: wider than any stroke, narrower than most shadows

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, visible
 from digitlab.base.files import write_output
 from digitlab.digits.calibration import load_calibration
-from digitlab.digits.decode import decode, read_image
-from digitlab.digits.prepare import Grey, Prepared, prepare
+from digitlab.digits.decode import Grey, decode, is_image, read_image
+from digitlab.digits.prepare import Prepared, prepare
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.records.store import Tracker
 from digitlab.training.evaluate import evaluate
 
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
 _UNLIKE = "unlike any digit of the training images"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Answer:
 
     def __str__(self) -> str:
         if not self.probabilities:
-            return f"{self.path}: {self.message}"
+            return visible(f"{self.path}: {self.message}")
         ranked = np.argsort(self.probabilities)[::-1][:3]
         likely = ", ".join(f"{digit} {self.probabilities[digit]:.1%}" for digit in ranked)
         head = f"{self.digit}" if self.status == "digit" else self.message
-        return f"{self.path}: {head}   ({likely})"
+        return visible(f"{self.path}: {head}   ({likely})")
 
 
 class Predictor:
@@ -94,6 +93,7 @@ def predict(
     save: Path | None,
     lab: Path,
     stores: Sequence[str] = (),
+    recursive: bool = False,
 ) -> int:
     """Print which digits images show: files, folders, `-` for standard input.
 
@@ -106,7 +106,7 @@ def predict(
     predictor = Predictor(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()
-    for path in _files(paths):
+    for path in _files(paths, recursive):
         try:
             prepared = prepare(_read(path))
         except UserError as error:
@@ -127,7 +127,7 @@ def predict(
             write_output(save / f"{name}.28x28.png", file.getvalue(), "--out")
         if explain and answer.digit is not None:
             out = _draw_why(predictor, prepared, answer, lab / "explained", name)
-            print(f"why: {out}", file=sys.stderr if as_json else sys.stdout)
+            print(visible(f"why: {out}"), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=1))
     return 2 if any(answer.status == "error" for answer in answers) else 0
@@ -145,18 +145,37 @@ def _draw_why(
     return out
 
 
-def _files(paths: Sequence[str]) -> list[str]:
-    """Return the paths, with the images of a folder in its place, by name."""
+def _files(paths: Sequence[str], recursive: bool) -> list[str]:
+    """Return the paths, with the images of a folder in its place, by name; hidden files are not."""
     files: list[str] = []
     for path in paths:
         inside: list[Path] = []
         try:
             if path != "-" and Path(path).is_dir():
-                inside = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in _SUFFIXES)
+                found = sorted(Path(path).rglob("*") if recursive else Path(path).iterdir())
+                shown = [file for file in found if not _is_hidden(file.relative_to(path))]
+                inside = [file for file in shown if is_image(file)]
+                _tell_passed_over(path, shown, inside, recursive)
         except OSError:  # a folder that may not be listed: reported when it is read
             pass
         files += map(str, inside) if inside else [path]
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _tell_passed_over(
+    path: str, shown: Sequence[Path], inside: Sequence[Path], recursive: bool
+) -> None:
+    folders = [file for file in shown if file.is_dir()]
+    others = len(shown) - len(inside) - len(folders)
+    if others:
+        print(visible(f"{path}: {others} files are no images"), file=sys.stderr)
+    if folders and not recursive:
+        text = f"{path}: {len(folders)} sub-folders are not read: --recursive reads them"
+        print(visible(text), file=sys.stderr)
 
 
 def _read(path: str) -> Grey:
@@ -165,7 +184,5 @@ def _read(path: str) -> Grey:
             raise UserError("standard input: closed")
         return decode(sys.stdin.buffer.read(2**26), "standard input")
     if Path(path).is_dir():
-        raise UserError(
-            f"{path}: a folder without images that can be listed ({', '.join(_SUFFIXES)})"
-        )
+        raise UserError(f"{path}: a folder without images that can be listed")
     return read_image(Path(path))

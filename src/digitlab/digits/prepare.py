@@ -108,9 +108,7 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return kept
 
 
-def _is_inside(
-    box: tuple[slice, ...], margin: NDArray[np.int_], shape: tuple[int, ...]
-) -> bool:
+def _is_inside(box: tuple[slice, ...], margin: NDArray[np.int_], shape: tuple[int, ...]) -> bool:
     sides = zip(box, margin, shape, strict=True)
     return all(part.start >= least and part.stop <= side - least for part, least, side in sides)
 
