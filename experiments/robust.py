@@ -21,8 +21,9 @@ from sklearn.datasets import load_sample_images
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.digits.decode import Grey
 from digitlab.digits.predict import Predictor
-from digitlab.digits.prepare import Grey, prepare
+from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
 

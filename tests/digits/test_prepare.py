@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
-from digitlab.digits.prepare import Grey, prepare, stroke_width
+from digitlab.digits.decode import Grey
+from digitlab.digits.prepare import prepare, stroke_width
 
 RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
 DIGITS = np.fromfile(RAW, np.uint8)[16:].reshape(-1, 28, 28)

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from digitlab.digits.ink import Grey, ink_of, peak_of
+from digitlab.digits.decode import Grey
+from digitlab.digits.ink import ink_of, peak_of
 from digitlab.digits.sheet import find_sheet
 
 SIDE, BOX = 28, 20  # pixels, of the image and of the digit in it (LeCun et al. 1998)
@@ -110,7 +111,9 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _is_inside(box: tuple[slice, ...], margin: NDArray[np.int_], shape: tuple[int, ...]) -> bool:
     sides = zip(box, margin, shape, strict=True)
-    return all(part.start >= least and part.stop <= side - least for part, least, side in sides)
+    return all(
+        bool(part.start >= least and part.stop <= side - least) for part, least, side in sides
+    )
 
 
 def _is_stroke(
@@ -133,11 +136,12 @@ def _is_stroke(
         for box in boxes
     ]
     stroke: NDArray[np.bool_] = (half < 1.6 * half[first]) & (weights > 0.2 * weights[first])
-    return stroke & np.array(near)
+    stroke &= np.array(near)
+    return stroke
 
 
 def _length(box: tuple[slice, ...]) -> int:
-    return max(part.stop - part.start for part in box)
+    return max(int(part.stop - part.start) for part in box)
 
 
 def _is_ruled(mask: NDArray[np.bool_]) -> bool:

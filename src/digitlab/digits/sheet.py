@@ -5,7 +5,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from digitlab.digits.ink import Grey, Mask, ink_of, local_ink, peak_of
+from digitlab.digits.decode import Grey
+from digitlab.digits.ink import Mask, ink_of, local_ink, peak_of
 
 _SHEET = 0.06  # of the picture that a sheet covers at least
 _INK = (0.002, 0.5)  # of a sheet that is ink
