@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageOps
 from samples import readers, studies
 
 from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
 from digitlab.digits.decode import decode
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
@@ -200,7 +201,8 @@ def test_folder_and_standard_input_are_read(
     for i in range(3):
         picture(DIGITS[i]).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("not an image")
-    status, out, _ = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
+    status, out, err = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
+    assert err == f"{folder}: 1 files are no images\n"
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
     with Image.open(tmp_path / "seen" / "1.28x28.png") as seen:
@@ -209,6 +211,59 @@ def test_folder_and_standard_input_are_read(
     monkeypatch.setattr(sys, "stdin", piped)
     status, out, _ = predict("-")
     assert (status, out.startswith(f"-: {TRUE[0]}")) == (0, True)
+
+
+def test_folders_hold_hidden_files_any_name_and_others_that_are_named(
+    predict: Predict, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    (folder / "below").mkdir(parents=True)
+    (folder / "._three.png").write_bytes(b"\0\5\x16\7")  # macOS leaves these on other disks
+    (folder / "x.jfif").write_bytes(content(picture(DIGITS[0]), "JPEG"))
+    (folder / "no suffix").write_bytes(content(picture(DIGITS[0]), "PNG"))
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    picture(DIGITS[1]).save(folder / "below" / "x.png")
+    status, out, err = predict(str(folder))
+    assert (status, out.count(f": {TRUE[0]} ")) == (2, 2)
+    assert "IMG_1.HEIC: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG" in err
+    assert "1 sub-folders are not read: --recursive reads them" in err
+    assert "three" not in out + err
+    (folder / "IMG_1.HEIC").unlink()
+    status, out, err = predict("--recursive", str(folder), "--out", str(tmp_path / "seen"))
+    assert (status, len(out.splitlines()), err) == (0, 3, "")
+    seen = {file.name for file in (tmp_path / "seen").iterdir()}
+    assert seen == {"x.28x28.png", "x-2.28x28.png", "no suffix.28x28.png"}  # both are kept
+
+
+def test_names_of_files_forge_no_lines(predict: Predict, tmp_path: Path) -> None:
+    bad = tmp_path / "a\nb: 7   (7 100%)\x1b[2K.png"
+    picture(DIGITS[0]).save(bad)
+    status, out, err = predict(str(bad), str(bad) + "\n\x1b[31m")
+    assert (status, len(out.splitlines()), len(err.splitlines())) == (2, 1, 1)
+    assert "\x1b" not in out + err
+    assert r"a\nb" in out
+
+
+def test_make_predict_takes_names_that_a_shell_would_split(tmp_path: Path) -> None:
+    """As make runs it, with a program in the place of digitlab that prints its arguments."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "digitlab"
+    program.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+    program.chmod(0o755)
+    names = ["photo (1).jpg", "it's.png", "$(touch x)`touch y`.png", '"; echo z #.png']
+    for name in names:
+        command = [
+            "make",
+            "-s",
+            "-o",
+            "setup",
+            "predict",
+            f"BIN={tmp_path / 'bin'}",
+            f"IMAGE={name}",
+        ]
+        command += ["STAMP=Makefile", "ARGS=--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == (f"<predict><{name}><--json>", 0), done.stderr
 
 
 def test_explain_draws_why(predict: Predict, trained_lab: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
@@ -20,6 +20,7 @@ Grey = NDArray[np.float32]
 
 # What Pillow warns of in a file is either refused as damage or does not matter.
 warnings.filterwarnings("ignore", module="PIL")
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes of a colour profile, which Pillow unpacks
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
 # Beginnings of those formats, and names of files that are reported if they are another.

@@ -35,7 +35,7 @@ def peak_of(ink: Grey) -> float:
     return float(np.quantile(strong, 0.9)) if strong.size else 0.0
 
 
-def _border(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _border(values: Grey) -> Grey:
     width = max(1, min(values.shape) // 30)
     edges = [values[:width], values[-width:], values[:, :width], values[:, -width:]]
     return np.concatenate([part.ravel() for part in edges])
@@ -69,14 +69,16 @@ def local_ink(grey: Grey) -> tuple[Grey, float]:
     In a shadow ink differs less from its paper: it is scaled by the light there.
     """
     size = max(3, round(_WINDOW * min(grey.shape)))
-    calm = ndimage.median_filter(grey, 3)
+    calm = np.asarray(ndimage.median_filter(grey, 3), np.float32)
     low, high = np.quantile(_border(calm), (0.1, 0.9))
     if np.maximum(low - calm, 0).sum() > np.maximum(calm - high, 0).sum():
         paper = ndimage.grey_closing(calm, size)
         rest = (paper - calm) * (paper.max() / np.maximum(paper, 0.2 * paper.max()))
     else:
         rest = calm - ndimage.grey_opening(calm, size)
-    rest = ndimage.grey_opening(rest - np.median(rest), 3)  # the steps of a slanting edge
+    rest = ndimage.grey_opening(
+        np.asarray(rest - np.median(rest), np.float32), 3
+    )  # the steps of a slanting edge
     noise = max(1.0, 1.4826 * float(np.median(np.abs(rest))))
     return np.maximum(rest, 0).astype(np.float32), noise
 
