@@ -126,7 +126,7 @@ def _is_stroke(
     boxes = ndimage.find_objects(labels)
     names = np.arange(1, len(boxes) + 1)
     half = np.asarray(ndimage.maximum(ndimage.distance_transform_edt(mask), labels, names))
-    reach = 0.5 * _length(boxes[first])
+    reach = _length(boxes[first])
     near = [
         all(
             a.start < b.stop + reach and b.start < a.stop + reach
