@@ -245,24 +245,17 @@ def test_names_of_files_forge_no_lines(predict: Predict, tmp_path: Path) -> None
 
 
 def test_make_predict_takes_names_that_a_shell_would_split(tmp_path: Path) -> None:
-    """As make runs it, with a program in the place of digitlab that prints its arguments."""
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "digitlab"
+    """With a program in the place of digitlab that prints its arguments, in a folder of its own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml", "installed"):  # the last is the newest
+        (tmp_path / name).touch()
+    program = tmp_path / "digitlab"
     program.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
     program.chmod(0o755)
-    names = ["photo (1).jpg", "it's.png", "$(touch x)`touch y`.png", '"; echo z #.png']
-    for name in names:
-        command = [
-            "make",
-            "-s",
-            "-o",
-            "setup",
-            "predict",
-            f"BIN={tmp_path / 'bin'}",
-            f"IMAGE={name}",
-        ]
-        command += ["STAMP=Makefile", "ARGS=--json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    for name in ("photo (1).jpg", "it's.png", "$(touch x)`touch y`.png", '"; echo z #.png'):
+        settings = ["BIN=.", "STAMP=installed", f"IMAGE={name}", "ARGS=--json"]
+        command = ["make", "--silent", "--old-file=installed", "predict", *settings]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.stdout, done.returncode) == (f"<predict><{name}><--json>", 0), done.stderr
 
 

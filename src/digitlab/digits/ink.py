@@ -76,9 +76,8 @@ def local_ink(grey: Grey) -> tuple[Grey, float]:
         rest = (paper - calm) * (paper.max() / np.maximum(paper, 0.2 * paper.max()))
     else:
         rest = calm - ndimage.grey_opening(calm, size)
-    rest = ndimage.grey_opening(
-        np.asarray(rest - np.median(rest), np.float32), 3
-    )  # the steps of a slanting edge
+    rest = np.asarray(rest - np.median(rest))
+    rest = np.asarray(ndimage.grey_opening(rest, (3, 3)))  # the steps of a slanting edge
     noise = max(1.0, 1.4826 * float(np.median(np.abs(rest))))
     return np.maximum(rest, 0).astype(np.float32), noise
 

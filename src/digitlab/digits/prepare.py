@@ -91,7 +91,7 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     weights[[_is_line(box, mask.shape) for box in boxes]] = 0
     if not weights.any():
         raise _NoDigitError("a line from edge to edge")
-    if inside.any() and weights[inside].max() > 0.1 * weights.max():
+    if not inside.all() and weights[inside].max(initial=0) > 0.1 * weights.max():
         strokes = _is_stroke(mask, labels, weights, int((inside * weights).argmax()))
         weights = np.where(inside | strokes, weights, 0)
     large = weights > 0.04 * weights.max()
