@@ -10,6 +10,7 @@ from digitlab.digits.ink import Mask, ink_of, local_ink, peak_of
 
 _SHEET = 0.06  # of the picture that a sheet covers at least
 _INK = (0.002, 0.5)  # of a sheet that is ink
+_BESIDE = 0.005  # of its area, below which what stands outside is a text that names it
 _LEAST_STEP = 16.0  # grey levels between tones
 _POLYGON = 0.95  # of its hull that six corners hold: of an ellipse they hold 0.83
 _SOLID = 0.93  # of its hull that a sheet fills
@@ -102,7 +103,7 @@ def _holds_ink(sheet: Mask, grey: Grey) -> bool:
     for name, box in enumerate(ndimage.find_objects(labels), 1):  # a frame encloses its sheet
         if all(b.start <= w.start and w.stop <= b.stop for b, w in zip(box, within, strict=True)):
             sizes[name] = 0
-    large = sizes > max(0.2 * sizes.max(), _INK[0] * float(sheet.sum()))  # no text beside it
+    large = sizes > max(0.2 * sizes.max(), _BESIDE * float(sheet.sum()))
     return bool((inside[large] > 0.9).all())
 
 
