@@ -1,18 +1,21 @@
 """Print what networks answer for digits that are not MNIST's, and for what is no digit.
 
     python experiments/robust.py RUN [RUN ...]      # named as for `digitlab reproduce`
+    python experiments/robust.py --scenes 1000 RUN  # so many test images in each kind of scene
 
 Prints the tables of robust.md: the answers of each run to each kind of image. Digits of other
 people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
 """
 
-import sys
+import argparse
+import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import scenes
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits as load_uci
@@ -20,8 +23,8 @@ from sklearn.datasets import load_sample_images
 
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
-from digitlab.data.datasets import TEST, load_digits
-from digitlab.digits.decode import Grey
+from digitlab.data.datasets import TEST, Digits, load_digits
+from digitlab.digits.decode import Grey, decode
 from digitlab.digits.predict import Predictor
 from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker
@@ -74,12 +77,34 @@ def of_photos(count: int) -> Iterator[Grey]:
         yield np.asarray(photo.crop((left, top, left + side, top + side)), np.float32)
 
 
-def main(runs: list[str]) -> None:
+def in_scenes(predictor: Predictor, test: Digits, count: int, first: int) -> None:
+    """Print how a run reads each kind of scene, of `count` test images from the `first` on."""
+    numbers = range(first, first + count)
+    print(f"| {predictor.row.name} | n | read | wrong | unsure | none |\n|---|---|---|---|---|---|")
+    for kind in scenes.KINDS:
+        prepared = []
+        for i in numbers:
+            file = io.BytesIO()
+            scenes.scene(kind, test.images[i].numpy(), i).save(file, "PNG")
+            prepared.append((str(i), prepare(decode(file.getvalue(), kind))))
+        said = Counter(
+            answer.status if answer.status != "digit" else answer.digit == int(test.labels[i])
+            for i, answer in zip(numbers, predictor.answer(prepared), strict=True)
+        )
+        cells = [f"{said[answer] / count:.1%}" for answer in (True, False, "unsure", "none")]
+        print(f"| {kind} | {count} | {' | '.join(cells)} |", flush=True)
+
+
+def main(runs: list[str], count: int, first: int) -> None:
     lab = lab_folder()
     tracker = lab_tracker(lab, [])
     predictors = [Predictor(tracker, run, lab) for run in runs]
     print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
     test = load_digits(lab, "mnist", TEST)
+    if count:
+        for predictor in predictors:
+            in_scenes(predictor, test, count, first)
+        return
     uci = load_uci()
     pictures = [np.asarray(Image.fromarray((16 * i).clip(0, 255).astype(np.uint8)).resize(
         (80, 80), Image.Resampling.BICUBIC), np.float32) for i in uci.images]  # fmt: skip
@@ -124,4 +149,9 @@ def main(runs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N")
+    parser.add_argument("--first", type=int, default=0)
+    given = parser.parse_args()
+    main(given.runs, given.scenes, given.first)

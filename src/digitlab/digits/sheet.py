@@ -100,8 +100,11 @@ def _holds_ink(sheet: Mask, grey: Grey) -> bool:
     inside = ndimage.sum_labels(sheet, labels, names) / sizes
     sizes[np.unique([*labels[[0, -1]].ravel(), *labels[:, [0, -1]].ravel(), 0])] = 0  # the table
     within = ndimage.find_objects(sheet.astype(np.uint8))[0]
-    for name, box in enumerate(ndimage.find_objects(labels), 1):  # a frame encloses its sheet
-        if all(b.start <= w.start and w.stop <= b.stop for b, w in zip(box, within, strict=True)):
+    for name, box in enumerate(ndimage.find_objects(labels), 1):
+        encloses = all(
+            b.start <= w.start and w.stop <= b.stop for b, w in zip(box, within, strict=True)
+        )
+        if encloses and inside[name] < 0.5:  # a frame, and no ink that fills its sheet
             sizes[name] = 0
     large = sizes > max(0.2 * sizes.max(), _BESIDE * float(sheet.sum()))
     return bool((inside[large] > 0.9).all())
