@@ -1,11 +1,14 @@
 """Files that lie about what is in them: read, or refused in one line, within the limits."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
+import psutil
 import pytest
 from conftest import DATA
 from PIL import Image
@@ -62,13 +65,30 @@ def test_metadata_do_not_spoil_good_pixels(kind: str) -> None:
     assert np.abs(decode(file, "it") - LEVELS).mean() < 4
 
 
-def test_tile_larger_than_its_picture_is_refused() -> None:
-    body = tiff(100, 100, (46336, 46320), zlib.compress(bytes(10**6)))
+def decoder() -> psutil.Process:
+    """The process that decodes what is not small and simple."""
+    [process] = [p for p in psutil.Process().children() if "digits.decode" in " ".join(p.cmdline())]
+    return process
+
+
+def zeros(megabytes: int) -> bytes:
+    """So many, by deflate; a block that is flushed in full can be repeated as it is."""
+    packer = zlib.compressobj()
+    first = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return first + block * (megabytes - 1) + packer.flush()
+
+
+def test_tile_larger_than_its_picture_is_refused_within_the_limits() -> None:
+    bomb = tiff(100, 100, (46336, 46320), zeros(2048))
+    assert len(bomb) < 3 * 2**20
     with pytest.raises(UserError) as told:
-        decode(body, "it.tif")
+        decode(bomb, "it.tif")
     assert str(told.value).startswith("it.tif: ")
     small = tiff(100, 100, (112, 112), zlib.compress(bytes(112 * 112)))
-    assert decode(small, "it.tif").shape == (100, 100)
+    assert decode(small, "it.tif").shape == (100, 100)  # and the next file is read
+    status = Path(f"/proc/{decoder().pid}/status").read_text(encoding="ascii")
+    assert int(re.findall(r"VmPeak:\s+(\d+) kB", status)[0]) <= 2**20
 
 
 def test_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded() -> None:
@@ -84,10 +104,29 @@ def test_jpeg_above_the_limit_of_pixels_is_read_reduced() -> None:
     assert decode(file, "it").shape[0] < 1024
 
 
-def test_decoder_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_TIME_S", 0.01)
-    with pytest.raises(UserError, match="too slow to decode"):
-        decode(saved(Image.fromarray(LEVELS), "GIF"), "it")
+def test_decoder_that_takes_too_long_or_ends_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    gif = saved(Image.fromarray(LEVELS), "GIF")
+
+    def process() -> psutil.Process:
+        assert decode(gif, "it").shape == LEVELS.shape
+        return decoder()
+
+    first = process()
+    assert process() == first  # kept for the next file
+    first.suspend()
+    monkeypatch.setattr(decoding, "_TIME_S", 0.1)
+    with pytest.raises(UserError, match=r"it: too slow to decode: .* within 0.1 s"):
+        decode(gif, "it")
+    monkeypatch.undo()
+    second = process()
+    assert not first.is_running()
+    second.kill()  # between two files
+    second.wait()
+    third = process()
+    third.suspend()
+    Timer(0.2, third.kill).start()  # while it decodes
+    with pytest.raises(UserError, match="damaged: its decoder has failed"):
+        decode(gif, "it")
 
 
 def test_what_phones_save_is_named_with_what_to_do(tmp_path: Path) -> None:

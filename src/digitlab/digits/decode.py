@@ -1,10 +1,6 @@
 """Decode untrusted image files within bounds of memory and time."""
 
 import io
-import os
-import resource
-import subprocess
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +11,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
+from digitlab.digits.apart import DecoderEnded, DecoderProcess, answer_files
 
 Grey = NDArray[np.float32]
 
@@ -31,9 +28,9 @@ _FILE = 50 * 2**20  # bytes of a file at most
 _PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
 _WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
 _SCANS = 100  # of a progressive JPEG: each of them goes through the whole picture again
-_BOUNDED = ("PNG", "JPEG")  # decoded here: what they take is bounded by their size in pixels
-_SMALL = 4_000_000  # pixels of such a picture
-_MEMORY, _TIME_S = 2**30, 10  # bytes and seconds of the process that decodes any other
+_BOUNDED = _HEADS[:2]  # PNG, JPEG: what they take to decode is bounded by their size in pixels
+_SMALL = 4_000_000  # pixels of those that are decoded in this process
+_TIME_S = 10  # for any other
 _LEAST = 5  # pixels of a side
 _LONGEST = 100  # times the shorter side
 _WORKING = 512  # pixels of a side that a digit is looked for in
@@ -41,6 +38,11 @@ _STRIP = 2**20  # pixels that are reduced at once
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
 _TOPS = (1.0, 255.0, 1023.0, 4095.0, 65535.0)  # of floats, and of 8, 10, 12 and 16 bits
 _CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
+_apart = DecoderProcess()
+
+
+class _RefusedError(Exception):
+    """What is wrong with a file, to stand after its name."""
 
 
 def read_image(path: Path) -> Grey:
@@ -89,82 +91,77 @@ def decode(content: bytes, name: str) -> Grey:
         raise UserError(f"{name}: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG")
     if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _SCANS:
         raise UserError(f"{name}: a JPEG of more than {_SCANS} scans: save it again as a PNG")
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if _is_bounded(image):
-                return _grey(image, name)
-            _check_size(image, name)
-    except Exception as error:
-        raise _refusal(error, name) from error
+    if content.startswith(_BOUNDED):
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if _is_bounded(image):
+                    return _grey(image)
+        except Exception as error:
+            raise UserError(f"{name}: {_refusal(error)}") from error
     return _decode_apart(content, name)
 
 
 def _is_bounded(image: Image.Image) -> bool:
     is_small = image.width * image.height <= _SMALL
-    return image.format in _BOUNDED and is_small and "progressive" not in image.info
+    return image.format in ("PNG", "JPEG") and is_small and "progressive" not in image.info
 
 
-def _refusal(error: Exception, name: str) -> UserError:
-    """Return what to tell a person of an error; Pillow's decoders raise of every kind."""
-    if isinstance(error, UserError):
-        return error
+def _refusal(error: Exception) -> str:
+    """Return what is wrong with a file; decoders raise errors of every kind."""
+    if isinstance(error, _RefusedError):
+        return str(error)
     if isinstance(error, UnidentifiedImageError):
         rule = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
-        return UserError(f"{name}: not an image: {rule}")
+        return f"not an image: {rule}"
     if isinstance(error, MemoryError | Image.DecompressionBombError):
-        return UserError(f"{name}: too many pixels: at most {_PIXELS} are read")
+        return f"too many pixels: at most {_PIXELS} are read"
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(f"{name}: damaged or cut short: {reason[0][:200]}")
+    return f"damaged or cut short: {reason[0][:200]}"
 
 
 def _decode_apart(content: bytes, name: str) -> Grey:
-    """As `decode`, in a process of its own that may take so much memory and time."""
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread would ask for memory
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-c", "from digitlab.digits.decode import serve; serve()"]
+    """Decode in a process of its own, which may take so much memory and time."""
     try:
-        done = subprocess.run(
-            command, input=content, capture_output=True, timeout=_TIME_S, env=environment,
-            check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
+        answer = _apart.ask(content, _TIME_S)
+    except TimeoutError as error:
         rule = f"it must be decoded within {_TIME_S} s. Make it smaller, or save it as a PNG"
         raise UserError(f"{name}: too slow to decode: {rule}") from error
-    if done.returncode == 0:
-        return np.load(io.BytesIO(done.stdout), allow_pickle=False)  # type: ignore[no-any-return]
-    if done.returncode == 2:
-        raise UserError(name + done.stdout.decode(errors="replace"))
-    raise UserError(f"{name}: damaged: its decoder has failed. Save it as a PNG")
+    except DecoderEnded as error:
+        raise UserError(f"{name}: damaged: its decoder has failed. Save it as a PNG") from error
+    if not answer.startswith(np.lib.format.MAGIC_PREFIX):
+        raise UserError(f"{name}: {answer.decode()}")
+    return np.load(io.BytesIO(answer), allow_pickle=False)  # type: ignore[no-any-return]
 
 
 def serve() -> None:
-    """Decode standard input within the limits to an .npy file, or a refusal, on standard output."""
-    content = sys.stdin.buffer.read()
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    """Decode the files on standard input, each to an .npy file or to what is wrong with it."""
+    answer_files(_answer)
+
+
+def _answer(content: bytes) -> bytes:
+    file = io.BytesIO()
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            np.save(sys.stdout.buffer, _grey(image, ""))
+            np.save(file, _grey(image))
     except Exception as error:  # noqa: BLE001
-        print(_refusal(error, ""), end="")
-        sys.exit(2)
+        return _refusal(error).encode(errors="replace")
+    return file.getvalue()
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    """Raise UserError where a picture is too large or too thin; a JPEG is opened reduced."""
+def _check_size(image: Image.Image) -> None:
+    """Refuse a picture that is too large or too thin; a JPEG is opened reduced."""
     width, height = image.size
-    size = f"{name}: {width} x {height} pixels"
     if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
-        raise UserError(
-            f"{size}: at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
-        )
+        rule = f"at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
+        raise _RefusedError(f"{width} x {height} pixels: {rule}")
     image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
     most = _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
     if image.width * image.height > most:
-        raise UserError(f"{size}: at most {most} are read")
+        raise _RefusedError(f"{width} x {height} pixels: at most {most} are read")
 
 
-def _grey(image: Image.Image, name: str) -> Grey:
-    _check_size(image, name)
+def _grey(image: Image.Image) -> Grey:
+    _check_size(image)
     image.load()
     if image.mode in _CLEAR and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
         image = image.convert("L" if image.mode == "LA" else "RGB")  # of an alpha never written
@@ -175,7 +172,7 @@ def _grey(image: Image.Image, name: str) -> Grey:
     strips = [_levels(image.crop(box), block) for box in boxes]
     light, alpha = (np.concatenate(part) for part in zip(*strips, strict=True))
     if image.mode in _DEEP:
-        light = _scaled(light, name)
+        light = _scaled(light)
     else:
         opaque = float(light.sum() / max(float(alpha.sum()), 1e-6))
         paper = 255.0 if opaque < 128 or float(alpha.mean()) > 0.99 else 0.0
@@ -206,13 +203,13 @@ def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
     return light, np.ones_like(light) if alpha is None else alpha
 
 
-def _scaled(values: Grey, name: str) -> Grey:
+def _scaled(values: Grey) -> Grey:
     """Scale levels of 16 or 32 bits to 0 to 255.
 
     The range is that of the least number of bits that holds them, or 0 to 1.
     """
     if not np.isfinite(values).all():
-        raise UserError(f"{name}: contains values that are not finite numbers")
+        raise _RefusedError("contains values that are not finite numbers")
     low, high = min(float(values.min()), 0.0), float(values.max())
     top = next((top for top in _TOPS if high <= top), high)
     if top == low:
