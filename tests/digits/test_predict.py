@@ -187,7 +187,7 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(predict: Predict, tmp_
         "digit", "error", "error", "error", "digit", "error", "error"
     ]  # fmt: skip
     assert set(document[0]) == {
-        "path", "status", "digit", "probability", "probabilities", "message"
+        "path", "status", "digit", "probability", "probabilities", "message", "raw_probability"
     }  # fmt: skip
     assert sum(document[0]["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert err == ""
@@ -335,6 +335,12 @@ def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     picture(DIGITS[0]).save(tmp_path / "new.png")
     status, out, _ = call_in(champion_lab)("predict", str(tmp_path / "new.png"))
     assert (status, out.count("\n")) == (0, 1)
+    # It names both probabilities, calibrated and as the network has them.
+    [answer] = predictor.answer([("", prepare(np.asarray(picture(DIGITS[0]), np.float32)))])
+    own = np.array(answer.probabilities) ** predictor.calibration.temperature
+    assert answer.raw_probability == pytest.approx(own[answer.digit] / own.sum(), abs=1e-4)
+    assert f"{answer.probability:.1%}, " in out
+    assert f"; uncalibrated {answer.raw_probability:.1%})" in out
     # The report names both the network's own probabilities, and these.
     page = tmp_path / "page.html"
     assert call_in(champion_lab)("report", "smoke", "--out", str(page))[0] == 0

@@ -1,5 +1,6 @@
 """A process of its own that decodes files, within limits of memory and time."""
 
+import atexit
 import os
 import resource
 import struct
@@ -29,6 +30,11 @@ class DecoderProcess:
     def __init__(self) -> None:
         self._turn = Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        if self._process is not None:
+            _end(self._process)
 
     def ask(self, content: bytes, seconds: float) -> bytes:
         """Return the process's answer to a file.

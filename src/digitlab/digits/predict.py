@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from digitlab.base.errors import UserError, visible
 from digitlab.base.files import write_output
@@ -31,6 +32,7 @@ class Answer:
 
     status: digit, unsure (a digit is the best guess, not to be relied on), none (nothing that looks
     like a digit) or error. `digit` is None unless there is one; `probability` is its own.
+    Both are calibrated; `raw_probability` is the network's own for that digit.
     """
 
     path: str
@@ -39,6 +41,7 @@ class Answer:
     probability: float | None = None
     probabilities: list[float] = field(default_factory=list)
     message: str = ""
+    raw_probability: float | None = None
 
     def __str__(self) -> str:
         if not self.probabilities:
@@ -46,7 +49,7 @@ class Answer:
         ranked = np.argsort(self.probabilities)[::-1][:3]
         likely = ", ".join(f"{digit} {self.probabilities[digit]:.1%}" for digit in ranked)
         head = f"{self.digit}" if self.status == "digit" else self.message
-        return visible(f"{self.path}: {head}   ({likely})")
+        return visible(f"{self.path}: {head}   ({likely}; uncalibrated {self.raw_probability:.1%})")
 
 
 class Predictor:
@@ -65,24 +68,24 @@ class Predictor:
         """Return an answer for each image, by its path."""
         images = torch.from_numpy(np.stack([p.image for _, p in prepared]))[:, None]
         logits = evaluate(self.network, images, self.config.data)
-        probabilities = self.calibration.probabilities(logits)
+        probabilities, raw = self.calibration.probabilities(logits), logits.softmax(1)
         scores, limits = self.calibration.scores(images, logits), self.calibration.limits
         unsure = (scores > limits).any(1).tolist()
         far = (scores[:, 1] > _FAR * limits[1]).tolist()
         answers = []
         for i, (path, found) in enumerate(prepared):
             problem = found.problem or (_UNLIKE if far[i] else "")
-            answers.append(_answer(path, problem, probabilities[i].tolist(), unsure[i]))
+            answers.append(_answer(path, problem, probabilities[i], raw[i], unsure[i]))
         return answers
 
 
-def _answer(path: str, problem: str, probabilities: list[float], is_unsure: bool) -> Answer:
+def _answer(path: str, problem: str, probabilities: Tensor, raw: Tensor, is_unsure: bool) -> Answer:
     if problem:
         return Answer(path, "none", message=f"no digit found: {problem}")
-    probability = max(probabilities)
-    digit = probabilities.index(probability)
+    digit = int(probabilities.argmax())
     status, message = ("unsure", f"not sure: perhaps {digit}") if is_unsure else ("digit", "")
-    return Answer(path, status, digit, probability, probabilities, message)
+    given, own = probabilities.tolist(), float(raw[digit])
+    return Answer(path, status, digit, given[digit], given, message, own)
 
 
 def predict(
