@@ -1,10 +1,10 @@
 """Print what networks answer for digits that are not MNIST's, and for what is no digit.
 
     python experiments/robust.py RUN [RUN ...]      # named as for `digitlab reproduce`
-    python experiments/robust.py --scenes 1000 RUN  # so many test images in each kind of scene
+    python experiments/robust.py --scenes 200 --first 5000 RUN      # test images 5000 to 5199
 
-Prints the tables of robust.md: the answers of each run to each kind of image. Digits of other
-people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
+Prints the tables of robust.md: the answers of each run to each kind of image, or of scene. Digits
+of other people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
 """
 
 import argparse
@@ -95,6 +95,30 @@ def in_scenes(predictor: Predictor, test: Digits, count: int, first: int) -> Non
         print(f"| {kind} | {count} | {' | '.join(cells)} |", flush=True)
 
 
+def of_things(predictors: list[Predictor], test: Digits) -> None:
+    """Print how often each run answers digit, unsure and none, to digits and to what is none."""
+    things = {
+        "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],
+        "digits of DejaVu fonts": [letter(font, digit) for font in FONTS for digit in "0123456789"],
+        "letters of the same fonts, unlike digits": [letter(f, c) for f in FONTS for c in UNLIKE],
+        "scribbles of 4 to 11 lines": [lines(int(CHANCE.integers(4, 12))) for _ in range(300)],
+        "triangles": [lines(3, closed=True) for _ in range(200)],
+        "parts of photos": list(of_photos(300)),
+        "smooth noise": [smooth() for _ in range(300)],
+        "noise": [CHANCE.normal(128, 60, (80, 80)).clip(0, 255).astype(np.float32)
+                  for _ in range(100)],
+        "blank paper": [np.full((60, 60), CHANCE.integers(0, 256), np.float32)
+                        for _ in range(100)],
+    }  # fmt: skip
+    for what, given in things.items():
+        prepared = [("", prepare(picture)) for picture in given]
+        cells = []
+        for predictor in predictors:
+            counts = Counter(answer.status for answer in predictor.answer(prepared))
+            cells.append(" / ".join(str(counts[status]) for status in ("digit", "unsure", "none")))
+        print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
+
+
 def main(runs: list[str], count: int, first: int) -> None:
     lab = lab_folder()
     tracker = lab_tracker(lab, [])
@@ -126,26 +150,7 @@ def main(runs: list[str], count: int, first: int) -> None:
         gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
         print(f"{name}: T {predictor.calibration.temperature:.2f}, confidence {sure.mean():.2%}, "
               f"accuracy {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
-    things = {
-        "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],
-        "digits of DejaVu fonts": [letter(font, digit) for font in FONTS for digit in "0123456789"],
-        "letters of the same fonts, unlike digits": [letter(f, c) for f in FONTS for c in UNLIKE],
-        "scribbles of 4 to 11 lines": [lines(int(CHANCE.integers(4, 12))) for _ in range(300)],
-        "triangles": [lines(3, closed=True) for _ in range(200)],
-        "parts of photos": list(of_photos(300)),
-        "smooth noise": [smooth() for _ in range(300)],
-        "noise": [CHANCE.normal(128, 60, (80, 80)).clip(0, 255).astype(np.float32)
-                  for _ in range(100)],
-        "blank paper": [np.full((60, 60), CHANCE.integers(0, 256), np.float32)
-                        for _ in range(100)],
-    }  # fmt: skip
-    for what, given in things.items():
-        prepared = [("", prepare(picture)) for picture in given]
-        cells = []
-        for predictor in predictors:
-            counts = Counter(answer.status for answer in predictor.answer(prepared))
-            cells.append(" / ".join(str(counts[status]) for status in ("digit", "unsure", "none")))
-        print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
+    of_things(predictors, test)
 
 
 if __name__ == "__main__":
