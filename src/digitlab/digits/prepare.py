@@ -48,7 +48,9 @@ def prepare(grey: Grey) -> Prepared:
 
 def _digit(grey: Grey) -> Grey:
     """Return the ink of the one digit, 0 to 1, in its tight box."""
-    ink, noise = ink_of(find_sheet(grey))
+    sheet, inner = find_sheet(grey)
+    ink, noise = ink_of(sheet)
+    ink = np.where(inner, ink, 0).astype(np.float32)
     peak = peak_of(ink)
     if peak < max(_LEAST_CONTRAST, 6 * noise):
         raise _NoDigitError("nothing stands out from its background")

@@ -16,19 +16,24 @@ _POLYGON = 0.95  # of its hull that six corners hold: of an ellipse they hold 0.
 _SOLID = 0.93  # of its hull that a sheet fills
 
 
-def find_sheet(grey: Grey) -> Grey:
-    """Return the part of a picture that the ink is on, what is around it painted like paper.
+def find_sheet(grey: Grey) -> tuple[Grey, Mask]:
+    """Return the part of a picture that the ink is on, and which pixels of it are the sheet's.
+
+    What is around the sheet is painted like its paper.
 
     A sheet is a region that differs from its surroundings, has straight edges, and has ink inside;
     the picture itself is returned where it has none.
     """
+    inner = np.ones(grey.shape, bool)
     for _ in range(3):  # on a table, of a form, in a box
         candidates = (sheet for find in (_boxes, _tones) for sheet in find(grey))
         sheet = next((sheet for sheet in candidates if _holds_ink(sheet, grey)), None)
         if sheet is None:
             break
-        grey = _cut_out(grey, sheet)
-    return grey
+        box = ndimage.find_objects(sheet.astype(np.uint8))[0]
+        sheet = _without_edge(sheet[box])
+        grey, inner = _cut_out(grey[box], sheet), inner[box] & sheet
+    return grey, inner
 
 
 def _boxes(grey: Grey) -> list[Mask]:
@@ -135,13 +140,15 @@ def _area(corners: np.ndarray) -> float:
     return abs(float(y @ np.roll(x, 1) - x @ np.roll(y, 1))) / 2
 
 
-def _cut_out(grey: Grey, sheet: Mask) -> Grey:
-    """Return the box around a sheet, without its edges, where shadows and frames are."""
-    rows, columns = ndimage.find_objects(sheet.astype(np.uint8))[0]
-    sheet, grey = sheet[rows, columns], grey[rows, columns]
+def _without_edge(sheet: Mask) -> Mask:
+    """Leave out its edges, where shadows and frames are."""
     edge = 2 + min(sheet.shape) // 50
     depth = ndimage.distance_transform_edt(np.pad(sheet, 1))[1:-1, 1:-1]
-    inner = depth > edge
+    return np.asarray(depth > edge)
+
+
+def _cut_out(grey: Grey, inner: Mask) -> Grey:
+    """Paint what is not inside the sheet like the nearest paper."""
     ink, _ = local_ink(_painted(grey, inner))
     paper = inner & (ink < 0.3 * peak_of(ink))  # ink that ends at the edge does not go on
     return np.where(inner, grey, _painted(grey, paper))
