@@ -61,9 +61,10 @@ audit: $(STAMP) ## check that trials and runs agree (ARGS=--repair repairs)
 report: $(STAMP) ## a study on one HTML page, lab/reports/<study>.html (ARGS= a study, --out FILE)
 	@$(BIN)/digitlab report $(ARGS)
 
-predict: $(STAMP) ## which digits images show (IMAGE="one.png another.jpg", or a folder)
-	@test -n "$(IMAGE)" || { echo "IMAGE= is missing: image files, or a folder of them"; exit 2; }
-	@$(BIN)/digitlab predict $(IMAGE) $(ARGS)
+predict: export PICTURE := $(value IMAGE)
+predict: $(STAMP) ## which digit an image shows, or the images of a folder (IMAGE="photo (1).jpg")
+	@test -n "$$PICTURE" || { echo "IMAGE= is missing: an image file, or a folder of them"; exit 2; }
+	@$(BIN)/digitlab predict "$$PICTURE" $(ARGS)
 
 draw: PORT = 8000
 draw: $(STAMP) ## draw a digit on a page, and see what the network reads (PORT=)

@@ -1,18 +1,21 @@
 """Print what networks answer for digits that are not MNIST's, and for what is no digit.
 
     python experiments/robust.py RUN [RUN ...]      # named as for `digitlab reproduce`
+    python experiments/robust.py --scenes 200 --first 5000 RUN      # test images 5000 to 5199
 
-Prints the tables of robust.md: the answers of each run to each kind of image. Digits of other
-people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
+Prints the tables of robust.md: the answers of each run to each kind of image, or of scene. Digits
+of other people are the UCI set in scikit-learn (1,797 of 43 writers, 8x8 pixels, enlarged).
 """
 
-import sys
+import argparse
+import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import scenes
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits as load_uci
@@ -20,9 +23,10 @@ from sklearn.datasets import load_sample_images
 
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
-from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.datasets import TEST, Digits, load_digits
+from digitlab.digits.decode import Grey, decode
 from digitlab.digits.predict import DigitReader
-from digitlab.digits.prepare import Grey, prepare
+from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
 
@@ -73,33 +77,26 @@ def of_photos(count: int) -> Iterator[Grey]:
         yield np.asarray(photo.crop((left, top, left + side, top + side)), np.float32)
 
 
-def main(runs: list[str]) -> None:
-    lab = lab_folder()
-    tracker = lab_tracker(lab, [])
-    predictors = [DigitReader(tracker, run, lab) for run in runs]
-    print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
-    test = load_digits(lab, "mnist", TEST)
-    uci = load_uci()
-    pictures = [np.asarray(Image.fromarray((16 * i).clip(0, 255).astype(np.uint8)).resize(
-        (80, 80), Image.Resampling.BICUBIC), np.float32) for i in uci.images]  # fmt: skip
-    foreign = [prepare(np.pad(picture, 16)) for picture in pictures]
-    placed = [prepare(canvas(image.float().numpy(), 30)) for image in test.images]
-    for predictor in predictors:
-        name = predictor.row.name
-        answers = predictor.answer([("", p) for p in foreign])
-        right = np.mean([a.digit == t for a, t in zip(answers, uci.target, strict=True)])
-        print(f"{name}: UCI digits {share_interval(float(right), len(uci.target))}")
-        logits = evaluate(predictor.network, test.images[:, None], predictor.config.data)
-        images = torch.from_numpy(np.stack([p.image for p in placed]))[:, None]
-        again = evaluate(predictor.network, images, predictor.config.data).argmax(1)
-        same = int((again == logits.argmax(1)).sum())
-        print(f"{name}: in canvases of 30 to 120 pixels {same} of {len(again)} are read as before")
-        sure, digits = predictor.calibration.probabilities(logits).max(1)
-        true = (digits == test.labels).double()
-        parts = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
-        gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
-        print(f"{name}: T {predictor.calibration.temperature:.2f}, confidence {sure.mean():.2%}, "
-              f"accuracy {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
+def in_scenes(predictor: DigitReader, test: Digits, count: int, first: int) -> None:
+    """Print how a run reads each kind of scene, of `count` test images from the `first` on."""
+    numbers = range(first, first + count)
+    print(f"| {predictor.row.name} | n | read | wrong | unsure | none |\n|---|---|---|---|---|---|")
+    for kind in scenes.KINDS:
+        prepared = []
+        for i in numbers:
+            file = io.BytesIO()
+            scenes.scene(kind, test.images[i].numpy(), i).save(file, "PNG")
+            prepared.append((str(i), prepare(decode(file.getvalue(), kind))))
+        said = Counter(
+            answer.status if answer.status != "digit" else answer.digit == int(test.labels[i])
+            for i, answer in zip(numbers, predictor.answer(prepared), strict=True)
+        )
+        cells = [f"{said[answer] / count:.1%}" for answer in (True, False, "unsure", "none")]
+        print(f"| {kind} | {count} | {' | '.join(cells)} |", flush=True)
+
+
+def of_things(predictors: list[DigitReader], test: Digits) -> None:
+    """Print how often each run answers digit, unsure and none, to digits and to what is none."""
     things = {
         "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],
         "digits of DejaVu fonts": [letter(font, digit) for font in FONTS for digit in "0123456789"],
@@ -122,5 +119,44 @@ def main(runs: list[str]) -> None:
         print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
 
 
+def main(runs: list[str], count: int, first: int) -> None:
+    lab = lab_folder()
+    tracker = lab_tracker(lab, [])
+    predictors = [DigitReader(tracker, run, lab) for run in runs]
+    print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
+    test = load_digits(lab, "mnist", TEST)
+    if count:
+        for predictor in predictors:
+            in_scenes(predictor, test, count, first)
+        return
+    uci = load_uci()
+    pictures = [np.asarray(Image.fromarray((16 * i).clip(0, 255).astype(np.uint8)).resize(
+        (80, 80), Image.Resampling.BICUBIC), np.float32) for i in uci.images]  # fmt: skip
+    foreign = [prepare(np.pad(picture, 16)) for picture in pictures]
+    placed = [prepare(canvas(image.float().numpy(), 30)) for image in test.images]
+    for predictor in predictors:
+        name = predictor.row.name
+        answers = predictor.answer([("", p) for p in foreign])
+        right = np.mean([a.digit == t for a, t in zip(answers, uci.target, strict=True)])
+        print(f"{name}: UCI digits {share_interval(float(right), len(uci.target))}")
+        logits = evaluate(predictor.network, test.images[:, None], predictor.config.data)
+        images = torch.from_numpy(np.stack([p.image for p in placed]))[:, None]
+        again = evaluate(predictor.network, images, predictor.config.data).argmax(1)
+        same = int((again == logits.argmax(1)).sum())
+        print(f"{name}: in canvases of 30 to 120 pixels {same} of {len(again)} are read as before")
+        sure, digits = predictor.calibration.probabilities(logits).max(1)
+        true = (digits == test.labels).double()
+        parts = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
+        gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
+        print(f"{name}: T {predictor.calibration.temperature:.2f}, confidence {sure.mean():.2%}, "
+              f"accuracy {true.mean():.2%}, calibration error {sum(gaps):.4f}")  # fmt: skip
+    of_things(predictors, test)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--scenes", type=int, default=0, metavar="N")
+    parser.add_argument("--first", type=int, default=0)
+    given = parser.parse_args()
+    main(given.runs, given.scenes, given.first)

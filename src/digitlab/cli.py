@@ -292,10 +292,13 @@ def _add_digits(builder: _Builder) -> None:
     predict = builder.add_reader(
         "predict", commands.predict, "which digit an image shows, and how sure that is",
         _WITH, _JSON, _out("folder for the images of 28x28 that the network sees", "FOLDER"),
-        more="Exit status: 0, or 2 where one could not be read.",
+        more="Probabilities are calibrated on validation images, but for the uncalibrated one. "
+        "Exit status: 0, or 2 where one could not be read.",
     )  # fmt: skip
     files = "files, folders, - for standard input"
     predict.add_argument("image", nargs="+", metavar="IMAGE", help=files)
+    deep = "read the sub-folders of folders, too"
+    predict.add_argument("--recursive", action="store_true", help=deep)
     why = "draw why, in explained/ of the lab"
     predict.add_argument("--explain", action="store_true", help=why)
     picture = _out("file for the picture (default: in explained/ of the lab)")

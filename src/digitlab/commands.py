@@ -234,7 +234,7 @@ def predict(options: Namespace) -> int:
     from digitlab.digits.predict import predict as read
 
     given = (options.image, options.run, options.json, options.explain, options.out)
-    return read(*given, lab_folder(), options.stores)
+    return read(*given, lab_folder(), options.stores, options.recursive)
 
 
 def explain(options: Namespace) -> int:

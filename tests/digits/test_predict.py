@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageOps
 from samples import readers, studies
 
 from digitlab.base.errors import UserError
+from digitlab.base.paths import ROOT
 from digitlab.digits.decode import decode
 from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
@@ -186,7 +187,7 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(predict: Predict, tmp_
         "digit", "error", "error", "error", "digit", "error", "error"
     ]  # fmt: skip
     assert set(document[0]) == {
-        "path", "status", "digit", "probability", "probabilities", "message"
+        "path", "status", "digit", "probability", "probabilities", "message", "raw_probability"
     }  # fmt: skip
     assert sum(document[0]["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert err == ""
@@ -200,7 +201,8 @@ def test_folder_and_standard_input_are_read(
     for i in range(3):
         picture(DIGITS[i]).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("not an image")
-    status, out, _ = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
+    status, out, err = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
+    assert err == f"{folder}: 1 files are no images\n"
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
     with Image.open(tmp_path / "seen" / "1.28x28.png") as seen:
@@ -209,6 +211,52 @@ def test_folder_and_standard_input_are_read(
     monkeypatch.setattr(sys, "stdin", piped)
     status, out, _ = predict("-")
     assert (status, out.startswith(f"-: {TRUE[0]}")) == (0, True)
+
+
+def test_folders_hold_hidden_files_any_name_and_others_that_are_named(
+    predict: Predict, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    (folder / "below").mkdir(parents=True)
+    (folder / "._three.png").write_bytes(b"\0\5\x16\7")  # macOS leaves these on other disks
+    (folder / "x.jfif").write_bytes(content(picture(DIGITS[0]), "JPEG"))
+    (folder / "no suffix").write_bytes(content(picture(DIGITS[0]), "PNG"))
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    picture(DIGITS[1]).save(folder / "below" / "x.png")
+    status, out, err = predict(str(folder))
+    assert (status, out.count(f": {TRUE[0]} ")) == (2, 2)
+    assert "IMG_1.HEIC: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG" in err
+    assert "1 sub-folders are not read: --recursive reads them" in err
+    assert "three" not in out + err
+    (folder / "IMG_1.HEIC").unlink()
+    status, out, err = predict("--recursive", str(folder), "--out", str(tmp_path / "seen"))
+    assert (status, len(out.splitlines()), err) == (0, 3, "")
+    seen = {file.name for file in (tmp_path / "seen").iterdir()}
+    assert seen == {"x.28x28.png", "x-2.28x28.png", "no suffix.28x28.png"}  # both are kept
+
+
+def test_names_of_files_forge_no_lines(predict: Predict, tmp_path: Path) -> None:
+    bad = tmp_path / "a\nb: 7   (7 100%)\x1b[2K.png"
+    picture(DIGITS[0]).save(bad)
+    status, out, err = predict(str(bad), str(bad) + "\n\x1b[31m")
+    assert (status, len(out.splitlines()), len(err.splitlines())) == (2, 1, 1)
+    assert "\x1b" not in out + err
+    assert r"a\nb" in out
+
+
+def test_make_predict_takes_names_that_a_shell_would_split(tmp_path: Path) -> None:
+    """With a program in the place of digitlab that prints its arguments, in a folder of its own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml", "installed"):  # the last is the newest
+        (tmp_path / name).touch()
+    program = tmp_path / "digitlab"
+    program.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+    program.chmod(0o755)
+    for name in ("photo (1).jpg", "it's.png", "$(touch x)`touch y`.png", '"; echo z #.png'):
+        settings = ["BIN=.", "STAMP=installed", f"IMAGE={name}", "ARGS=--json"]
+        command = ["make", "--silent", "--old-file=installed", "predict", *settings]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.returncode) == (f"<predict><{name}><--json>", 0), done.stderr
 
 
 def test_explain_draws_why(predict: Predict, trained_lab: Path, tmp_path: Path) -> None:
@@ -287,6 +335,12 @@ def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     picture(DIGITS[0]).save(tmp_path / "new.png")
     status, out, _ = call_in(champion_lab)("predict", str(tmp_path / "new.png"))
     assert (status, out.count("\n")) == (0, 1)
+    # It names both probabilities, calibrated and as the network has them.
+    [answer] = predictor.answer([("", prepare(np.asarray(picture(DIGITS[0]), np.float32)))])
+    own = np.array(answer.probabilities) ** predictor.calibration.temperature
+    assert answer.raw_probability == pytest.approx(own[answer.digit] / own.sum(), abs=1e-4)
+    assert f"{answer.probability:.1%}, " in out
+    assert f"; uncalibrated {answer.raw_probability:.1%})" in out
     # The report names both the network's own probabilities, and these.
     page = tmp_path / "page.html"
     assert call_in(champion_lab)("report", "smoke", "--out", str(page))[0] == 0
@@ -436,18 +490,24 @@ def test_ten_thousand_malformed_files(predictor: DigitReader) -> None:
 
 
 _DECODED = """
-import sys, time
+import sys
 from pathlib import Path
+import psutil
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare
 
-def most():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+def used():
+    kilobytes = seconds = 0
+    for process in [psutil.Process(), *psutil.Process().children()]:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        kilobytes += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        seconds += sum(process.cpu_times()[:2])
+    return kilobytes, seconds
 
-before, started = most(), time.process_time()
+before, started = used()
 prepared = prepare(read_image(Path(sys.argv[1])))
-print(most() - before, time.process_time() - started, prepared.problem)
+after, ended = used()
+print(after - before, ended - started, prepared.problem)
 """
 
 

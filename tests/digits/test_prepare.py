@@ -1,15 +1,18 @@
 """New images: what is found in them, and that it is what MNIST would have made of it."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
-from digitlab.digits.prepare import Grey, prepare, stroke_width
+from digitlab.digits.decode import Grey, decode
+from digitlab.digits.prepare import prepare, stroke_width
 
 RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
 DIGITS = np.fromfile(RAW, np.uint8)[16:].reshape(-1, 28, 28)
@@ -104,6 +107,30 @@ def test_any_picture_is_answered(height: int, width: int, data: st.DataObject) -
     prepared = prepare(picture)
     assert prepared.image.shape == (28, 28)
     assert bool(prepared.problem) == (not prepared.image.any())
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_scene_is_brought_back_to_the_digit_alone(kind: str) -> None:
+    file = io.BytesIO()
+    scenes.scene(kind, DIGITS[1], 1).save(file, "PNG")
+    prepared = prepare(decode(file.getvalue(), kind))
+    plain = prepare(255 * scenes.coverage(DIGITS[1], 200).astype(np.float32))
+    assert prepared.problem == ""
+    assert apart(plain.image, prepared.image) < 130  # a pixel of the box, and a turn of 15 degrees
+
+
+def test_a_5_whose_body_touches_the_edge_keeps_its_body() -> None:
+    image = Image.new("L", (200, 200), 255)
+    draw = ImageDraw.Draw(image)
+    draw.line([(70, 20), (140, 20)], 0, 14)
+    whole = image.copy()
+    for drawn, end in ((image, 205), (whole, 195)):
+        draw = ImageDraw.Draw(drawn)
+        draw.line([(62, 40), (60, 100)], 0, 14)
+        draw.arc([40, 90, 150, end], -110, 150, 0, 14)
+    cut, plain = (prepare(np.asarray(drawn, np.float32)) for drawn in (image, whole))
+    assert cut.problem == ""
+    assert apart(plain.image, cut.image) < 110
 
 
 def test_two_digits_are_not_one() -> None:

@@ -873,7 +873,7 @@ def test_command_serves_the_champion_until_ctrl_c(lab: Lab, tmp_path: Path) -> N
                 time.sleep(0.1)
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.2", port), timeout=5)
-        with pytest.raises(draw.UserError, match=f"--port={port}: taken"):
+        with pytest.raises(draw.UserError, match=f"--port={port} is taken"):
             draw.draw("champion", lab.folder, port)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130

@@ -30,6 +30,7 @@ from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker, save_servable
 from digitlab.records.mlflow_errors import http_status
 from digitlab.records.store import LogBatch, NewRun, TrackerAway
+from digitlab.results.verdict import Change
 
 _FOUR_AT_ONCE = """
 import os, sys
@@ -52,6 +53,13 @@ def test_four_processes_open_an_empty_lab_at_once(tmp_path: Path) -> None:
         names = database.execute("SELECT name FROM experiments").fetchall()
         assert names.count(("digitlab",)) == 1
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_name_of_a_run_forges_no_line(tmp_path: Path) -> None:
+    tracker = MlflowTracker(None, "digitlab", tmp_path)
+    run_id = tracker.create_run(NewRun("a\nb: 99%\x1b[2K", {}, {}))
+    assert tracker.get(run_id).name == r"a\nb: 99%\x1b[2K"
+    assert str(Change("libraries.x\n", "1\x1b[2K", "2")).startswith(r"libraries.x\n was 1\x1b[2K")
 
 
 def test_new_experiment_can_be_opened_by_many_at_once_on_a_server(

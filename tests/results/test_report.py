@@ -22,11 +22,13 @@ import numpy as np
 import optuna
 import pytest
 import safetensors.torch
+import torch
 from browsing import Page, look
 from conftest import Call, CallIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from playwright.sync_api import Browser
 from samples import (
     METRICS,
@@ -47,7 +49,7 @@ from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import recorded_guesses
 from digitlab.records.store import NoTracker
-from digitlab.results.charts import in_words, study_charts
+from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.report import report
 from digitlab.study.storage import open_storage
 from digitlab.study.summary import short
@@ -322,6 +324,21 @@ def test_nothing_dominates_the_front_and_all_else_is_dominated(points) -> None:
 
 
 @pytest.mark.parametrize(
+    ("misread", "message"),
+    [
+        (0, "There are no errors in 50 test images."),
+        (2, "2 of 50 test images are misread, most often a 3 as a 4 (2 times)."),
+    ],
+)
+def test_confusion_names_errors_where_there_are_any(misread: int, message: str) -> None:
+    labels = torch.arange(50) % 10
+    logits = 9 * torch.nn.functional.one_hot(labels).float()
+    for i in range(misread):
+        logits[10 * i + 3, 4] = 10
+    assert champion_charts(logits, labels, None)[0].message == message
+
+
+@pytest.mark.parametrize(
     ("keys", "labels"),
     [
         (["optim.learning_rate", "model.hidden"], ["learning rate", "hidden"]),
@@ -559,6 +576,12 @@ def test_registered_champion_tells_what_it_is(whole: Study, registry: MlflowClie
     assert [s.shape for s in signature.outputs.inputs] == [(-1, 10)]
 
 
+def examples_of_card(registry: MlflowClient, **given: Any) -> dict[str, Any]:
+    """Run the examples of the model card, by what they are of."""
+    card = registry.get_model_version_by_alias("smoke", "champion").description
+    return {name: eval(code, given) for name, code in re.findall(r"  - (.*?): .*`(.*)`", card)}
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's export, when it is loaded
 def test_registered_champion_predicts_as_the_tested_network_did(
     whole: Study, registry: MlflowClient
@@ -572,6 +595,15 @@ def test_registered_champion_predicts_as_the_tested_network_did(
         assert reported.shape == (last - first, 10)
         assert (reported.argmax(1) == probabilities[first:last].argmax(1)).all()
         np.testing.assert_allclose(reported, probabilities[first:last], atol=1e-5)
+    # Each example of the model card answers alike, and what none of them gives is refused.
+    images = pixels[:40, 0].astype(np.uint8)
+    examples = examples_of_card(registry, model=model, images=images)
+    assert examples.pop("served") == {"inputs": pixels[:40].tolist()}
+    assert list(examples) == ["0 to 255", "0 to 1"]
+    for reported in examples.values():
+        np.testing.assert_allclose(reported, probabilities[:40], atol=1e-5)
+    with pytest.raises(MlflowException, match="uint8"):
+        model.predict(images[:, None])
     example = mlflow.models.Model.load(folder).load_input_example(folder)
     assert example.shape[1:] == (1, 28, 28)
     assert model.predict(example).sum() == pytest.approx(len(example))
@@ -620,7 +652,7 @@ def test_registered_champion_can_be_served(lab: Path, whole: Study, tmp_path: Pa
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/smoke@champion"]
     request = urllib.request.Request(
         f"http://{HOST}:{port}/invocations",
-        json.dumps({"inputs": pixels[:3].tolist()}).encode(),
+        json.dumps({"inputs": [*pixels[:3].tolist(), *(pixels[:3] / 255).tolist()]}).encode(),
         {"Content-Type": "application/json"},
     )
     with served("ui", lab, "/health", tmp_path / "ui.log") as ui:
@@ -642,7 +674,8 @@ def test_registered_champion_can_be_served(lab: Path, whole: Study, tmp_path: Pa
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait()
-    np.testing.assert_allclose(answer["predictions"], probabilities[:3], atol=1e-5)
+    expected = np.concatenate([probabilities[:3], probabilities[:3]])
+    np.testing.assert_allclose(answer["predictions"], expected, atol=1e-5)
 
 
 def answer_of(request: urllib.request.Request, server: subprocess.Popen[bytes], log: Path) -> Any:

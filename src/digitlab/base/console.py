@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from digitlab.base.errors import visible
+
 _MOST = 16  # workers that are shown one by one; of a thousand, the rest are counted
 _PLAIN_INTERVAL_S = 20.0  # between two lines about running trials, where there is no terminal
 
@@ -72,7 +74,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.print(Text(text))
+        self.print(Text("\n".join(map(visible, text.split("\n")))))
 
     def print(self, what: Any) -> None:
         if not self.muted:
@@ -122,6 +124,6 @@ def table(
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=is_cut and i > 0)
     for first, *others in rows:
-        cut = Text(str(first), no_wrap=True, overflow="ellipsis") if is_cut else Text(str(first))
-        drawn.add_row(cut, *(Text(str(value)) for value in others))
+        cut = Text(visible(str(first)), no_wrap=is_cut, overflow="ellipsis" if is_cut else None)
+        drawn.add_row(cut, *(Text(visible(str(value))) for value in others))
     return drawn

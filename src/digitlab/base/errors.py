@@ -5,6 +5,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+# Of terminals, of lines, and of the direction of writing: they forge what is printed.
+_CODES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return a text from outside, such as a name, on one line, its control characters escaped."""
+    return _CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class UserError(ValueError):
     """A mistake of the caller; the text names what was given, the rule and what to do.
@@ -13,7 +21,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(" ".join(line.strip() for line in text.splitlines()))
+        super().__init__(visible(" ".join(line.strip() for line in text.splitlines())))
 
 
 def require(holds: bool, given: str, rule: str) -> None:

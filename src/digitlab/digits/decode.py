@@ -6,25 +6,43 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
-from digitlab.digits.prepare import Grey
+from digitlab.digits.apart import DecoderEnded, DecoderProcess, answer_files
+
+Grey = NDArray[np.float32]
 
 # What Pillow warns of in a file is either refused as damage or does not matter.
 warnings.filterwarnings("ignore", module="PIL")
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes of a colour profile, which Pillow unpacks
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
+# Beginnings of those formats, and names of files that are reported if they are another.
+_HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
+             ".heic", ".heif", ".avif", ".jxl", ".jp2", ".pdf", ".svg", ".dng", ".psd")  # fmt: skip
 _FILE = 50 * 2**20  # bytes of a file at most
 _PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
 _WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
+_SCANS = 100  # of a progressive JPEG: each of them goes through the whole picture again
+_BOUNDED = _HEADS[:2]  # PNG, JPEG: what they take to decode is bounded by their size in pixels
+_SMALL = 4_000_000  # pixels of those that are decoded in this process
+_TIME_S = 10  # for any other
 _LEAST = 5  # pixels of a side
 _LONGEST = 100  # times the shorter side
 _WORKING = 512  # pixels of a side that a digit is looked for in
 _STRIP = 2**20  # pixels that are reduced at once
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
+_TOPS = (1.0, 255.0, 1023.0, 4095.0, 65535.0)  # of floats, and of 8, 10, 12 and 16 bits
 _CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
+_apart = DecoderProcess()
+
+
+class _RefusedError(Exception):
+    """What is wrong with a file, to stand after its name."""
 
 
 def read_image(path: Path) -> Grey:
@@ -47,6 +65,15 @@ def read_image(path: Path) -> Grey:
     return decode(content, str(path))
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its first bytes or, readable here or not, by its name."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return path.suffix.lower() in _SUFFIXES or head.startswith(_HEADS) or head[4:8] == b"ftyp"
+
+
 def decode(content: bytes, name: str) -> Grey:
     """Return grey levels 0 to 255, float32 (H, W): first frame, upright, on its background.
 
@@ -60,31 +87,84 @@ def decode(content: bytes, name: str) -> Grey:
         raise UserError(f"{name}: empty")
     if len(content) > _FILE:
         raise UserError(f"{name}: more than {_FILE // 2**20} MB: make it smaller")
+    if content[4:8] == b"ftyp":  # what phones save
+        raise UserError(f"{name}: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG")
+    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _SCANS:
+        raise UserError(f"{name}: a JPEG of more than {_SCANS} scans: save it again as a PNG")
+    if content.startswith(_BOUNDED):
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if _is_bounded(image):
+                    return _grey(image)
+        except Exception as error:
+            raise UserError(f"{name}: {_refusal(error)}") from error
+    return _decode_apart(content, name)
+
+
+def _is_bounded(image: Image.Image) -> bool:
+    is_small = image.width * image.height <= _SMALL
+    return image.format in ("PNG", "JPEG") and is_small and "progressive" not in image.info
+
+
+def _refusal(error: Exception) -> str:
+    """Return what is wrong with a file; decoders raise errors of every kind."""
+    if isinstance(error, _RefusedError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        rule = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
+        return f"not an image: {rule}"
+    if isinstance(error, MemoryError | Image.DecompressionBombError):
+        return f"too many pixels: at most {_PIXELS} are read"
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"damaged or cut short: {reason[0][:200]}"
+
+
+def _decode_apart(content: bytes, name: str) -> Grey:
+    """Decode in a process of its own, which may take so much memory and time."""
+    try:
+        answer = _apart.ask(content, _TIME_S)
+    except TimeoutError as error:
+        rule = f"it must be decoded within {_TIME_S} s. Make it smaller, or save it as a PNG"
+        raise UserError(f"{name}: too slow to decode: {rule}") from error
+    except DecoderEnded as error:
+        raise UserError(f"{name}: damaged: its decoder has failed. Save it as a PNG") from error
+    if not answer.startswith(np.lib.format.MAGIC_PREFIX):
+        raise UserError(f"{name}: {answer.decode()}")
+    return np.load(io.BytesIO(answer), allow_pickle=False)  # type: ignore[no-any-return]
+
+
+def serve() -> None:
+    """Decode the files on standard input, each to an .npy file or to what is wrong with it."""
+    answer_files(_answer)
+
+
+def _answer(content: bytes) -> bytes:
+    file = io.BytesIO()
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return _grey(image, name)
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name}: not an image: it must be one of {', '.join(FORMATS)}") from error
-    except (MemoryError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: too many pixels: at most {_PIXELS} are read") from error
-    except Exception as error:  # Pillow's decoders raise of every kind on files that are damaged
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: damaged or cut short: {reason[0][:200]}") from error
+            np.save(file, _grey(image))
+    except Exception as error:  # noqa: BLE001
+        return _refusal(error).encode(errors="replace")
+    return file.getvalue()
 
 
-def _grey(image: Image.Image, name: str) -> Grey:
-    (width, height), most = image.size, _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
-    size = f"{name}: {width} x {height} pixels"
-    if width * height > most:
-        raise UserError(f"{size}: at most {most} are read")
+def _check_size(image: Image.Image) -> None:
+    """Refuse a picture that is too large or too thin; a JPEG is opened reduced."""
+    width, height = image.size
     if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
-        raise UserError(
-            f"{size}: at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
-        )
+        rule = f"at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
+        raise _RefusedError(f"{width} x {height} pixels: {rule}")
     image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
+    most = _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
+    if image.width * image.height > most:
+        raise _RefusedError(f"{width} x {height} pixels: at most {most} are read")
+
+
+def _grey(image: Image.Image) -> Grey:
+    _check_size(image)
     image.load()
+    if image.mode in _CLEAR and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
+        image = image.convert("L" if image.mode == "LA" else "RGB")  # of an alpha never written
     width, height = image.size
     block = max(1, max(width, height) // _WORKING)  # pixels of a side
     rows = block * max(1, _STRIP // (width * block))  # of a strip, so that memory stays bounded
@@ -92,7 +172,7 @@ def _grey(image: Image.Image, name: str) -> Grey:
     strips = [_levels(image.crop(box), block) for box in boxes]
     light, alpha = (np.concatenate(part) for part in zip(*strips, strict=True))
     if image.mode in _DEEP:
-        light = _scaled(light, name)
+        light = _scaled(light)
     else:
         opaque = float(light.sum() / max(float(alpha.sum()), 1e-6))
         paper = 255.0 if opaque < 128 or float(alpha.mean()) > 0.99 else 0.0
@@ -123,13 +203,15 @@ def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
     return light, np.ones_like(light) if alpha is None else alpha
 
 
-def _scaled(values: Grey, name: str) -> Grey:
+def _scaled(values: Grey) -> Grey:
     """Scale levels of 16 or 32 bits to 0 to 255.
 
-    8 bits stay, 16 bits are divided by 257, others are scaled by their own range.
+    The range is that of the least number of bits that holds them, or 0 to 1.
     """
     if not np.isfinite(values).all():
-        raise UserError(f"{name}: contains values that are not finite numbers")
+        raise _RefusedError("contains values that are not finite numbers")
     low, high = min(float(values.min()), 0.0), float(values.max())
-    top = 65535.0 if 255 < high <= 65535 else max(high, 255.0)
+    top = next((top for top in _TOPS if high <= top), high)
+    if top == low:
+        return np.zeros_like(values)
     return ((values - low) * (255 / (top - low))).astype(np.float32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from digitlab.base.errors import require
+from digitlab.base.errors import require, visible
 from digitlab.base.files import safe_name, write_output
 from digitlab.config.types import DataConfig
 from digitlab.data.datasets import TEST, load_digits
@@ -69,11 +69,11 @@ def explain(
     best = ranked[0]
     other = next(digit for digit in ranked[1:] if against in (None, best, digit))
     likely = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
-    print(f"{title}: {row.name} reads {likely}")
+    print(visible(f"{title}: {row.name} reads {likely}"))
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
     target = out or lab / "explained" / file
     draw_reasons(network, config.data, pixels, (best, other), target)
-    print(f"why {best} and not {other}, and what each layer sees: {target}")
+    print(visible(f"why {best} and not {other}, and what each layer sees: {target}"))
     return 0
 
 

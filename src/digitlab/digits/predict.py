@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, visible
 from digitlab.base.files import write_output
 from digitlab.digits.calibration import load_calibration
-from digitlab.digits.decode import decode, read_image
-from digitlab.digits.prepare import Grey, Prepared, prepare
+from digitlab.digits.decode import Grey, decode, is_image, read_image
+from digitlab.digits.prepare import Prepared, prepare
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.records.store import Tracker
 from digitlab.training.evaluate import evaluate
 
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
 _UNLIKE = "unlike any digit of the training images"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Answer:
 
     status: digit, unsure (a digit is the best guess, not to be relied on), none (nothing that looks
     like a digit) or error. `digit` is None unless there is one; `probability` is its own.
+    Both are calibrated; `raw_probability` is the network's own for that digit.
     """
 
     path: str
@@ -40,14 +41,15 @@ class Answer:
     probability: float | None = None
     probabilities: list[float] = field(default_factory=list)
     message: str = ""
+    raw_probability: float | None = None
 
     def __str__(self) -> str:
         if not self.probabilities:
-            return f"{self.path}: {self.message}"
+            return visible(f"{self.path}: {self.message}")
         ranked = np.argsort(self.probabilities)[::-1][:3]
         likely = ", ".join(f"{digit} {self.probabilities[digit]:.1%}" for digit in ranked)
         head = f"{self.digit}" if self.status == "digit" else self.message
-        return f"{self.path}: {head}   ({likely})"
+        return visible(f"{self.path}: {head}   ({likely}; uncalibrated {self.raw_probability:.1%})")
 
 
 class DigitReader:
@@ -66,24 +68,24 @@ class DigitReader:
         """Return an answer for each image, by its path."""
         images = torch.from_numpy(np.stack([p.image for _, p in prepared]))[:, None]
         logits = evaluate(self.network, images, self.config.data)
-        probabilities = self.calibration.probabilities(logits)
+        probabilities, raw = self.calibration.probabilities(logits), logits.softmax(1)
         scores, limits = self.calibration.scores(images, logits), self.calibration.limits
         unsure = (scores > limits).any(1).tolist()
         far = (scores[:, 1] > _FAR * limits[1]).tolist()
         answers = []
         for i, (path, found) in enumerate(prepared):
             problem = found.problem or (_UNLIKE if far[i] else "")
-            answers.append(_answer(path, problem, probabilities[i].tolist(), unsure[i]))
+            answers.append(_answer(path, problem, probabilities[i], raw[i], unsure[i]))
         return answers
 
 
-def _answer(path: str, problem: str, probabilities: list[float], is_unsure: bool) -> Answer:
+def _answer(path: str, problem: str, probabilities: Tensor, raw: Tensor, is_unsure: bool) -> Answer:
     if problem:
         return Answer(path, "none", message=f"no digit found: {problem}")
-    probability = max(probabilities)
-    digit = probabilities.index(probability)
+    digit = int(probabilities.argmax())
     status, message = ("unsure", f"not sure: perhaps {digit}") if is_unsure else ("digit", "")
-    return Answer(path, status, digit, probability, probabilities, message)
+    given, own = probabilities.tolist(), float(raw[digit])
+    return Answer(path, status, digit, given[digit], given, message, own)
 
 
 def predict(
@@ -94,6 +96,7 @@ def predict(
     save: Path | None,
     lab: Path,
     stores: Sequence[str] = (),
+    recursive: bool = False,
 ) -> int:
     """Print which digits images show: files, folders, `-` for standard input.
 
@@ -106,7 +109,7 @@ def predict(
     predictor = DigitReader(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()
-    for path in _files(paths):
+    for path in _files(paths, recursive):
         try:
             prepared = prepare(_read(path))
         except UserError as error:
@@ -127,7 +130,7 @@ def predict(
             write_output(save / f"{name}.28x28.png", file.getvalue(), "--out")
         if explain and answer.digit is not None:
             out = _draw_why(predictor, prepared, answer, lab / "explained", name)
-            print(f"why: {out}", file=sys.stderr if as_json else sys.stdout)
+            print(visible(f"why: {out}"), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=1))
     return 2 if any(answer.status == "error" for answer in answers) else 0
@@ -145,18 +148,37 @@ def _draw_why(
     return out
 
 
-def _files(paths: Sequence[str]) -> list[str]:
-    """Return the paths, with the images of a folder in its place, by name."""
+def _files(paths: Sequence[str], recursive: bool) -> list[str]:
+    """Return the paths, with the images of a folder in its place, by name; hidden files are not."""
     files: list[str] = []
     for path in paths:
         inside: list[Path] = []
         try:
             if path != "-" and Path(path).is_dir():
-                inside = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in _SUFFIXES)
+                found = sorted(Path(path).rglob("*") if recursive else Path(path).iterdir())
+                shown = [file for file in found if not _is_hidden(file.relative_to(path))]
+                inside = [file for file in shown if is_image(file)]
+                _report_passed_over(path, shown, inside, recursive)
         except OSError:  # a folder that may not be listed: reported when it is read
             pass
         files += map(str, inside) if inside else [path]
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _report_passed_over(
+    path: str, shown: Sequence[Path], inside: Sequence[Path], recursive: bool
+) -> None:
+    folders = [file for file in shown if file.is_dir()]
+    others = len(shown) - len(inside) - len(folders)
+    if others:
+        print(visible(f"{path}: {others} files are no images"), file=sys.stderr)
+    if folders and not recursive:
+        text = f"{path}: {len(folders)} sub-folders are not read: --recursive reads them"
+        print(visible(text), file=sys.stderr)
 
 
 def _read(path: str) -> Grey:
@@ -165,8 +187,5 @@ def _read(path: str) -> Grey:
             raise UserError("standard input: closed: it must hold an image.")
         return decode(sys.stdin.buffer.read(2**26), "standard input")
     if Path(path).is_dir():
-        raise UserError(
-            f"{path}: a folder without images: it must hold files that end in "
-            f"{', '.join(_SUFFIXES)}."
-        )
+        raise UserError(f"{path}: a folder without images: it must hold some, or give --recursive.")
     return read_image(Path(path))

@@ -7,6 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from digitlab.digits.decode import Grey
+from digitlab.digits.ink import ink_of, peak_of
+from digitlab.digits.sheet import find_sheet
+
 SIDE, BOX = 28, 20  # pixels, of the image and of the digit in it (LeCun et al. 1998)
 _LEAST_CONTRAST = 16.0  # grey levels of 255 between paper and ink
 _SMALLEST = 8  # pixels of the larger side of a digit that can be read
@@ -17,8 +21,6 @@ _WIDEST = 2.5  # times its height: no digit of the 60,000 that MNIST has for tra
 _LINE = (
     20  # times its width: what is longer and reaches from edge to edge is a ruled line or a crease
 )
-
-Grey = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ def prepare(grey: Grey) -> Prepared:
 
 def _digit(grey: Grey) -> Grey:
     """Return the ink of the one digit, 0 to 1, in its tight box."""
-    ink, noise = _ink(grey)
-    peak = _peak(ink)
+    sheet, inner = find_sheet(grey)
+    ink, noise = ink_of(sheet)
+    ink = np.where(inner, ink, 0).astype(np.float32)
+    peak = peak_of(ink)
     if peak < max(_LEAST_CONTRAST, 6 * noise):
         raise _NoDigitError("nothing stands out from its background")
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
     floor = 0.0 if clean else max(4 * noise, 0.12 * peak)
     ink = np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32)
-    kept = _shapes(ink, ink > (0.0 if clean else 0.2))
+    least = 0.0 if clean else 0.2
+    while least < 0.5 and _is_ruled(ink > least):  # with lines that are fainter than its ink
+        least += 0.15
+        ink = np.clip((ink - 0.15) / 0.85, 0, 1)
+    kept = _shapes(ink, ink > least)
     ink = _cut(np.where(kept, ink, 0).astype(np.float32))
     if max(ink.shape) < _SMALLEST:
         raise _NoDigitError(f"what there is has fewer than {_SMALLEST} pixels a side")
@@ -75,42 +83,6 @@ def _boxed(ink: Grey) -> Grey:
     return (_overlap(height, rows) @ ink @ _overlap(width, columns).T).astype(np.float32)
 
 
-def _ink(grey: Grey) -> tuple[Grey, float]:
-    """Return how far each pixel stands out from the paper, in grey levels, and the paper's noise.
-
-    The paper is a quadratic surface, fitted to what is left when outliers are set aside.
-    """
-    height, width = grey.shape
-    border = max(1, min(height, width) // 30)
-    edge = [grey[:border], grey[-border:], grey[:, :border], grey[:, -border:]]
-    level = float(np.median(np.concatenate([part.ravel() for part in edge])))
-    paper = np.full(grey.shape, level, np.float32)
-    if float((np.abs(grey - level) <= 2).mean()) < 0.5:  # not the flat background of a drawing
-        y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-        terms = np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], -1).astype(np.float32)
-        step = max(1, int((height * width / 20000) ** 0.5))  # a sample is enough for six numbers
-        sample, values = terms[::step, ::step].reshape(-1, 6), grey[::step, ::step].reshape(-1)
-        for reach in (60.0, 30.0, 15.0):
-            near = np.abs(values - paper[::step, ::step].reshape(-1)) < reach
-            if near.sum() < 100:
-                break
-            fitted = np.linalg.lstsq(sample[near], values[near], rcond=None)[0]
-            paper = (terms @ fitted).astype(np.float32)
-    rest = grey - paper
-    near = np.abs(rest) < max(15.0, 0.2 * float(np.abs(rest).max()))
-    noise = 1.4826 * float(np.median(np.abs(rest[near]))) if near.any() else 0.0
-    far = rest[~near]
-    sign = -1.0 if float(far.sum()) < 0 else 1.0
-    return np.maximum(sign * rest, 0).astype(np.float32), noise
-
-
-def _peak(ink: Grey) -> float:
-    """Return the grey level of full ink: what the darkest tenth of a stroke reaches."""
-    top = float(ink.max())
-    strong = ink[ink > top / 2]
-    return float(np.quantile(strong, 0.9)) if strong.size else 0.0
-
-
 def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the pixels of the shapes that make up the one digit."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
@@ -118,20 +90,14 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         raise _NoDigitError("nothing stands out from its background")
     weights = ndimage.sum_labels(ink, labels, np.arange(1, count + 1))
     boxes = ndimage.find_objects(labels)
-    inside = np.array(
-        [
-            all(
-                part.start > 0 and part.stop < side
-                for part, side in zip(box, ink.shape, strict=True)
-            )
-            for box in boxes
-        ]
-    )
+    margin = 1 + np.array(mask.shape) // 150
+    inside = np.array([_is_inside(box, margin, mask.shape) for box in boxes])
     weights[[_is_line(box, mask.shape) for box in boxes]] = 0
     if not weights.any():
         raise _NoDigitError("a line from edge to edge")
-    if inside.any() and weights[inside].max() > 0.1 * weights.max():
-        weights = np.where(inside, weights, 0)  # edges of the paper, shadows, fingers
+    if not inside.all() and weights[inside].max(initial=0) > 0.1 * weights.max():
+        strokes = _is_stroke(mask, labels, weights, int((inside * weights).argmax()))
+        weights = np.where(inside | strokes, weights, 0)
     large = weights > 0.04 * weights.max()
     if large.sum() > 12:
         raise _NoDigitError(f"{int(large.sum())} shapes, which make no digit")
@@ -145,6 +111,48 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     if kept.mean() > 0.7:
         raise _NoDigitError("more ink than paper")
     return kept
+
+
+def _is_inside(box: tuple[slice, ...], margin: NDArray[np.int_], shape: tuple[int, ...]) -> bool:
+    sides = zip(box, margin, shape, strict=True)
+    return all(
+        bool(part.start >= least and part.stop <= side - least) for part, least, side in sides
+    )
+
+
+def _is_stroke(
+    mask: NDArray[np.bool_], labels: NDArray[np.integer], weights: NDArray[np.floating], first: int
+) -> NDArray[np.bool_]:
+    """Return which shapes are strokes of the digit of shape `first`, as the body of a 5's bar.
+
+    Edges of the paper, shadows and fingers are wider, run along the edge, or are further away.
+    """
+    boxes = ndimage.find_objects(labels)
+    names = np.arange(1, len(boxes) + 1)
+    half = np.asarray(ndimage.maximum(ndimage.distance_transform_edt(mask), labels, names))
+    reach = _length(boxes[first])
+    near = [
+        all(
+            a.start < b.stop + reach and b.start < a.stop + reach
+            for a, b in zip(box, boxes[first], strict=True)
+        )
+        and _length(box) < 0.8 * min(mask.shape)
+        for box in boxes
+    ]
+    stroke: NDArray[np.bool_] = (half < 1.6 * half[first]) & (weights > 0.2 * weights[first])
+    stroke &= np.array(near)
+    return stroke
+
+
+def _length(box: tuple[slice, ...]) -> int:
+    return max(int(part.stop - part.start) for part in box)
+
+
+def _is_ruled(mask: NDArray[np.bool_]) -> bool:
+    """Whether a connected shape goes from edge to edge."""
+    boxes = ndimage.find_objects(ndimage.label(mask)[0])
+    height, width = mask.shape
+    return any(y.stop - y.start == height or x.stop - x.start == width for y, x in boxes)
 
 
 def _is_line(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:

@@ -20,8 +20,8 @@ from digitlab.base.errors import require
 from digitlab.base.statistics import share_interval
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
-from digitlab.digits.decode import decode
-from digitlab.digits.prepare import Grey, prepare
+from digitlab.digits.decode import Grey, decode
+from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.training.evaluate import evaluate
 

@@ -56,6 +56,7 @@ class Reading:
     probability: float | None
     probabilities: list[float]
     message: str
+    raw_probability: float | None
     seen: list[list[int]]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from digitlab.base.errors import UserError, first_line, nearest
+from digitlab.base.errors import UserError, first_line, nearest, visible
 from digitlab.base.files import disk_problem
 from digitlab.records import local
 from digitlab.records.local import (
@@ -315,7 +315,7 @@ def save_tables() -> None:
 def _row(run: Run) -> RunRow:
     data, info = run.data, run.info
     held = data.tags, data.params, data.metrics, info.start_time or 0, info.end_time or 0
-    return RunRow(info.run_id, info.run_name, info.status, *held)
+    return RunRow(info.run_id, visible(info.run_name), info.status, *held)
 
 
 def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.errors import UserError, nearest, refuse_damage, visible
 from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
@@ -157,7 +157,8 @@ def _default_run(tracker: Tracker) -> str:
     if not runs:
         return "champion"  # whose error names what is missing
     newest = runs[-1]
-    print(f"no study has a champion yet: using {newest.name} ({newest.run_id})", file=sys.stderr)
+    name = visible(f"{newest.name} ({newest.run_id})")
+    print(f"no study has a champion yet: using {name}", file=sys.stderr)
     return newest.run_id
 
 

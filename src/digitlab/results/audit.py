@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest, visible
 from digitlab.base.invocation import storage_of
 from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
@@ -203,7 +203,7 @@ def _find_pending(
 
 def _print(problems: Iterable[Problem], as_json: bool) -> None:
     for problem in () if as_json else problems:
-        print(f"{problem.kind}: {problem.detail}")
+        print(visible(f"{problem.kind}: {problem.detail}"))
 
 
 def _audit_named(

@@ -262,10 +262,11 @@ def champion_charts(logits: Tensor, labels: Tensor, temperature: float | None) -
     matrix = px.imshow(wrong, color_continuous_scale="Reds")
     matrix.update_traces(text=counts, texttemplate="%{text}").update_coloraxes(showscale=False)
     matrix.update_xaxes(dtick=1).update_yaxes(dtick=1)
-    message = f"{wrong.sum().sum()} of {len(tested)} test images are misread"
-    if wrong.any(axis=None):
+    message = f"There are no errors in {len(tested)} test images"
+    if errors := wrong.sum().sum():
         true, read = wrong.stack().idxmax()
-        message += f", most often a {true} as a {read} ({wrong.loc[true, read]} times)"
+        message = f"{errors} of {len(tested)} test images are misread, "
+        message += f"most often a {true} as a {read} ({wrong.loc[true, read]} times)"
     confusion = Chart("Confusion", f"{message}.", matrix, counts.reset_index())
     return [confusion, _calibration(logits, labels, temperature)]
 

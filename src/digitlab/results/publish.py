@@ -84,14 +84,17 @@ def _final_run(session: StudySession, fit: Fit) -> RunRow:
 
 
 class _Served(torch.nn.Module):
-    """Pixels 0 to 255, light on dark (N, 1, 28, 28), to the probabilities of ten digits."""
+    """Pixels 0 to 255 or 0 to 1, light on dark (N, 1, 28, 28), to probabilities of ten digits."""
 
     def __init__(self, network: torch.nn.Module, data: DataConfig) -> None:
         super().__init__()
         self.network, self.mean, self.std = network, data.mean, data.std
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network((pixels / 255 - self.mean) / self.std)
+        # Of an image that is scaled to 0 to 1 already, no pixel is above 1.
+        is_unit = pixels.amax((1, 2, 3), keepdim=True) <= 1
+        unit = torch.where(is_unit, pixels, pixels / 255)
+        logits: torch.Tensor = self.network((unit - self.mean) / self.std)
         return logits.softmax(1)
 
 
@@ -106,8 +109,14 @@ def _model_card(config: Config, summary: Mapping[str, Any], first: Config) -> st
             f"{summary['trial']} ({values}).",
             "",
             f"- Test accuracy on {config.data.name}: {interval}, over seeds and test images.",
-            "- Input: pixels 0 to 255 as float32 (N, 1, 28, 28), light digit on dark, centred as "
-            "MNIST's are. Output: probabilities (N, 10).",
+            "- Input: float32 (N, 1, 28, 28), pixels 0 to 255 or 0 to 1, light digit on dark, "
+            "centred as MNIST's are; any other type is refused. Output: probabilities (N, 10).",
+            f"- Of `model = mlflow.pyfunc.load_model('models:/{config.study.name}@champion')` and "
+            "MNIST's uint8 images (N, 28, 28):",
+            "  - 0 to 255: `model.predict(images[:, None].astype('float32'))`",
+            "  - 0 to 1: `model.predict(images[:, None].astype('float32') / 255)`",
+            "  - served: POST to `/invocations` "
+            "`{\"inputs\": images[:, None].astype('float32').tolist()}`",
             f"- Trained on {images} training images of {config.data.name}; seed "
             f"{first.trainer.seed}.",
             "- Not for letters, several digits, or photos that were not prepared as MNIST was.",

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from digitlab.base.console import Board, print_table, table
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, visible
 from digitlab.base.invocation import command, storage_of
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
@@ -42,10 +42,10 @@ def show(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
         return 0
     print(f"run {row.run_id} ({row.name}): {document['kind']}, {document['state']}")
     if document["reason"]:
-        print(f"reason: {document['reason']}")
+        print(visible(f"reason: {document['reason']}"))
     _print_pairs("settings that are not the defaults", document["settings"])
     _print_pairs("metrics, the last of each", document["metrics"])
-    print("files: " + (", ".join(document["files"]) or "none"))
+    print(visible("files: " + (", ".join(document["files"]) or "none")))
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from digitlab.base.errors import visible
 from digitlab.base.statistics import LEVEL, mcnemar, quantile
 from digitlab.records.reader import accuracy_name, over_seeds, recorded_guesses
 from digitlab.records.store import RunRow, Tracker
@@ -67,7 +68,7 @@ class Change:
     def __str__(self) -> str:
         if self.name in ("diff", "untracked"):
             return f"uncommitted changes ({self.name}) differ: {self.effect}"
-        return f"{self.name} was {self.was}, is {self.now}: {self.effect}"
+        return visible(f"{self.name} was {self.was}, is {self.now}: {self.effect}")
 
 
 def _without_kernel(platform: Any) -> str:
