@@ -28,13 +28,21 @@ DATA = Path(__file__).parent / "support" / "digits"
 
 # Processes that tests start receive Ctrl-C, though this one may run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.pop(
-    "DIGITLAB_CALLER", None
-)  # `make test` sets it; commands are shown as `digitlab` ones
+# `make test` sets these; commands are shown as `digitlab` ones, and other calls of make are plain.
+for name in ("DIGITLAB_CALLER", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "EXPERIMENT"):
+    os.environ.pop(name, None)
 os.environ["DIGITLAB_HOME"] = "/nonexistent"  # no test touches a person's lab
 # Where processes that tests start find this checkout's code, and the fork server `hooks`.
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = f"{HERE.parent / 'src'}:{HERE / 'support'}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before the markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what needs a browser to `.ci/run`: it takes a minute."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture

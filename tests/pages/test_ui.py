@@ -345,7 +345,7 @@ def test_port_that_is_taken_is_reported_in_one_line(call: Call, command: str) ->
         port = taken.getsockname()[1]
         status, out, err = call(command, "--port", str(port))
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"--port={port}: taken" in err
+    assert f"--port={port} is taken" in err
     assert f"another port, such as {port + 1}" in err
     status, _, err = call(command, "--port", "70000")
     assert (status, "1 to 65535" in err) == (2, True)

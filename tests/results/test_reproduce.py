@@ -621,7 +621,7 @@ def test_missing_file_of_a_record_is_refused_by_name(
     status, out, err = call("reproduce", recorded.run_id)
     aside.rename(path)
     assert (status, out) == (2, "")
-    assert f"has no artifact {name}." in err
+    assert f"has no artifact {name}:" in err
     assert len(err.splitlines()) == 1
 
 
