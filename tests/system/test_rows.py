@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Parent, until
+from conftest import TINY, CallIn, Parent, until
 from studies import assert_whole, problems_of, rows_of, runs_of, states_of
-from trackers import CODE
+from trackers import CODE, Server
 
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import load_run
@@ -140,3 +142,20 @@ def test_the_run_that_was_printed_for_an_earlier_champion_is_still_there(
     assert len(tracker.client.search_model_versions("name = 'smoke'")) == 2
     row, config, _ = load_run(tracker, printed)  # its weights are what they were
     assert row.params["model.hidden"] == str(config.model.hidden)
+
+
+@pytest.mark.long
+def test_commands_that_a_study_on_a_server_prints_run_as_they_are(
+    lab: Path, run_sweep, call_in: CallIn, tracker_server: Server
+) -> None:
+    where = f"tracking.uri={tracker_server.uri}"
+    study = ("study.name=served", "study.pruner=none", "study.trials=1")
+    parent = run_sweep(*study, where, published=True)
+    assert parent.wait() == 0
+    log, call = parent.log.read_text(), call_in(lab)
+    printed = re.findall(r"^\w+: +digitlab (.+)$", log, re.MULTILINE)
+    assert [command.split()[0] for command in printed] == ["reproduce", "sweep"], log
+    for command in printed:
+        status, out, err = call(*shlex.split(command))
+        assert (status, err) == (0, ""), command
+    assert "2 trials" in out
