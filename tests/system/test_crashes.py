@@ -151,6 +151,7 @@ def test_every_point_of_the_driver_is_one_to_be_killed_at(recorded) -> None:
 @pytest.mark.long
 def test_a_worker_that_dies_in_a_fit_is_replaced(lab, run_sweep, role: str) -> None:
     study = ("study.trials=2", "study.pruner=none", "study.confirm=2", "study.workers=1")
+    study += ("study.confirm_fits=2",)
     jobs = {"confirm": 3, "final": 5}  # after two trials, and two confirmations
     order(lab, die={"point": "job.batch", "jobs": [jobs[role]]})
     assert run_sweep(*study).wait() == 0

@@ -35,14 +35,14 @@ FIRST_LINE = {  # of what each command prints
     "compare": r"parameters",
     "config": r"  data\.name +Name of the data set",
     "delete": r"delete study smoke with 6 trials and \d+ runs\?.*deleted: study smoke",
-    "evaluate": r"\S+-final-0: \d+ test images",
+    "evaluate": r"\S+-final-\d+: \d+ test images",
     "explain": r"test image 0, a 7: ",
-    "predict": r"photo\.jpg: ",
+    "predict": r"photo.*\.jpg: ",
     "report": r"written: .+/reports/\w+\.html",
-    "reproduce": r"reproducing \S+-final-0 \([0-9a-f]{32}\)|replaying study smoke as smoke-replay",
+    "reproduce": r"reproducing \S+-final-\d+ \([0-9a-f]{32}\)|replaying study smoke as smoke-replay",
     "restore": r"restored: study smoke with \d+ runs",
     "runs": r"[┏━┳┓]+",
-    "show": r"run [0-9a-f]{32} \(\S+-final-0\): final, finished",
+    "show": r"run [0-9a-f]{32} \(\S+-final-\d+\): final, finished",
     "studies": r"[┏━┳┓]+",
     "sweep": r"study \S+: 2 trials over |study (smoke|default) is complete: ",
     "train": r"epoch 1/\d  train_accuracy 0\.\d+",
@@ -69,7 +69,10 @@ def arguments(command: str) -> list[str]:
             ["bash", "-c", command.replace("make ", "make --dry-run --silent ", 1)],
             cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
+        picture = re.search(r'IMAGE=("[^"]+"|\S+)', command)
         command = next((line for line in lines if "bin/digitlab" in line), "digitlab")
+        if picture:  # which make gives to the shell in a variable, so that any name is taken
+            command = command.replace('"$PICTURE"', picture[1])
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word.rpartition("/")[2] == "digitlab")
     return words[start + 1 :]
@@ -110,7 +113,8 @@ def test_every_printed_command_runs(
         return whole(name, [*overrides, *SMALL, *few], multirun)[:2]
 
     monkeypatch.setattr(composing, "compose", compose)
-    Image.open(ROOT / "experiments" / "draw.png").convert("L").save("photo.jpg")
+    for name in ("photo.jpg", "photo (1).jpg"):
+        Image.open(ROOT / "experiments" / "draw.png").convert("L").save(name)
     for command in (line for line, is_run in IS_RUN.items() if is_run):
         words = [word.replace("RUN", "champion") for word in arguments(command)]
         words += ["--prepared=5"] if "--shift" in words else []
