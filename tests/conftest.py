@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave what needs a browser to `.ci/run`: it takes a minute."""
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.long)
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trai
     assert trained.tracker.get("wild").tags["digitlab.state"] == "failed"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_interrupt_ends_a_run_and_is_recorded(trained: Trained) -> None:
     command = [*COMMAND, "train", *SMALL, "trainer.epochs=5000", "name=long"]
     process = subprocess.Popen(

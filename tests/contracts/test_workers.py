@@ -418,7 +418,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "ends"])
 def test_processes_end_with_their_driver(setup: WorkerSetup, tmp_path: Path, how: str) -> None:
     import pickle

@@ -406,7 +406,7 @@ def test_damaged_exif_does_not_spoil_good_pixels() -> None:
     assert prepare(decode(file, "it")).problem == ""
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_evaluate_measures_every_change_and_keeps_the_table(
     trained_lab: Path, call_in: Any
 ) -> None:

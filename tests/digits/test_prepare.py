@@ -35,7 +35,7 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
     return float(difference.sum() / (first > 0).sum())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_digits_of_mnist_in_larger_canvases_come_back_to_the_pixel() -> None:
     chance = np.random.default_rng(0)
     for digit in DIGITS:

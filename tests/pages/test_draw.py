@@ -856,7 +856,7 @@ def test_few_networks_are_kept_and_the_last_used_among_them(lab: Lab) -> None:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_command_serves_the_champion_until_ctrl_c(lab: Lab, tmp_path: Path) -> None:
     port = free_port()
     command = [*COMMAND, "draw", "--port", str(port)]

@@ -44,7 +44,7 @@ print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(4)))
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_four_processes_open_an_empty_lab_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _FOUR_AT_ONCE, str(tmp_path)]
     environment = os.environ | CODE

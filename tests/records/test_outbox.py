@@ -182,7 +182,7 @@ def test_outage_that_ends_is_noticed(open_outbox: Open, gate: Gate) -> None:
     outbox.close()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_tracker_that_is_away_delays_nobody(open_outbox: Open, gate: Gate) -> None:
     outbox = open_outbox()
     gate.shut()

@@ -81,7 +81,7 @@ def test_a_study_that_still_runs_goes_with_what_it_has(
     assert facts(other, "stopped") == facts(lab, "stopped")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_import_that_was_killed_is_started_again(
     lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

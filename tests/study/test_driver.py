@@ -170,7 +170,7 @@ def test_a_grid_ends_when_it_is_complete_and_patience_when_nothing_improves(lab,
     assert values.index(max(values)) == len(values) - 2
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["optuna.db", pytest.param("mlflow.db", marks=pytest.mark.long)])
 def test_a_broken_database_is_named_and_left_alone(lab, run_sweep, store) -> None:
     assert run_sweep("study.trials=1", "study.pruner=none").wait() == 0

@@ -121,7 +121,7 @@ def test_code_that_trains_is_in_the_fingerprint(source: Path, name: str) -> None
     assert digest_with(source) != digest_with(source, name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_fingerprint_covers_what_training_imports() -> None:
     script = "import sys, digitlab.training.fit, digitlab.training.outputs; print(*sys.modules)"
     command = [sys.executable, "-c", script]

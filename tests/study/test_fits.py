@@ -178,7 +178,7 @@ def test_a_sealed_fit_of_a_killed_driver_is_taken_over(lab: Path) -> None:
     assert problems_of(lab) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_tracker_that_is_away_between_two_phases_delays_nothing(lab: Path, gate: Gate) -> None:
     """What an earlier call recorded is asked for once, when the study is opened."""
 

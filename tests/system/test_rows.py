@@ -100,7 +100,7 @@ def wait_for_trials(lab: Path, process: "subprocess.Popen[bytes]", ended: int) -
         time.sleep(0.2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_audit_gives_a_killed_driver_its_sealed_trial(
     lab: Path, run_sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
