@@ -39,7 +39,7 @@ FIRST_LINE = {  # of what each command prints
     "explain": r"test image 0, a 7: ",
     "predict": r"photo.*\.jpg: ",
     "report": r"written: .+/reports/\w+\.html",
-    "reproduce": r"reproducing \S+-final-\d+ \([0-9a-f]{32}\)|replaying study smoke as smoke-replay",
+    "reproduce": r"reproducing \S+-final-\d+ \([0-9a-f]{32}\)|replaying study smoke as ",
     "restore": r"restored: study smoke with \d+ runs",
     "runs": r"[┏━┳┓]+",
     "show": r"run [0-9a-f]{32} \(\S+-final-\d+\): final, finished",
