@@ -171,6 +171,20 @@ def test_reader_of_the_output_may_leave() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_output_that_is_closed_or_full_is_no_fault_of_the_lab(tmp_path: Path) -> None:
+    environment = environment_of(tmp_path)
+    for place, status, reason in (
+        (">&-", 0, ""),
+        (">/dev/full", 2, "what the output goes to"),
+    ):
+        command = f"{shlex.join(COMMAND)} config {place}"
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+        assert reason in done.stderr
+
+
 # ---- one run, from the command line to its record ------------------------------------------------
 
 

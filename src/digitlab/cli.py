@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _run(arguments)
         except SystemExit as end:  # argparse's, after --help or --version
             status = int(end.code or 0)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed: `>&-`
+            sys.stdout.flush()
         return status
     except UserError as error:
         if debug:
@@ -82,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = disk_problem(error)
         if debug or not problem:
             raise
-        print(f"digitlab: the lab cannot be used: {problem}. Repair that first", file=sys.stderr)
+        what = "the lab, or what the output goes to,"
+        print(f"digitlab: {what} cannot be used: {problem}. Repair that first.", file=sys.stderr)
+        with suppress(OSError, AttributeError):  # or the output is written again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
 
 

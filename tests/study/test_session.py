@@ -83,14 +83,14 @@ def test_a_study_whose_optuna_database_is_gone_leaves_its_runs_alone(finished: P
     assert lead(finished, train_well, *STUDY) == (0, [])
 
 
-def test_a_study_that_was_deleted_in_optuna_leaves_its_runs_alone(
+def test_a_study_that_was_deleted_in_optuna_is_named_and_its_runs_stay(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = all_runs(finished)
     optuna.delete_study(study_name="smoke", storage=open_storage(finished))
     assert "study.name=smoke is taken" in refusal(finished)
-    assert inspect([], finished, is_repair=True, as_json=False) == 0
-    assert "0 studies" in capsys.readouterr().out
+    assert inspect([], finished, is_repair=True, as_json=False) == 1
+    assert "study smoke is not in Optuna's storage" in capsys.readouterr().out
     assert all_runs(finished) == before
 
 
@@ -178,3 +178,14 @@ def test_a_driver_that_lost_its_lock_while_another_one_led_writes_no_more(finish
         with pytest.raises(UserError, match="another process has gone on with it"):
             session.check_lock()
         assert session.lock.is_lost
+
+
+@pytest.mark.parametrize("name", ["a?b", "feature%2Fx", "o'neil #%? lab, {ü}$"])
+def test_a_lab_in_any_folder_holds_both_its_stores(lab: Path, name: str) -> None:
+    odd = lab.rename(lab.with_name(name))
+    assert lead(odd, train_well, *STUDY, "study.trials=1")[0] == 0
+    assert problems_of(odd) == []
+    assert len(MlflowTracker(None, "digitlab", odd).find({"digitlab.kind": "trial"})) == 1
+    assert {path.name for path in odd.iterdir()} >= {"mlflow.db", "optuna.db", "artifacts"}
+    beside = (path for path in odd.parent.iterdir() if path != odd)
+    assert not any(path.is_file() or any(path.iterdir()) for path in beside)

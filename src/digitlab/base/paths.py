@@ -1,7 +1,9 @@
 """Where configurations and recipes stand, and the lab: data, records and locks."""
 
 import os
+import re
 from pathlib import Path
+from urllib.parse import quote
 
 from digitlab.base.env_file import load_env_file
 from digitlab.base.errors import UserError
@@ -11,6 +13,14 @@ ROOT = _PACKAGE.parents[1]  # of a checkout: conf/, experiments/, src/
 IS_CHECKOUT = (ROOT / "conf/config.yaml").is_file()
 CONF = (ROOT if IS_CHECKOUT else _PACKAGE) / "conf"  # a wheel holds a copy in the package
 RECIPES = (ROOT if IS_CHECKOUT else _PACKAGE) / "experiments"
+
+
+def sqlite_address(path: Path) -> str:
+    """Return SQLAlchemy's address of a file, which decodes what is quoted.
+
+    It ends a path at '?', and Optuna fills in what stands between braces.
+    """
+    return f"sqlite:///{re.sub(r'[%?{}]', lambda found: quote(found[0]), str(path))}"
 
 
 def recipe_folders() -> list[Path]:

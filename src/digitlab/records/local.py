@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from digitlab.base.errors import UserError
+from digitlab.base.paths import sqlite_address
 
 LOCATION = "mlflow-artifacts:/"  # of the artifacts; MLflow's word for what its server serves
 
@@ -22,7 +23,7 @@ TABLES = Path(sys.prefix) / "share" / "digitlab" / f"mlflow-{version('mlflow')}.
 
 def sqlite_uri(lab: Path) -> str:
     """Return the address of the lab's database; a writer waits up to a minute for another."""
-    return f"sqlite:///{lab / 'mlflow.db'}?timeout=60"
+    return f"{sqlite_address(lab / 'mlflow.db')}?timeout=60"
 
 
 def prepare_database(lab: Path, make_tables: Callable[[Path], None]) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest, visible
 from digitlab.base.files import disk_problem
+from digitlab.base.paths import sqlite_address
 from digitlab.records import local
 from digitlab.records.local import (
     LOCATION,
@@ -297,7 +298,7 @@ def _match(run: str, rows: list[RunRow]) -> RunRow:
 
 
 def _make_tables(path: Path) -> None:
-    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    MlflowClient(sqlite_address(path)).search_experiments(max_results=1)
 
 
 def save_tables() -> None:

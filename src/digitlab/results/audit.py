@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from optuna.storages import RDBStorage
+
 from digitlab.base.errors import UserError, nearest, visible
 from digitlab.base.invocation import storage_of
 from digitlab.config.types import Config, TrackerName
@@ -162,6 +164,11 @@ def inspect(
         with lab_records(lab, stores) as records:
             found += _find_pending(records, checked, is_repair, as_json)
         left += [] if is_repair else found
+    if not studies and (lab / "mlflow.db").is_file():
+        with lab_records(lab, stores) as records:
+            orphans = _find_orphans(records, storage)
+        _print(orphans, as_json)
+        found, left = found + orphans, left + orphans
     names = studies or listed_studies(storage)
     for name in names:
         if name not in known:
@@ -180,6 +187,24 @@ def inspect(
     else:
         print(f"{len(names)} studies, {len(left)} problems")
     return 1 if left else 0
+
+
+def _find_orphans(records: Records, storage: RDBStorage) -> list[Problem]:
+    """Return the studies that have runs in the lab and are not in Optuna's storage.
+
+    A tracker beside the lab may hold the studies of other labs, too.
+    """
+    if records.tracker.identity.partition(" ")[0] != "lab":
+        return []
+    known = {study.user_attrs.get("study_id") for study in storage.get_all_studies()}
+    remedy = "restore its optuna.db from a copy, or give study.storage=ADDRESS"
+    return [
+        Problem(
+            "no study", None, run.run_id, f"study {run.name} is not in Optuna's storage: {remedy}"
+        )
+        for run in records.tracker.find({"digitlab.kind": "study"})
+        if run.tags.get("digitlab.study_id") not in known
+    ]
 
 
 def _find_pending(

@@ -17,6 +17,7 @@ from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import safe_name
 from digitlab.base.invocation import command
 from digitlab.base.locks import file_lock
+from digitlab.base.paths import sqlite_address
 from digitlab.base.server import LeaderLock, ServerLock
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -59,7 +60,7 @@ def _open_sqlite(path: Path) -> RDBStorage:
             with closing(sqlite3.connect(path, timeout=60)) as database:
                 database.execute("PRAGMA journal_mode=WAL")
             options = {"connect_args": {"timeout": 60}}  # s, to wait for another writer
-            return RDBStorage(f"sqlite:///{path}", engine_kwargs=options)
+            return RDBStorage(sqlite_address(path), engine_kwargs=options)
     except Exception as error:  # sqlite's, sqlalchemy's, alembic's: one cause for the user
         raise UserError(
             f"{path} cannot be used ({first_line(error)}): it must be a readable and writable "
