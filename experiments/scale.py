@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from bench import ClockWorkers, fill, lead, leave_stores, open_study
+from bench_driver import ClockWorkers, fill, lead, open_study
+from bench_tools import leave_stores
 
 from digitlab.workers.base import Event, Job, Ready, Workers, WorkerSetup
 
@@ -43,6 +44,7 @@ def main() -> None:
         if options.ray:
             workers = ray_workers(WorkerSetup(session.lab, session.config.data), options)
         with workers:
+            workers.start()
             ready = 0
             while options.ray and ready < options.workers:
                 ready += sum(isinstance(event, Ready) for _, event in workers.events(10))

@@ -162,6 +162,7 @@ def bench(options: Namespace) -> int:
     if not script.is_file():
         raise UserError("bench is not available here: it needs a checkout. Clone the repository.")
     sys.argv[1:] = options.rest
+    sys.path.insert(0, str(RECIPES))  # where its other files are
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

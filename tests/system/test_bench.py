@@ -1,18 +1,19 @@
 """`digitlab bench` measures in labs of its own: a person's stores are out of its reach."""
 
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
+import bench
+import bench_driver
 import pytest
+from bench_driver import ClockWorkers, lead, open_study
+from bench_tools import Figure, run
 from conftest import TINY
 
-from digitlab.base.paths import ROOT
+from digitlab.workers.base import Finished
 
 STORES = {
     "DIGITLAB_STORAGE": "postgresql+psycopg://digitlab@production.example.org/optuna",
@@ -22,28 +23,26 @@ STORES = {
 PRINT = "import json, os; print(json.dumps(dict(os.environ)))"
 
 
+Measure = Callable[[Callable[[Path, int], list[Figure]]], None]
+
+
 @pytest.fixture
-def bench(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "experiments" / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench", module)
-    spec.loader.exec_module(module)
+def measure(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Measure]:
+    """Run the bench with one part, in place of its own."""
     monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1"])
     before = dict(os.environ)
-    yield module
+
+    def measure(part: Callable[[Path, int], list[Figure]]) -> None:
+        monkeypatch.setattr(bench, "PARTS", {"stub": part})
+        bench.main()
+
+    yield measure
     os.environ.clear()
     os.environ.update(before)
 
 
-def measure(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, part: Any) -> None:
-    monkeypatch.setattr(bench, "PARTS", {"stub": part})
-    bench.main()
-
-
 @pytest.mark.parametrize("place", ["environment", ".env", "both"])
-def test_no_process_of_the_bench_gets_a_persons_stores(bench, lab, monkeypatch, place) -> None:
+def test_no_process_of_the_bench_gets_a_persons_stores(measure, lab, monkeypatch, place) -> None:
     if place != ".env":
         for name, value in STORES.items():
             monkeypatch.setenv(name, value)
@@ -54,12 +53,12 @@ def test_no_process_of_the_bench_gets_a_persons_stores(bench, lab, monkeypatch, 
     seen: dict[str, str] = {}
     homes: list[Path] = []
 
-    def part(own: Path, repeats: int) -> list[Any]:
+    def part(own: Path, repeats: int) -> list[Figure]:
         homes.append(own)
-        seen.update(json.loads(bench.run([sys.executable, "-c", PRINT], own)))
-        return [bench.Figure("stub", "ms", [1.0] * repeats, most=2)]
+        seen.update(json.loads(run([sys.executable, "-c", PRINT], own)))
+        return [Figure("stub", "ms", [1.0] * repeats, most=2)]
 
-    measure(bench, monkeypatch, part)
+    measure(part)
     assert not STORES.keys() & seen.keys()
     assert not any(name.startswith("MLFLOW_") for name in seen)
     assert seen.get("PGPASSWORD") != "secret"
@@ -70,37 +69,37 @@ def test_no_process_of_the_bench_gets_a_persons_stores(bench, lab, monkeypatch, 
     assert figure["values"] == [1.0]
 
 
-def test_trials_of_the_bench_are_recorded_in_its_own_lab(bench, lab, monkeypatch) -> None:
+def test_trials_of_the_bench_are_recorded_in_its_own_lab(measure, lab, monkeypatch) -> None:
     for name, value in STORES.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bench, "STUDY", [o for o in TINY if not o.startswith("study.")])
+    monkeypatch.setattr(bench_driver, "STUDY", [o for o in TINY if not o.startswith("study.")])
     found: list[list[str]] = []
 
-    def part(own: Path, _: int) -> list[Any]:
-        with bench.open_study(own, "tracking=mlflow", "study.sampler=random") as session:
-            seconds = bench.lead(session, bench.ClockWorkers(2, 0.0), 3)
+    def part(own: Path, _: int) -> list[Figure]:
+        with open_study(own, "tracking=mlflow", "study.sampler=random") as session:
+            seconds = lead(session, ClockWorkers(2, 0.0), 3)
             found.append([row.state for row in session.store.rows()])
             assert session.records.outbox.flush(60) == 0
             runs = session.records.tracker.find({"digitlab.kind": "trial"})
             found.append([run.tags["digitlab.state"] for run in runs])
             assert session.records.tracker.identity.startswith("lab ")
             assert session.lab.is_relative_to(own)
-        return [bench.Figure("seconds", "s", [seconds])]
+        return [Figure("seconds", "s", [seconds])]
 
-    measure(bench, monkeypatch, part)
+    measure(part)
     assert found == [["finished"] * 3] * 2
     assert {path.name for path in lab.iterdir()} == {"data", "bench.json"}
 
 
-def test_workers_on_a_clock_take_their_time_at_once(bench) -> None:
-    workers = bench.ClockWorkers(64, 0.2)
+def test_workers_on_a_clock_take_their_time_at_once() -> None:
+    workers = ClockWorkers(64, 0.2)
     for worker in workers.idle():
         workers.submit(worker, None)
     assert workers.idle() == []
     ended: list[int] = []
     while workers.due:
         events = workers.events(10)
-        ended += [worker for worker, event in events if isinstance(event, bench.Finished)]
+        ended += [worker for worker, event in events if isinstance(event, Finished)]
     assert sorted(ended) == list(range(64))
 
 
