@@ -133,6 +133,33 @@ def test_misspelt_command_is_one_line_with_the_nearest() -> None:
     assert done.stderr == "digitlab: trian: no such command, did you mean train?\n"
 
 
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "digitlab", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"digitlab {version('digitlab')}\n"
+
+
+def test_interrupt_during_an_import_ends_the_process_even_if_a_library_would_go_on(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "stubborn.py").write_text(
+        "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept BaseException: pass"
+    )
+    start = "from digitlab.base.stop import end_imports_quietly; end_imports_quietly();"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    for code, status in (
+        ("import stubborn; print('went on')", 130),
+        ("import signal\ntry: signal.raise_signal(2)\nexcept KeyboardInterrupt: exit(7)", 7),
+    ):
+        # A process that runs in the background may ignore Ctrl-C, and hands that on.
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        command = [sys.executable, "-c", f"{heard}{start}\n{code}"]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
 def test_debug_shows_where_a_mistake_was_found() -> None:
     done = digitlab("trian", "--debug")
     assert done.returncode != 0
@@ -349,6 +376,16 @@ def test_misspelt_key_is_one_line_in_a_process_of_its_own(trained: Trained) -> N
         (["data", "mnits"], "mnist"),
         (["ui", "--port", "x"], "--port"),
         (["ui", "--port", "99999"], "99999"),
+        (["runs", "--most", "-3"], "0 or more"),
+        (["predict", ""], "predict ''"),
+        (["import", "--", "-gone.zip"], "-gone.zip is missing"),
+        (["train", "name=-x"], "name=-x"),
+        (["sweep", "study.name=-x"], "study.name=-x"),
+        (["sweep", "study.name=champion"], "study.name=champion"),
+        (["sweep", *SMALL, "data=mnist", "model.hidden=choice(a,b)"], "model.hidden"),
+        (["import", "/dev/zero"], "/dev/zero is a pipe or a device"),
+        (["reproduce", "--config", "/dev/zero"], "--config /dev/zero is a pipe or a device"),
+        (["reproduce", "--config", "/"], "--config / is a folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -99,6 +100,10 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     name, *rest = arguments
+    if "--" in rest:  # what follows are files and the like, never options
+        at = rest.index("--")
+        named = [f"./{word}" if re.match("-.", word) else word for word in rest[at + 1 :]]
+        rest = [*rest[:at], *named]
     if name.startswith("-"):
         parser.parse_args(arguments)  # --help and --version end the process
     if name not in known:
@@ -112,6 +117,12 @@ def _run(arguments: list[str]) -> int:
     options.rest, options.stores = unknown, stores
     act: Callable[[argparse.Namespace], int] = options.act
     return act(options)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is invalid: it must be a whole number, 0 or more")
+    return int(text)
 
 
 def _shared(*names: str, **how: Any) -> argparse.ArgumentParser:
@@ -236,12 +247,12 @@ def _options(folders: Sequence[Path]) -> list[str]:
 def _add_studies(builder: _Builder) -> None:
     runs = builder.add_reader("runs", commands.runs, "list runs, the best first", _JSON, _CSV)
     runs.add_argument("--study", metavar="STUDY", help="those of a study")
-    kinds = ["study", "trial", "train", "confirm", "final", "champion", "reproduction"]
+    kinds = ["study", "trial", "train", "unpruned", "confirm", "final", "champion", "reproduction"]
     runs.add_argument("--kind", choices=kinds, help="those of a kind")
     states = ["running", "finished", "pruned", "failed", "interrupted"]
     runs.add_argument("--state", choices=states, help="those in a state")
     most = "runs to list; 0 lists all (default: %(default)s; all with --json and --csv)"
-    runs.add_argument("--most", type=int, metavar="N", default=20, help=most)
+    runs.add_argument("--most", type=_count, metavar="N", default=20, help=most)
     studies = "list studies, the best first"
     listed = builder.add_reader("studies", commands.studies, studies, _JSON, _CSV)
     listed.add_argument("--deleted", action="store_true", help="list those that were deleted")
@@ -285,7 +296,8 @@ def _add_results(builder: _Builder) -> None:
     page = "write it as an HTML page, too"
     compare = "what differs between runs, and whether that may be chance"
     runs = builder.add_reader("compare", commands.compare, compare, _JSON, _out(page))
-    runs.add_argument("runs", nargs="+", metavar="RUN", help=f"two or more, each: {_RUN}")
+    each = f"two or more, each: {_RUN}; STUDY/ is the study's best trials"
+    runs.add_argument("runs", nargs="+", metavar="RUN", help=each)
     target = _out("file to write (default: reports/STUDY.html in the lab)")
     text = "write a study's report, one HTML file that works offline"
     report = builder.add_reader("report", commands.report, text, target, _OPEN)

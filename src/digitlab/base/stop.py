@@ -5,6 +5,26 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+_IMPORT = "<frozen importlib"  # what Python calls the files of its import system
+
+
+def end_imports_quietly() -> None:
+    """Let Ctrl-C end the process at once, without a traceback, while it imports.
+
+    Some libraries catch what is raised in the middle of their import, and go on without a part.
+    """
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(_IMPORT):
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, interrupt)
+
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
