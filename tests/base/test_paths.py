@@ -57,6 +57,12 @@ def test_env_file_with_anything_else_is_refused_in_one_line(
     assert os.environ == before
 
 
+def test_env_file_that_is_a_pipe_is_refused_and_not_waited_for(lab: Path) -> None:
+    os.mkfifo(lab / ".env")
+    with pytest.raises(UserError, match=r"\.env is a pipe or a device: it must be a file"):
+        lab_folder()
+
+
 @pytest.mark.parametrize(("mode", "warns"), [(0o644, 1), (0o640, 1), (0o600, 0), (0o400, 0)])
 def test_env_file_that_others_may_read_is_said_once(
     lab: Path, capsys: pytest.CaptureFixture[str], mode: int, warns: int

@@ -156,6 +156,9 @@ YAML_RUBBISH = [
     "a: &-a [1, 2]\nb: [*-a, *-a]",
     "{'a':&a [1], 'b':*a}",
     "format: 1",
+    "a: " + "[" * 3000 + "]" * 3000,
+    "a: " + "9" * 5000,
+    "? [1, 2]\n: 3",
 ]
 
 
@@ -167,6 +170,7 @@ def test_yaml_rubbish_is_refused_in_a_line_that_can_be_read(text: str) -> None:
     assert "\n" not in message
     assert len(message) < 400
     assert message.removeprefix("not a configuration:").strip()  # says why
+    assert "it must" in message
 
 
 BOMB = "format: 1\na: &-a [x, x]\n" + "".join(

@@ -79,6 +79,11 @@ def zeros(megabytes: int) -> bytes:
     return first + block * (megabytes - 1) + packer.flush()
 
 
+def test_colours_of_lab_are_refused_by_their_name() -> None:
+    with pytest.raises(UserError, match="colours of LAB: they must be grey, RGB or CMYK"):
+        decode(saved(Image.new("LAB", (30, 30)), "TIFF"), "it.tif")
+
+
 def test_tile_larger_than_its_picture_is_refused_within_the_limits() -> None:
     bomb = tiff(100, 100, (46336, 46320), zeros(2048))
     assert len(bomb) < 3 * 2**20

@@ -183,9 +183,10 @@ def test_explain_takes_a_run_a_digit_and_a_file(lab: Path, explain, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["500"], "a file, or an index of a test image, 0 to 499"),
-        (["-1"], "-1: no such file"),
-        (["three"], "three: no such file"),
+        (["500"], "a file, or the index of a test image, from 0 to 499"),
+        (["-1"], "a file, or the index of a test image, from 0"),
+        ([""], "a file, or the index of a test image, from 0"),
+        (["three"], "three is missing: it must be a file"),
         (["3", "--against", "10"], "10"),
         (["3", "--run", "smoek"], "smoek: no such run"),
         (["3", "--run", "smoke"], "trained nothing itself"),

@@ -20,8 +20,7 @@ from digitlab.records.store import NoTracker
 ERRORS = ("UserError", "TrackerAway", "TrackerRefused", "TrackerUnwritable")
 # Messages of one part or two, by the module that raises them.
 SHORT = {
-    "digits/decode.py": "one line for each image of many: another image is the only remedy",
-    "digits/predict.py": "the same",
+    "digits/predict.py": "one line for each image of many",
     "config/recorded.py": "its caller adds the file, which is what was given",
     "results/bundle.py": "its caller adds the file",
 }

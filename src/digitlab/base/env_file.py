@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from digitlab.base.errors import UserError, nearest
+from digitlab.base.files import require_file
 
 # Where the stores are, and how they are logged in to; anything else would change a program unseen.
 _TRACKING = ("URI", "USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH")
@@ -26,6 +27,7 @@ def load_env_file(path: Path) -> None:
     """
     if not path.exists():
         return
+    require_file(path, str(path))
     from dotenv import dotenv_values  # which `digitlab --help` need not wait for
 
     try:

@@ -36,6 +36,18 @@ def disk_problem(error: BaseException | None) -> str:
     return ""
 
 
+def require_file(path: Path, given: str) -> None:
+    """Raise UserError unless a path that a person gave is a file: a pipe or a device may never end.
+
+    Args:
+        given: what names it in the message.
+    """
+    if not path.is_file():
+        found = "a pipe or a device" if path.exists() else "missing"
+        found = "a folder" if path.is_dir() else found
+        raise UserError(f"{given} is {found}: it must be a file. Name or make another one.")
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Replace a file's content such that a crash or a power loss leaves the old or the new one."""
     temporary = path.with_name(f"{path.name}.new")

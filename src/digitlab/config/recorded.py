@@ -13,6 +13,7 @@ from digitlab.config.schema import ADAPTER, rule, settings
 from digitlab.config.types import Config
 
 FORMAT = 1  # of `config.yaml`
+_RULE = "it must be a YAML mapping of names to values."
 _MOST_BYTES = 64_000  # of a configuration's text; the longest of ours has 2,000
 _MOST_SHOWN = 100  # characters of a value in a message
 
@@ -75,10 +76,13 @@ def config_from_yaml(text: str) -> Config:
         if any(isinstance(t, yaml.AnchorToken | yaml.AliasToken) for t in yaml.scan(text)):
             raise UserError("it must hold no YAML anchors or aliases.")
         plain = OmegaConf.to_container(OmegaConf.create(text))
+    except UserError as error:
+        raise UserError(f"not a configuration: {error}") from error
     except Exception as error:  # PyYAML's own errors reach here besides OmegaConf's
-        raise UserError(f"not a configuration: {first_line(error)}") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise UserError(f"not a configuration: {reason}: {_RULE}") from error
     if not isinstance(plain, dict):
-        raise UserError("not a configuration: it must be a YAML mapping.")
+        raise UserError(f"not a configuration: {_RULE}")
     given = plain.pop("format", None)
     if given is None:
         raise UserError(f"not a configuration: it must start with `format: {FORMAT}`.")

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
+from digitlab.base.files import require_file
 from digitlab.digits.apart import DecoderEnded, DecoderProcess, answer_files
 
 Grey = NDArray[np.float32]
@@ -20,6 +21,8 @@ warnings.filterwarnings("ignore", module="PIL")
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes of a colour profile, which Pillow unpacks
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
+_SAVE = "Save it as a PNG"
+_RULE = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
 # Beginnings of those formats, and names of files that are reported if they are another.
 _HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
@@ -51,17 +54,13 @@ def read_image(path: Path) -> Grey:
     Raises:
         UserError: it cannot be read, or is no image that is allowed; one line.
     """
+    require_file(path, str(path))
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device may never end
-            raise OSError("it is not a file")
         with open(path, "rb") as file:
             content = file.read(_FILE + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
-        raise UserError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except OSError as error:
+        rule = "it must be a file that this user may read. Name another one"
+        raise UserError(f"{path} cannot be read ({error.strerror}): {rule}.") from error
     return decode(content, str(path))
 
 
@@ -84,13 +83,15 @@ def decode(content: bytes, name: str) -> Grey:
         UserError: empty, too large, cut short or none of the formats.
     """
     if not content:
-        raise UserError(f"{name}: empty")
+        raise UserError(f"{name}: empty: it must be an image. Copy or save it again.")
     if len(content) > _FILE:
-        raise UserError(f"{name}: more than {_FILE // 2**20} MB: make it smaller")
+        raise UserError(f"{name}: too large: it must have at most {_FILE // 2**20} MB. Scale it.")
     if content[4:8] == b"ftyp":  # what phones save
-        raise UserError(f"{name}: HEIC, AVIF or a film cannot be read: save it as a JPEG or a PNG")
+        raise UserError(f"{name}: HEIC, AVIF or a film: {_RULE}.")
     if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _SCANS:
-        raise UserError(f"{name}: a JPEG of more than {_SCANS} scans: save it again as a PNG")
+        raise UserError(
+            f"{name}: slow to decode: a JPEG must have at most {_SCANS} scans. {_SAVE}."
+        )
     if content.startswith(_BOUNDED):
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -111,12 +112,11 @@ def _refusal(error: Exception) -> str:
     if isinstance(error, _RefusedError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
-        rule = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
-        return f"not an image: {rule}"
+        return f"not an image: {_RULE}."
     if isinstance(error, MemoryError | Image.DecompressionBombError):
-        return f"too many pixels: at most {_PIXELS} are read"
+        return f"too many pixels: it must have at most {_PIXELS}. Scale it."
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"damaged or cut short: {reason[0][:200]}"
+    return f"damaged or cut short: {reason[0][:200].rstrip('.')}. Copy or save it again."
 
 
 def _decode_apart(content: bytes, name: str) -> Grey:
@@ -124,10 +124,10 @@ def _decode_apart(content: bytes, name: str) -> Grey:
     try:
         answer = _apart.ask(content, _TIME_S)
     except TimeoutError as error:
-        rule = f"it must be decoded within {_TIME_S} s. Make it smaller, or save it as a PNG"
-        raise UserError(f"{name}: too slow to decode: {rule}") from error
+        rule = f"it must take at most {_TIME_S} s. Scale it, or save it as a PNG"
+        raise UserError(f"{name}: slow to decode: {rule}.") from error
     except DecoderEnded as error:
-        raise UserError(f"{name}: damaged: its decoder has failed. Save it as a PNG") from error
+        raise UserError(f"{name}: damaged: its decoder has failed. {_SAVE}.") from error
     if not answer.startswith(np.lib.format.MAGIC_PREFIX):
         raise UserError(f"{name}: {answer.decode()}")
     return np.load(io.BytesIO(answer), allow_pickle=False)  # type: ignore[no-any-return]
@@ -152,16 +152,18 @@ def _check_size(image: Image.Image) -> None:
     """Refuse a picture that is too large or too thin; a JPEG is opened reduced."""
     width, height = image.size
     if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
-        rule = f"at least {_LEAST} a side are needed, and no side {_LONGEST} times the other"
-        raise _RefusedError(f"{width} x {height} pixels: {rule}")
+        rule = f"it must have at least {_LEAST} a side, and no side {_LONGEST} times the other"
+        raise _RefusedError(f"{width} x {height} pixels: {rule}. Cut or scale it.")
     image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
     most = _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
     if image.width * image.height > most:
-        raise _RefusedError(f"{width} x {height} pixels: at most {most} are read")
+        raise _RefusedError(f"{width} x {height} pixels: it must have at most {most}. Scale it.")
 
 
 def _grey(image: Image.Image) -> Grey:
     _check_size(image)
+    if image.mode == "LAB":
+        raise _RefusedError(f"colours of LAB: they must be grey, RGB or CMYK. {_SAVE}.")
     image.load()
     if image.mode in _CLEAR and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
         image = image.convert("L" if image.mode == "LA" else "RGB")  # of an alpha never written
@@ -209,7 +211,7 @@ def _scaled(values: Grey) -> Grey:
     The range is that of the least number of bits that holds them, or 0 to 1.
     """
     if not np.isfinite(values).all():
-        raise _RefusedError("contains values that are not finite numbers")
+        raise _RefusedError(f"not all finite: its levels must be finite numbers. {_SAVE}.")
     low, high = min(float(values.min()), 0.0), float(values.max())
     top = next((top for top in _TOPS if high <= top), high)
     if top == low:

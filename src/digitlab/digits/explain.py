@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from digitlab.records.reader import lab_tracker, load_run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_RULE = "a file, or the index of a test image, from 0"
 _STEPS = 64  # of the integral
 _MAPS = 8  # of a layer, in the picture
 _LAYERS = {"conv2d": "convolution {} ({} filters)", "linear": "dense {} ({} units)"}
@@ -53,11 +55,11 @@ def explain(
     if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
-        rule = f"a file, or an index of a test image, 0 to {count - 1}"
-        require(int(image) < count, f"explain {image}", rule)
+        require(int(image) < count, f"explain {image}", f"{_RULE} to {count - 1}")
         pixels = digits.images[int(image)]
         title, name = f"test image {image}, a {int(digits.labels[int(image)])}", image
     else:
+        require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)
         prepared = prepare(read_image(Path(image)))
         require(not prepared.problem, f"{image}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from digitlab.base.errors import UserError, visible
+from digitlab.base.errors import UserError, require, visible
 from digitlab.base.files import write_output
 from digitlab.digits.calibration import load_calibration
 from digitlab.digits.decode import Grey, decode, is_image, read_image
@@ -106,6 +106,7 @@ def predict(
     Raises:
         UserError: no such run.
     """
+    require(all(paths), "predict ''", "the name of a file or a folder, or - for standard input")
     predictor = DigitReader(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
     named: Counter[str] = Counter()

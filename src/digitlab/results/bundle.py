@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
+from digitlab.base.files import require_file
 from digitlab.records.store import NoTracker, RunRow
 
 _FORMAT, _INDEX = 1, "bundle.json"
@@ -153,6 +154,7 @@ class Bundle(NoTracker):
 @contextmanager
 def opened_bundle(path: Path) -> Iterator[Bundle]:
     """Open a bundle; whatever is wrong with it is a UserError, on one line."""
+    require_file(path, str(path))
     try:
         with zipfile.ZipFile(path) as file:
             yield Bundle(path, file)

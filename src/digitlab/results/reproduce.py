@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError, refuse_damage
+from digitlab.base.errors import UserError, first_line, refuse_damage
+from digitlab.base.files import require_file
 from digitlab.base.invocation import split_stores
 from digitlab.config.compose import Composed, compose, override_values, split_name
 from digitlab.config.recorded import config_from_yaml, config_to_plain, flat, with_values
@@ -177,14 +178,15 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
     Raises:
         UserError: the file cannot be read, or is not a configuration.
     """
+    require_file(file, f"--config {file}")
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        recorded = config_from_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"--config {file} cannot be read ({error}): it must be a YAML file. Name another one."
+            f"--config {file} cannot be read: {first_line(error)} Name another file."
         ) from error
     stores, others = split_stores(overrides)
-    config = with_values(config_from_yaml(text), override_values(others))
+    config = with_values(recorded, override_values(others))
     leaves = flat(config_to_plain(config))
     with lab_records(lab, stores) as records:
         for row in records.tracker.find({"digitlab.state": "finished"}):
