@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import scipy.stats
 from browsing import Page
+from conftest import CallIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser
-from samples import copy_digits
+from samples import copy_digits, recorded, studies
 
 from digitlab.base.statistics import holm, mcnemar, share_interval
 from digitlab.cli import main
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
 from digitlab.results.page import render
+from digitlab.study.trials import best_first
 
 RUN = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
 RUN += ["trainer.epochs=1"]
@@ -148,6 +150,29 @@ def test_runs_on_other_images_are_not_tested(compare: Compare) -> None:
     assert json.loads(out)["tests"][0]["none"] == "they were measured on different images"
 
 
+def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(
+    tmp_path_factory: pytest.TempPathFactory, call_in: CallIn
+) -> None:
+    lab = studies(tmp_path_factory)
+    call, smoke = call_in(lab), recorded(lab, "smoke")
+    status, out, err = call("compare", "smoke/", "--json")
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    best = [f"smoke-{row.number}" for row in best_first(smoke.store.rows())]
+    pruned = [f"smoke-{row.number}" for row in best_first(smoke.store.rows(), "pruned")]
+    names = [*best, *pruned][:5]
+    assert len(best) < 5 <= len(best + pruned)
+    assert [run["name"] for run in document["runs"]] == names
+    runs = {run["run_id"]: run["name"] for run in document["runs"]}
+    pairs = [[runs[run] for run in test["runs"]] for test in document["tests"]]
+    assert pairs == [[names[0], name] for name in names[1:]]
+    whole = [name for name in names[1:] if name in best]
+    for (_, name), test in zip(pairs, document["tests"], strict=True):
+        assert ("p_holm" in test) == (name in whole)
+    _, text, _ = call("compare", "smoke/")
+    assert f"{pruned[0]}: no paired test: {pruned[0]} keeps no predictions" in text
+
+
 def test_same_weights_are_equally_often_right(compare: Compare, trained: Path) -> None:
     assert main(["train", *RUN, "name=twin-seed-0"]) == 0
     _, out, _ = compare("one-seed-0", "twin-seed-0", "--json")
@@ -183,6 +208,7 @@ def test_page_is_written_with_the_look_of_the_report(
     [
         (["one-seed-0"], "a comparison needs two"),
         (["one-seed-0", "one-seed-0"], "a comparison needs two"),
+        (["smoke/"], "smoke/: no trial of such a study has ended"),
         (["one-seed-0", "noe-seed-0"], "noe-seed-0: no such run, did you mean"),
         (["one-seed-0", "two-seed-1", "--out", "/dev/null/page"], "--out /dev/null/page"),
     ],

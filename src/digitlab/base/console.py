@@ -15,6 +15,7 @@ from rich.text import Text
 from digitlab.base.errors import visible
 
 _MOST = 16  # workers that are shown one by one; of a thousand, the rest are counted
+_LEAST_WIDTH = 60  # characters of a line
 _PLAIN_INTERVAL_S = 20.0  # between two lines about running trials, where there is no terminal
 
 
@@ -52,7 +53,7 @@ class Board:
     def __init__(self) -> None:
         # FORCE_COLOR must not turn a file into a terminal: escape codes would fill the log.
         terminal = None if sys.stdout.isatty() else False
-        self.console = Console(highlight=False, soft_wrap=True, force_terminal=terminal)
+        self.console = _console(force_terminal=terminal)
         self.live: Live | None = None
         self.muted = False
         self.last = 0.0
@@ -109,7 +110,14 @@ def duration(seconds: float | None) -> str:
 
 
 def print_table(drawn: Table) -> None:
-    Console(highlight=False, soft_wrap=True).print(drawn)
+    _console().print(drawn)
+
+
+def _console(**how: Any) -> Console:
+    """Return a console; a terminal that is too narrow for a table wraps its lines."""
+    console = Console(highlight=False, soft_wrap=True, **how)
+    console.width = max(console.width, _LEAST_WIDTH)
+    return console
 
 
 def table(

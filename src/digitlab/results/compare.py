@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from digitlab.base.console import table
-from digitlab.base.errors import UserError, require
+from digitlab.base.console import Board, table
+from digitlab.base.errors import UserError, nearest, require
 from digitlab.base.files import write_output
 from digitlab.base.statistics import holm, mcnemar, mean_interval
 from digitlab.records.reader import (
     accuracy_name,
+    find_run,
     lab_tracker,
     over_seeds,
     recorded_config,
     recorded_environment,
     recorded_guesses,
-    trained,
 )
 from digitlab.records.store import RunRow, Tracker
 from digitlab.results.verdict import differences
 
+_BEST = 5  # trials that stand for a study
+_MOST = 3  # runs of which each pair is tested; of more, the first one with each of the others
+_ENDED = ("finished", "pruned")
 _LISTED = 12  # images that are named on the terminal; --json has all
 SIGNIFICANT = 0.05
 
@@ -33,16 +34,21 @@ def compare(
 ) -> int:
     """Print what differs between two or more runs, or write it as JSON or a page; returns 0.
 
+    Args:
+        names: of runs; `STUDY/` is the study's best trials.
+
     Raises:
-        UserError: a run is not found or did not finish.
+        UserError: a run is not found, or is neither finished nor pruned.
     """
     tracker = lab_tracker(lab, overrides)
-    rows = [trained(tracker, name) for name in names]
+    rows = [row for name in names for row in _named(tracker, name)]
     if len({row.run_id for row in rows}) < 2:
         raise UserError(
             f"{' '.join(names)} names one run: a comparison needs two. Name another one."
         )
-    tests = [paired_test(tracker, *pair) for pair in itertools.combinations(rows, 2)]
+    pairs = list(itertools.combinations(rows, 2))
+    pairs = pairs if len(rows) <= _MOST else pairs[: len(rows) - 1]
+    tests = [paired_test(tracker, *pair) for pair in pairs]
     done = [test for test in tests if "p" in test]
     for test, p in zip(done, holm([test["p"] for test in done]), strict=True):
         test["p_holm"] = p
@@ -55,7 +61,8 @@ def compare(
         },
         "tests": tests,
     }
-    columns = ["", *(f"{row.name} ({row.run_id[:8]})" for row in rows)]
+    are_named = len({row.name for row in rows}) == len(rows)
+    columns = ["", *(row.name if are_named else f"{row.name} ({row.run_id[:8]})" for row in rows)]
     tables = {
         kind: [[key, *map(_short, values)] for key, values in found.items()]
         for kind, found in document["differences"].items()
@@ -65,10 +72,10 @@ def compare(
     if as_json:
         print(json.dumps(document, indent=1))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        board = Board()
         for kind, lines in tables.items():
-            console.print(table(kind, columns, lines) if lines else f"{kind}: no difference")
-        console.print("\n".join(sentences), markup=False)
+            board.print(table(kind, columns, lines) if lines else f"{kind}: no difference")
+        board.say("\n".join(sentences))
     if out is not None:
         from digitlab.results.page import render
 
@@ -78,6 +85,32 @@ def compare(
         if not as_json:
             print(f"written: {out}")
     return 0
+
+
+def _named(tracker: Tracker, name: str) -> list[RunRow]:
+    """Return the run of a name; of `STUDY/`, its best trials, the best first."""
+    study = name.removesuffix("/")
+    if study == name:
+        row = find_run(tracker, name)
+        state = row.tags.get("digitlab.state", "not one of digitlab's")
+        if state not in _ENDED:
+            raise UserError(
+                f"{row.name} ({row.run_id}) is {state}: only runs that were finished or pruned can "
+                "be compared. Name another run."
+            )
+        return [row]
+    trials = tracker.find({"digitlab.kind": "trial"})
+    rows = [row for row in trials if row.tags.get("digitlab.study") == study]
+    ended = [row for row in rows if row.tags.get("digitlab.state") in _ENDED]
+    if not ended:
+        known = {row.tags.get("digitlab.study", "") for row in trials}
+        raise UserError(f"{name}: no trial of such a study has ended, {nearest(study, known)}")
+    return sorted(ended, key=_rank)[:_BEST]
+
+
+def _rank(row: RunRow) -> tuple[bool, float]:
+    accuracy = row.metrics.get("val_accuracy", row.metrics.get("rung_accuracy", 0.0))
+    return row.tags["digitlab.state"] != "finished", -accuracy
 
 
 def _unlike(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -102,7 +135,8 @@ def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = dict(_unlike([row.metrics for row in rows]))
     seeds = [over_seeds(tracker, row) for row in rows]
     if any(len(values) > 1 for values in seeds):
-        found["accuracy over seeds"] = [str(mean_interval(values)) for values in seeds]
+        means = [str(mean_interval(values)) if values else None for values in seeds]
+        found["accuracy over seeds"] = means
     return found
 
 
@@ -110,6 +144,9 @@ def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, An
     """Return McNemar's test on the images that both runs were measured on."""
     pair = (first, second)
     result: dict[str, Any] = {"runs": [row.run_id for row in pair]}
+    for row in pair:
+        if "digitlab.predictions_sha256" not in row.tags:  # pruned, or taken from another trial
+            return result | {"none": f"{row.name} keeps no predictions"}
     data = [recorded_config(tracker, row).data for row in pair]
     images = [
         (
