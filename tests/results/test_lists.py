@@ -39,7 +39,9 @@ def test_runs_can_be_chosen_by_study_kind_and_state(call: Call, lab: Path) -> No
         return {row["run_id"] for row in json.loads(call("runs", "--json", *words)[1])}
 
     smoke = recorded(lab, "smoke")
-    assert ids("--study", "smoke") == {row.run_id for row in smoke.runs()}
+    trained = {row.run_id for row in smoke.runs() if row.tags["digitlab.kind"] != "study"}
+    assert ids("--study", "smoke") == trained
+    assert ids("--kind", "study", "--study", "smoke") == {smoke.store.notes()["run_id"]}
     assert ids("--kind", "final") == {row.run_id for row in smoke.runs(kind="final")}
     pruned = {row.run_id for row in smoke.runs(state="pruned")}
     assert pruned
@@ -52,7 +54,17 @@ def test_table_of_runs_fits_80_columns_and_says_how_many_it_leaves_out(call: Cal
     assert max(map(len, out.splitlines())) <= 80
     whole = len(json.loads(call("runs", "--json")[1]))
     assert f"3 of {whole} runs; all: digitlab runs --most=0" in out
-    assert call("runs", "--study", "nobody")[1] == "there are none\n"
+    assert call("runs", "--study", "smoke", "--kind", "train")[1] == "there are none\n"
+    refused = "digitlab: study smokk does not exist: did you mean smoke?\n"
+    assert call("runs", "--study", "smokk") == (2, "", refused)
+
+
+def test_table_keeps_its_numbers_where_the_terminal_is_too_narrow(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10")
+    [champion] = json.loads(call("runs", "--json", "--kind", "champion")[1])
+    assert f"{champion['test_accuracy']:.2%}" in call("runs")[1]
 
 
 def test_csv_has_a_row_a_run_with_its_settings(call: Call) -> None:

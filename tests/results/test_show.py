@@ -1,6 +1,8 @@
 """What is shown of one run or study, and a champion as a recipe."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from samples import recorded, studies
 from digitlab.config import compose as composing
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
+from digitlab.study.summary import short
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +59,22 @@ def test_what_there_is_not_is_one_line(call: Call) -> None:
         assert (status, out, len(err.splitlines())) == (2, "", 1)
 
 
+def test_an_unfinished_study_has_no_best_and_is_gone_on_with_by_its_own_command(
+    call: Call,
+) -> None:
+    _, _, err = call("best", "stopped")
+    [command] = re.findall(r"Finish it with `digitlab (.+)` first", err)
+    assert {"experiments=smoke", "study.name=stopped"} <= set(shlex.split(command)[1:])
+
+
 def test_best_prints_a_recipe_that_trains_the_champions_configuration(
     call: Call, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, out, _ = call("best", "smoke")
     assert status == 0
+    champion = recorded(lab, "smoke").store.notes()["champion"]
+    searched = ", ".join(f"{name}={short(value)}" for name, value in champion["values"].items())
+    assert f"# Searched: {searched}." in out
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "mine.yaml").write_text(out)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.console import print_table, table
+from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.store import RunRow
-from digitlab.study.storage import DELETED, open_storage
+from digitlab.study.storage import DELETED, listed_studies, open_storage
 from digitlab.study.trials import is_own
 
 _ACCURACIES = ("test_accuracy_mean", "test_accuracy", "val_accuracy", "rung_accuracy")
@@ -31,13 +32,23 @@ def list_runs(
         most: runs to print; 0 for all.
     """
     tags = {f"digitlab.{key}": value for key, value in wanted.items() if value is not None}
-    rows = sorted(lab_tracker(lab, stores).find(tags), key=_rank)
+    found = lab_tracker(lab, stores).find(tags)
+    if wanted["study"] and not found:
+        _require_study(wanted["study"], listed_studies(open_storage(lab, storage_of(stores))))
+    # A study's own run trains nothing: `digitlab studies` lists it.
+    rows = [row for row in found if wanted["kind"] or row.tags.get("digitlab.kind") != "study"]
+    rows.sort(key=_rank)
     shown = rows[:most] if most else rows
     _write([_run(row) for row in shown], form, _RUN_COLUMNS)
     if form == "table" and len(shown) < len(rows):
         everything = command("runs", "--most=0", *stores)
         print(f"{len(shown)} of {len(rows)} runs; all: {everything}")
     return 0
+
+
+def _require_study(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UserError(f"study {name} does not exist: {nearest(name, known)}")
 
 
 def _rank(row: RunRow) -> tuple[int, float, int]:

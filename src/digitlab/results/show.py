@@ -9,7 +9,7 @@ import yaml
 
 from digitlab.base.console import Board, print_table, table
 from digitlab.base.errors import UserError, visible
-from digitlab.base.invocation import command, storage_of
+from digitlab.base.invocation import storage_of
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, shown, with_values
@@ -18,7 +18,7 @@ from digitlab.records.reader import find_run, lab_tracker, recorded_config
 from digitlab.records.record import open_tracker
 from digitlab.records.store import RunRow, Tracker
 from digitlab.study.storage import open_storage, study_names
-from digitlab.study.summary import champion_text, sweep_command, trials_table
+from digitlab.study.summary import champion_text, short, sweep_command, trials_table
 from digitlab.study.trials import load_study
 
 _OPTIONS = ("data", "model", "optim")  # groups whose options a recipe names
@@ -77,8 +77,7 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
         document |= {"settings": changed, "champion": champion, "trials": trials, "files": files}
         print(json.dumps(document, indent=1))
         return 0
-    board, parent = Board(), tracker.get(run_id) if run_id else None
-    overrides = json.loads(parent.tags.get("digitlab.overrides", "[]")) if parent else []
+    board, overrides = Board(), _overrides(tracker, run_id)
     _print_pairs("settings that are not the defaults", changed)
     board.print(trials_table(rows, config.study))
     if champion:
@@ -88,6 +87,12 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
     board.say(f"no champion yet: {ended} of {config.study.trials} trials have ended")
     board.say(f"go on: {sweep_command(overrides)}")
     return 0
+
+
+def _overrides(tracker: Tracker, run_id: str | None) -> list[str]:
+    """Return the overrides that a study was started with, from its own run."""
+    found = tracker.get(run_id).tags.get("digitlab.overrides", "[]") if run_id else "[]"
+    return list(json.loads(found))
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -115,9 +120,10 @@ def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
         UserError: there is no such study, or it has no champion yet.
     """
     store, config = load_study(lab, study, storage_of(stores))
-    champion = store.notes().get("champion")
+    notes = store.notes()
+    champion = notes.get("champion")
     if not champion:
-        goes_on = command("sweep")
+        goes_on = sweep_command(_overrides(open_tracker(config, lab), notes.get("run_id")))
         raise UserError(
             f"study {study} has no champion yet: a finished study has one. Finish it "
             f"with `{goes_on}` first."
@@ -126,6 +132,8 @@ def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
     test = Interval(**champion["test_accuracy"])
     print("# @package _global_")
     print(f"# The champion of study {study}, trial {champion['trial']}: test accuracy {test}.")
+    values = ", ".join(f"{name}={short(value)}" for name, value in champion["values"].items())
+    print(visible(f"# Searched: {values}. What is not below is as in conf/."))
     recipe = recipe_of(best, study)
     how = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
     print(yaml.safe_dump(recipe, **how), end="")
