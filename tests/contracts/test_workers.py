@@ -407,6 +407,7 @@ from digitlab.workers.processes import ProcessWorkers
 if __name__ == "__main__":
     setup, config = pickle.loads(Path(sys.argv[1]).read_bytes())
     with ProcessWorkers(setup, 2) as workers:
+        workers.start()
         while True:
             for worker, event in workers.events(1.0):
                 if isinstance(event, Ready):

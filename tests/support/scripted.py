@@ -52,7 +52,7 @@ class ScriptedWorkers(Workers):
         self.submitted: list[Job] = []
         self.ready: list[tuple[int, Event]] = []
 
-    def start(self) -> None:
+    def _start(self) -> None:
         self.ready = [(worker, Ready({})) for worker in range(self.count)]
 
     def idle(self) -> list[int]:

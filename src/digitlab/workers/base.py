@@ -129,8 +129,8 @@ class Channel(Protocol):
 class WorkerSetup:
     """What a worker needs to know before its first job.
 
-    `data_sha256` are the study's training files, not compared when empty; `source_digest` is the
-    study's code, compared by workers on other machines.
+    `data_sha256` are the study's training files, `source_digest` its code; what is empty is not
+    compared.
     """
 
     lab: Path
@@ -153,9 +153,17 @@ def share_main_heap() -> None:
 class Workers(ABC):
     """Workers that train one job at a time each. Their ids count from 0."""
 
-    @abstractmethod
+    is_started = False
+
     def start(self) -> None:
-        """Start the workers; each reports Ready or Refused."""
+        """Start the workers, unless they are started; each reports Ready or Refused."""
+        if not self.is_started:
+            self.is_started = True
+            self._start()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start the workers, once."""
 
     @abstractmethod
     def idle(self) -> list[int]:
@@ -163,7 +171,7 @@ class Workers(ABC):
 
     @abstractmethod
     def submit(self, worker: int, job: Job) -> None:
-        """Give an idle worker a job. One event of type End is its last."""
+        """Give an idle worker a job. An event of type End, or Refused, is its last."""
 
     @abstractmethod
     def answer(self, worker: int, decision: Decision) -> None:
@@ -188,7 +196,6 @@ class Workers(ABC):
         """End all workers at once."""
 
     def __enter__(self) -> Self:
-        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -233,7 +240,7 @@ class Pool(Workers):
     def _receive(self, timeout_s: float) -> Iterable[tuple[int, Event]]:
         """Wait for messages; Lost(is_charged=True) is a process that died by itself."""
 
-    def start(self) -> None:
+    def _start(self) -> None:
         self._states = [_State() for _ in range(self.count)]
         for worker in range(self.count):
             self._launch(worker)

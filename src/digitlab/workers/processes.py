@@ -32,10 +32,12 @@ def preload(*modules: str) -> None:
     _CONTEXT.set_forkserver_preload(["digitlab.workers.job", *modules])
     # It inherits what is ignored, and leaves Ctrl-C and a closed terminal to the driver.
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
-    with _short_folder():
-        multiprocessing.forkserver.ensure_running()
-    for name, handler in before.items():
-        signal.signal(name, handler)
+    try:
+        with _short_folder():
+            multiprocessing.forkserver.ensure_running()
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 @contextmanager
@@ -93,11 +95,11 @@ class ProcessWorkers(PipePool):
         super().__init__(setup, count)
         self._processes: dict[int, ForkServerProcess] = {}
 
-    def start(self) -> None:
+    def _start(self) -> None:
         preload()
         # At exit multiprocessing waits for its processes, and these ignore its SIGTERM.
         atexit.register(self.close)
-        super().start()
+        super()._start()
 
     def close(self) -> None:
         super().close()

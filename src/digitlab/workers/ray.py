@@ -53,7 +53,7 @@ class RayWorkers(Pool):
         self._nodes: dict[int, str] = {}
         self._probes: dict[Any, tuple[int, float]] = {}  # worker, and until when to wait
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Connect to the cluster, or raise UserError, and ask it for the actors."""
         launcher, ray = self.launcher, self.ray
         before = signal.getsignal(signal.SIGTERM)
@@ -70,7 +70,7 @@ class RayWorkers(Pool):
         finally:
             signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
         self.count = launcher.workers or max(1, int(free))
-        super().start()
+        super()._start()
 
     def close(self) -> None:
         super().close()
