@@ -93,21 +93,62 @@ def test_run_is_resumed_and_another_note_leaves_its_state(open_outbox: Open) -> 
     spool = outbox.open_run(new("study"))
     run_id = spool.run_id(60)
     assert run_id
-    assert outbox.resume_run(run_id) is spool  # one spool of a run, or both would end it
+    assert outbox.resume_run(run_id, "study") is spool  # one spool of a run, or both would end it
     spool.end("interrupted")
-    again = outbox.resume_run(run_id)
+    again = outbox.resume_run(run_id, "study")
     again.end("running")
     outbox.flush(60)
     assert outbox.tracker.get("study").status == "RUNNING"
     again.log({"value": 2.0}, tags={"colour": "red"})
     again.end("finished")
-    outbox.resume_run(run_id).log(tags={"verdict": "identical"})
+    outbox.resume_run(run_id, "study").log(tags={"verdict": "identical"})
     outbox.flush(60)
     outbox.close()
     row = outbox.tracker.get("study")
     assert (row.status, row.tags["digitlab.state"]) == ("FINISHED", "finished")
     assert (row.metrics["value"], row.tags["verdict"]) == (2.0, "identical")
     assert waiting(outbox.folder.parent) == []
+
+
+def test_records_of_a_study_that_another_live_process_is_to_send_are_counted(
+    open_outbox: Open, gate: Gate
+) -> None:
+    """New runs and resumed ones; no process is to send what stands in a damaged folder."""
+    outbox, third, other = open_outbox(), open_outbox(), open_outbox()
+    run_id = outbox.open_run(new(**{"digitlab.study_id": "mine"})).run_id(60)
+    assert run_id
+    outbox.flush(60)
+    gate.shut()
+    outbox.open_run(new("second", **{"digitlab.study_id": "mine"}))
+    outbox.open_run(new("foreign", **{"digitlab.study_id": "theirs"}))
+    third.resume_run(run_id, "mine").end("interrupted")
+    assert other.held_elsewhere("mine") == 3  # the first run is not ended yet
+    assert other.held_elsewhere("theirs") == 1
+    damaged = outbox.folder / "1-1"
+    damaged.mkdir()
+    (damaged / "session.json").write_text("{")
+    (damaged / "000001-x.run").write_bytes(encode({"do": "resume", "study_id": "mine"}))
+    assert other.held_elsewhere("mine") == 3
+    gate.open()
+    for one in (outbox, third, other):
+        one.close()
+
+
+def test_a_server_that_is_away_is_asked_every_two_seconds_while_somebody_waits(
+    open_outbox: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, attempts = open_outbox(), []
+
+    def away(run: NewRun, may_exist: bool) -> str:
+        attempts.append(run.name)
+        raise TrackerAway("it is away")
+
+    monkeypatch.setattr(outbox.tracker, "create_run", away)
+    outbox.open_run(new())
+    assert outbox.flush(6) == 1
+    assert 2 <= len(attempts) <= 9  # three while it waits, and the first of the back-off
+    monkeypatch.undo()
+    outbox.close()
 
 
 def test_run_that_nobody_ended_is_interrupted_when_the_outbox_closes(open_outbox: Open) -> None:
@@ -129,7 +170,7 @@ def test_run_that_ended_takes_no_more_operations(open_outbox: Open) -> None:
 def test_no_tracker_keeps_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, NoTracker())
     record(outbox)
-    spool = outbox.resume_run("0123")
+    spool = outbox.resume_run("0123", "study")
     spool.log({"loss": 1.0})
     assert (spool.run_id(60), outbox.pending(), outbox.flush(60)) == (None, 0, 0)
     assert outbox.adopt() == []
@@ -285,7 +326,7 @@ def test_an_outage_does_not_change_the_order_within_a_run(tmp_path: Path) -> Non
     assert run_id is not None
     first.end("interrupted")
     assert reached.wait(60)
-    outbox.resume_run(run_id).end("running")
+    outbox.resume_run(run_id, "study").end("running")
     resumed.set()
     outbox.flush(60)
     outbox.close()

@@ -60,7 +60,7 @@ def finish(records: Records, name: str = "run", *overrides: str, kind: str = "tr
         records.outbox, config, Identity(name, kind, tags, environment={"commit": "abc"})
     )
     recorder.started({"model_parameters": 9.0})
-    recorder.rung(0.5, 0, 0.75)
+    recorder.rung(0.5, 0.75)
     recorder.epoch(1, {"val_accuracy": 0.5, "train_loss": 1.5})
     recorder.epoch(2, {"val_accuracy": 0.75, "train_loss": 0.5})
     recorder.finish(

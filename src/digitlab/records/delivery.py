@@ -21,6 +21,7 @@ from digitlab.records.store import (
 
 _GATHER_S = 0.4  # operations that come within it are sent in as few calls as possible
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0  # between two attempts to reach a tracker that is away
+_WAITED_FOR_S = 2.0  # the same, while `flush` waits
 _MOST_RUNS = 50  # that are sent before the first of them is removed from the outbox
 _POLL_S = 0.1  # how long a stop request may go unheard
 
@@ -47,10 +48,14 @@ class Delivery:
         deadline = time.monotonic() + timeout_s
         with self._changes:
             self._disk_error = None  # an attempt is made now, whatever became of the last one
+            next_attempt = 0.0
             while self.pending() and self._disk_error is None and not stopped():
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     break
-                self._changes.hurry()
+                if now >= next_attempt:  # sooner than the back-off alone: somebody waits
+                    next_attempt = now + _WAITED_FOR_S
+                    self._changes.hurry()
                 self._changes.wait(_POLL_S)
             return self.pending()
 
@@ -92,14 +97,15 @@ class Delivery:
             with self._changes:
                 self._changes.wait_for(lambda: self._is_closing or self.pending())
                 self._pause(_GATHER_S)
-                self._changes.is_urgent = False
             if self._is_closing:
                 return
             try:
                 self._send_all()
                 self.problem, self._disk_error = "", None
+                self._calm(self.pending() > 0)
             except (TrackerAway, OSError) as error:  # a disk that takes nothing may do so later
                 self.problem = str(error)
+                self._calm(False)
                 if isinstance(error, TrackerUnwritable | OSError):
                     with self._changes:
                         self._disk_error = error
@@ -109,9 +115,14 @@ class Delivery:
                 self._pause(self._wait_s)
                 self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
+    def _calm(self, goes_on: bool) -> None:
+        """Gather, or back off, from now on, unless what was asked for at once is still going on."""
+        with self._changes:
+            self._changes.is_urgent = self._changes.is_urgent and goes_on
+
     def _pause(self, longest_s: float) -> None:
         with self._changes:
-            self._changes.wait_for(lambda: self._changes.is_urgent, longest_s)
+            self._changes.wait_for(lambda: self._changes.is_urgent or self._is_closing, longest_s)
 
     def _send_all(self) -> None:
         with self._changes:

@@ -165,6 +165,9 @@ class MlflowTracker(Tracker):
 
     @translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        if any("'" in value for value in tags.values()):  # MLflow has no way to quote it
+            rows = _search(self.client, self.experiment, "")
+            return [row for row in rows if tags.items() <= row.tags.items()]
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         return _search(self.client, self.experiment, text)
 
@@ -210,7 +213,8 @@ class MlflowTracker(Tracker):
                 raise
             self.client.get_run(run_id)  # raises when it is the tracker that is away
             raise UserError(
-                f"Run {run_id} has no artifact {path}: it was not recorded. Train the run again."
+                f"Run {run_id} has no artifact {path}: it was not recorded, or removed since. "
+                "Restore it from a copy, or train the run again."
             ) from error
 
     @translated

@@ -29,11 +29,13 @@ class Outbox(Delivery):
         """Start the record of a new run, with its first artifacts by their path."""
         return self._open(run.key, lambda spool: spool.create(run, files))
 
-    def resume_run(self, run_id: str) -> RunSpool:
-        """Go on with the record of a run that the tracker has."""
+    def resume_run(self, run_id: str, study_id: str) -> RunSpool:
+        """Go on with the record of a study's run that the tracker has."""
         # Two open spools of one run would each end it.
         known = [spool for spool in self._open_spools() if spool.known_id == run_id]
-        return known[0] if known else self._open("resumed", lambda spool: spool.resume(run_id))
+        if known:
+            return known[0]
+        return self._open("resumed", lambda spool: spool.resume(run_id, study_id))
 
     def adopt(self) -> list[str]:
         """Take over what processes that have ended left behind for the same tracker.
@@ -73,8 +75,9 @@ class Outbox(Delivery):
         for path in self._sessions.held_elsewhere():
             with suppress(OSError, ValueError):  # sent, or written, just now
                 with open(path, "rb") as file:
-                    tags = json.loads(file.readline()).get("run", {}).get("tags", {})
-                count += tags.get("digitlab.study_id") == study_id
+                    first = json.loads(file.readline())
+                tags = first.get("run", {}).get("tags", {})
+                count += study_id in (first.get("study_id"), tags.get("digitlab.study_id"))
         return count
 
     def close(self) -> None:

@@ -110,7 +110,7 @@ class RunRecorder:
     def started(self, facts: Mapping[str, float]) -> None:
         self._log(facts, 0)
 
-    def rung(self, rung: float, index: int, accuracy: float) -> None:
+    def rung(self, rung: float, accuracy: float) -> None:
         """Record the accuracy at a rung, which is a fraction of the schedule."""
         self._log({"rung": rung, "rung_accuracy": accuracy}, round(100 * rung))
 

@@ -46,11 +46,7 @@ class Sessions:
     def held_elsewhere(self) -> Iterator[Path]:
         """Yield the files of folders that other live processes have locked."""
         for folder in sorted(self.outbox.glob("[!.]*/")):
-            if folder in self._locks:
-                continue
-            if self._lock(folder):
-                self.release(folder)
-            else:
+            if folder not in self._locks and _is_locked(folder):
                 yield from folder.glob("*.run")
 
     def release(self, folder: Path) -> None:
@@ -81,3 +77,13 @@ class Sessions:
                 opened.pop_all()
                 return True
         return False
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a live process has locked a folder."""
+    with suppress(OSError), open(folder / "session.json", "rb") as file:  # or it was just removed
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

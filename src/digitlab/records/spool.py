@@ -122,8 +122,8 @@ class FileSpool(RunSpool):
         self._append({"do": "create", "run": asdict(run)}, files)
         faults.point("outbox.created")
 
-    def resume(self, run_id: str) -> None:
-        self._append({"do": "resume", "run_id": run_id})
+    def resume(self, run_id: str, study_id: str) -> None:
+        self._append({"do": "resume", "run_id": run_id, "study_id": study_id})
 
     def log(
         self, metrics: Mapping[str, float] = {}, step: int = 0, tags: Mapping[str, str] = {}
