@@ -118,7 +118,7 @@ def test_a_choice_takes_less_than_a_second() -> None:
 
 def notes(choice: Choice, own: int | None, budget: int = 6, **more: Any) -> str:
     spent = sum(len(group) for group in choice.groups.values())
-    noted = choice.notes(0.997, 0.0005, own) | {"confirm_fits": [spent, budget]}
+    noted = choice.notes(0.997, 0.0005, own) | {"confirm_fits": {"spent": spent, "budget": budget}}
     return "\n".join(describe_choice(noted | {"trial": choice.best} | more))
 
 

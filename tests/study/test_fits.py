@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from leading import kind_of, lead, lead_until_killed, train_well
 from samples import copy_digits
-from scripted import Script, succeed
+from scripted import Script, ScriptedWorkers, succeed
 from studies import open_store, problems_of, rows_of, runs_of
 from trackers import Gate
 
@@ -100,6 +100,13 @@ def test_every_look_at_the_test_set_is_kept_and_counted(
     assert [look["n"] for look in looks] == [1, 1, 2]
     assert all(datetime.fromisoformat(look["when"]).tzinfo for look in looks)
     assert "this is look 3 of the study at the test set" in capsys.readouterr().out
+
+
+def test_a_complete_study_starts_no_workers(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = (*PLAIN, "study.trials=1")
+    assert lead(lab, train_well, *one)[0] == 0
+    monkeypatch.setattr(ScriptedWorkers, "_start", lambda _: pytest.fail("they were started"))
+    assert lead(lab, train_well, *one)[0] == 0
 
 
 def test_all_final_fits_that_fail_end_the_study_with_the_reason_at_each_call(lab: Path) -> None:

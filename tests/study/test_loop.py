@@ -21,8 +21,8 @@ class Recorder:
     def started(self, facts: Mapping[str, float]) -> None:
         self.calls.append(("started", dict(facts)))
 
-    def rung(self, rung: float, index: int, accuracy: float) -> None:
-        self.calls.append(("rung", rung, index, accuracy))
+    def rung(self, rung: float, accuracy: float) -> None:
+        self.calls.append(("rung", rung, accuracy))
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self.calls.append(("epoch", epoch, dict(metrics)))
@@ -65,7 +65,7 @@ def test_events_of_a_job_are_recorded_in_order(config) -> None:
     [(task, ending)], _ = run([script()], config)
     names = [call[0] for call in task.recorder.calls]
     assert names == ["started", "rung", "epoch", "started", "finish"]
-    assert task.recorder.calls[1] == ("rung", 0.2, 0, 0.5)
+    assert task.recorder.calls[1] == ("rung", 0.2, 0.5)
     assert ending == Ending("finished")
     assert task.curve == [0.6]
     assert task.metrics["val_accuracy"] == 0.7
@@ -124,8 +124,8 @@ def test_a_worker_that_cannot_serve_is_reported_and_the_others_go_on(config) -> 
     reasons: list[str] = []
 
     class WithStranger(ScriptedWorkers):
-        def start(self) -> None:
-            super().start()
+        def _start(self) -> None:
+            super()._start()
             self.ready.append((1, Refused("its source code is another")))
 
     task = Task("task", Job(config), Recorder())  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Where studies are kept: how it is opened, who leads, and what an outage looks like."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -23,6 +25,17 @@ def test_a_file_that_is_no_database_is_one_line_and_left_alone(lab: Path) -> Non
     path.write_bytes(b"no database" * 400)
     assert f"{path} cannot be used" in refusal(lab)
     assert path.read_bytes() == b"no database" * 400
+
+
+@pytest.mark.parametrize("version", [999, 1])
+def test_a_database_of_another_optuna_is_told_apart(lab: Path, version: int) -> None:
+    open_storage(lab)
+    with closing(sqlite3.connect(lab / "optuna.db")) as database, database:
+        database.execute("UPDATE version_info SET schema_version = ?", (version,))
+        database.execute("UPDATE alembic_version SET version_num = ?", ("v9.9.0.a",))
+    text = refusal(lab)
+    assert f"was made by another version of Optuna than {optuna.__version__}" in text
+    assert "pip" not in text
 
 
 @pytest.mark.parametrize(

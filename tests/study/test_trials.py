@@ -130,6 +130,21 @@ def test_a_grid_is_full_when_all_its_points_are_drawn(open_again: Open) -> None:
     assert len({json.dumps(value) for value in values}) == 4
 
 
+def test_a_grid_whose_points_failed_ends_and_repeats_none(open_again: Open) -> None:
+    grid = ("model.hidden=choice(16,32)", "optim.learning_rate=0.01")
+    store = open_again(*grid, "study.sampler=grid", "study.count_failed=false")
+    store.tell(store.ask().number, "failed", None, {})
+    assert not store.is_full(99)
+    finish(store)
+    assert store.is_full(99)
+
+
+def test_notes_are_read_as_the_next_driver_will_read_them(open_again: Open) -> None:
+    store = open_again()
+    store.note("numbers", {1: (2, 3)})
+    assert store.notes()["numbers"] == open_again().notes()["numbers"] == {"1": [2, 3]}
+
+
 def test_a_study_keeps_its_identity_and_its_notes(open_again: Open) -> None:
     store = open_again()
     store.note("champion", {"trial": 3})

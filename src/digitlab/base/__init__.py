@@ -1,4 +1,4 @@
 """What every room may use: errors, paths, files, locks, retries, statistics, the environment.
 
-Nothing of the project is imported here, and no framework.
+Nothing else of the project is imported here.
 """

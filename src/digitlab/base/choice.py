@@ -115,7 +115,8 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     if len(found) < 2:
         return []
     lines = [f"  candidate {n}: validation {Interval(**i)} on new seeds" for n, i in found]
-    margin, (spent, budget) = f"{100 * notes['margin']:g} points", notes["confirm_fits"]
+    margin = f"{100 * notes['margin']:g} points"
+    spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
     if notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
         lines.append(f"  it is the fastest to train within {margin} of the best, as shown{saved}")

@@ -140,7 +140,7 @@ def repair(problems: Iterable[Problem], store: TrialStore, records: Records) -> 
         settle(store, records, parent)
     for problem in problems:
         if problem.kind == RUNNING and problem.run_id is not None:
-            records.outbox.resume_run(problem.run_id).end("interrupted")
+            records.outbox.resume_run(problem.run_id, store.study_id).end("interrupted")
         elif problem.kind == SURPLUS and problem.run_id is not None:
             records.tracker.delete(problem.run_id)
     return [problem for problem in problems if problem.kind not in _REPAIRABLE]

@@ -92,9 +92,7 @@ def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, A
 
 def _as_it_ended(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a study may change meanwhile, as they were at its champion."""
-    names = ("trials", "confirm", "confirm_fits", "margin", "final_seeds")
-    asked = dict(zip(names, notes["champion"]["asked"], strict=True))
-    return {f"study.{name}": value for name, value in asked.items()}
+    return {f"study.{name}": value for name, value in notes["champion"]["asked"].items()}
 
 
 def compare_studies(original: TrialStore, again: TrialStore) -> list[str]:
@@ -138,7 +136,7 @@ def _record(
     tags["digitlab.verdict"] = verdict
     identity = Identity(config.study.name, "reproduction", tags, None, (), environment)
     recorder = RunRecorder(records.outbox, config, identity)
-    recorder.spool.add_files({"replay.json": json.dumps(list(parted), indent=1).encode()})
+    recorder.add_files({"replay.json": json.dumps(list(parted), indent=1).encode()})
     recorder.end("finished")
     records.outbox.flush(_DELIVERY_S)
     if original:

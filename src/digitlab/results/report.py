@@ -56,7 +56,7 @@ def write_report(
         target = out or lab / "reports" / f"{safe_name(name)}.html"
         write_output(target, page, "--out")
         if "run_id" in store.notes():
-            spool = records.outbox.resume_run(store.notes()["run_id"])
+            spool = records.outbox.resume_run(store.notes()["run_id"], store.study_id)
             spool.add_files({"report.html": page.encode()})
     print(f"written: {target}")
     return target

@@ -1,4 +1,4 @@
 """The search: a driver that leads a study and keeps its books, and workers that train.
 
-The only room (with the report's charts) that imports optuna.
+Optuna's studies are opened here; `results` reads them, for charts, audits and bundles.
 """

@@ -26,7 +26,7 @@ Results = dict[str, dict[str, Any]]  # by key of a fit: its metrics, or {"failed
 class Fit:
     """One configuration to be trained, because of the trial that it came from."""
 
-    kind: str  # confirm or final
+    kind: str  # confirm, final or unpruned
     number: int  # of the trial
     seed: int
     config: Config
@@ -34,6 +34,11 @@ class Fit:
     @property
     def key(self) -> str:
         return f"{self.number}/{self.seed}"
+
+    @property
+    def tags(self) -> tuple[str, str, str]:
+        """Kind, number of the trial, and seed, as its run is tagged."""
+        return self.kind, str(self.number), str(self.seed)
 
 
 def finished_results(results: Results) -> Results:
@@ -87,7 +92,7 @@ def confirm_fits(
 def unpruned_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
     """Return the pruned trials that were closest to going on, to be trained to the end."""
     best = best_first(rows, "pruned")[: config.study.audit_pruning]
-    return [_fit(config, row, "confirm", 0) for row in best]
+    return [_fit(config, row, "unpruned", 0) for row in best]
 
 
 def final_fits(config: Config, row: TrialRow) -> list[Fit]:

@@ -1,7 +1,9 @@
 """The driver: leads a study from its first trial to its champion, and keeps its books."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,17 @@ from digitlab.study.champion import (
 from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop
 from digitlab.study.progress import StudyProgress
+from digitlab.study.samplers import searched_space
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
-from digitlab.study.settle import SealedFits, sealed_fits, settle
+from digitlab.study.settle import RecordedFits, recorded_fits, settle
 from digitlab.study.storage import STORE_ERRORS
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow
 from digitlab.workers.base import Workers, WorkerSetup
+
+# Settings that decide on the champion, beside the trials: with others it is chosen again.
+_CHOICE_SETTINGS = ("confirm", "confirm_fits", "margin", "final_seeds")
 
 # Registers and reports a study that has just selected its champion; returns what to note of it.
 Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
@@ -66,6 +72,7 @@ def sweep(
             "Give a range such as 'model.hidden=tag(log,int(interval(32,512)))', or use "
             "`digitlab train`."
         )
+    searched_space(config)  # what it refuses is refused before data are fetched
     stop = StopSignal()
     try:
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
@@ -89,7 +96,7 @@ class StudyDriver:
         self.session, self.workers, self.publish, self.again = session, workers, publish, again
         self.store, self.board, self.study = session.store, session.board, session.config.study
         self.progress = StudyProgress(session)
-        self.sealed: SealedFits = {}
+        self.recorded = RecordedFits({}, Counter())
 
     def run(self) -> int:
         """Run what is left of the study; return the exit status."""
@@ -99,7 +106,7 @@ class StudyDriver:
             if session.stop():  # records of an earlier call may be where `settle` does not look
                 return 130
             settle(session.store, session.records, session.parent_run_id, self.board.say)
-            self.sealed = sealed_fits(session.store, session.records.tracker)
+            self.recorded = recorded_fits(session.store, session.records.tracker)
             search = TrialSearch(session, self.progress.seconds)
             search.fork()
             with self.workers:
@@ -123,8 +130,8 @@ class StudyDriver:
             reason = reasons[-1] if reasons else "no reason is known"
             self.board.say(f"study {self.study.name}: no trial finished; {reason}")
             return 1
-        study = self.study
-        asked = [len(rows), study.confirm, study.confirm_fits, study.margin, study.final_seeds]
+        asked = {"trials": len(rows)}
+        asked |= {name: getattr(self.study, name) for name in _CHOICE_SETTINGS}
         summary = self.store.notes().get("champion", {})
         unpruned = self._fits("unpruned", unpruned_fits(self.session.config, rows))
         if summary.get("asked") == asked:
@@ -133,11 +140,13 @@ class StudyDriver:
             summary = self._champion(best) | {"asked": asked}
             if stop():
                 return 130
+            self.session.check_lock()
             self.store.note("champion", summary)
         if stop():
             return 130
         if self.store.notes().get("published") != asked:
             self.session.flush_records()  # a champion is published from complete records
+            self.session.check_lock()  # no loop has done so meanwhile
             if not stop():
                 summary |= self.publish(self.session, summary)
             if stop():  # perhaps before the tracker had all of it: the next call publishes again
@@ -176,8 +185,9 @@ class StudyDriver:
                 "start a new study with another study.space."
             )
         own = next((row.number for row in best if row.values == self.store.own), None)
-        fits_spent = {"confirm_fits": [len(confirmed), self.study.confirm_fits], "looks": looks}
-        return summarise(config, champion, choice, own, tested) | fits_spent
+        spent = {"spent": len(confirmed), "budget": self.study.confirm_fits}
+        summary = summarise(config, champion, choice, own, tested)
+        return summary | {"confirm_fits": spent, "looks": looks}
 
     def _note_look(self, fits: list[Fit]) -> int:
         """Note in the study's ledger which fits will read the test set; return how many looks.
@@ -194,15 +204,22 @@ class StudyDriver:
         return len(ledger)
 
     def _fits(self, phase: str, fits: list[Fit]) -> Results:
-        run = FitPhase(self.session, phase, self.sealed)
+        run = FitPhase(self.session, phase, self.recorded)
         loop = self._loop(phase, len({fit.key for fit in fits} | set(run.results())))
         return run.run(loop, fits)
 
     def _loop(self, phase: str, total: int) -> JobLoop:
+        show = self.progress.ticker(phase, total)
+
+        def tick(loop: JobLoop) -> None:
+            self.session.check_lock()
+            self.session.records.outbox.check()
+            show(loop)
+
         def refused(reason: str) -> None:
             self.board.say(f"a worker cannot serve this study, which goes on without it: {reason}")
 
-        return JobLoop(self.workers, self.session.stop, self.progress.ticker(phase, total), refused)
+        return JobLoop(self.workers, self.session.stop, tick, refused)
 
     def _leave(self, state: str) -> None:
         if self.session.lock.is_lost:
@@ -222,11 +239,12 @@ class StudyDriver:
 
 def _build_workers(session: StudySession) -> Workers:
     config, store = session.config, session.store
-    setup = WorkerSetup(session.lab, config.data, session.data_sha256, training_digest())
+    setup = WorkerSetup(session.lab, config.data, session.data_sha256)
     if config.launcher.name is Launcher.ray:
         from digitlab.workers.ray import RayWorkers  # which imports Ray
 
-        return RayWorkers(setup, config.launcher)
+        # Workers of this machine are forked from one process: their code is the driver's.
+        return RayWorkers(replace(setup, source_digest=training_digest()), config.launcher)
     from digitlab.workers.processes import ProcessWorkers
 
     count = _count_workers(config, session.board)

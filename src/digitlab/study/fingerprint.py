@@ -27,11 +27,7 @@ def check_fingerprint(
     The configuration that is noted is the last call's: it may ask for more trials than the first.
     """
     now = _facts(config, data_sha256, tracker)
-    then = store.notes().get("fingerprint")
-    if then is None:
-        store.note("config", config_to_yaml(config))
-        store.note("fingerprint", now)
-        return
+    then = store.notes().get("fingerprint", now)
     widened = {
         f"study.space.{one.name}"
         for one in store.space
@@ -42,9 +38,6 @@ def check_fingerprint(
         f"{key}: {then.get(key, 'none')} -> {now.get(key, 'none')}"
         for key in sorted(keys - widened)
     ]
-    if keys and not changed:
-        store.note("config", config_to_yaml(config))
-        store.note("fingerprint", now)
     if changed:
         name = config.study.name
         raise UserError(
@@ -54,6 +47,8 @@ def check_fingerprint(
             f"(study.fork_from={name} reuses its finished trials where they fit)."
         )
     store.note("config", config_to_yaml(config))
+    if store.notes().get("fingerprint") != now:  # it is new, or a range has grown
+        store.note("fingerprint", now)
 
 
 def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict[str, Any]:

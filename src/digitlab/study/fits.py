@@ -1,5 +1,6 @@
 """Fits beside the trials: candidates on new seeds, pruned trials to their end, the champion."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,22 +10,23 @@ from digitlab.base.choice import note_predictions
 from digitlab.study.champion import Fit, Results
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
-from digitlab.study.settle import SealedFits
+from digitlab.study.settle import RecordedFits
 from digitlab.workers.base import Job
 
 
 class FitPhase:
     """Runs the fits of one phase, each once over all calls of the study."""
 
-    def __init__(self, session: StudySession, phase: str, sealed: SealedFits) -> None:
+    def __init__(self, session: StudySession, phase: str, recorded: RecordedFits) -> None:
         """Create a phase that has run nothing yet.
 
         Args:
             phase: confirm, final or unpruned; the name of its results in the study's notes.
-            sealed: what earlier calls have recorded.
+            recorded: what earlier calls have recorded; the attempts of this one are added.
         """
-        self.session, self.store, self.phase, self.sealed = session, session.store, phase, sealed
-        self.charged: dict[str, int] = {}  # failed attempts of this call
+        self.session, self.store = session, session.store
+        self.phase, self.recorded = phase, recorded
+        self.charged: Counter[str] = Counter()  # failed attempts of this call, by a fit's key
 
     def results(self) -> Results:
         noted: Results = self.store.notes().get(self.phase, {})
@@ -32,31 +34,32 @@ class FitPhase:
 
     def run(self, loop: JobLoop, fits: list[Fit]) -> Results:
         """Return the results of the fits: from the notes, from sealed records, or trained now."""
-        todo = [fit for fit in fits if fit.key not in self.results()]
-        waiting = [fit for fit in todo if not self._is_recorded(fit)]
+        waiting = []
+        for fit in fits:
+            sealed = self.recorded.results.get(fit.tags)  # by a call that was killed
+            if fit.key in self.results():
+                continue
+            if sealed is None:
+                waiting.append(fit)
+            else:
+                self._note(fit, sealed)
 
         def ended(task: Task, ending: Ending) -> None:
-            if not self._is_over(task, ending):
+            if not self._note_ending(task, ending):
                 waiting.append(task.about)
 
         if waiting:
             loop.run(lambda: self._task(waiting.pop(0)) if waiting else None, ended)
         return {fit.key: self.results()[fit.key] for fit in fits if fit.key in self.results()}
 
-    def _is_recorded(self, fit: Fit) -> bool:
-        """Note the result of a fit whose record a killed call has sealed."""
-        metrics = self.sealed.get((fit.kind, str(fit.number), str(fit.seed)))
-        if metrics is not None:
-            self._note(fit, metrics)
-        return metrics is not None
-
     def _task(self, fit: Fit) -> Task:
-        attempt = 1 + self.charged.get(fit.key, 0)
-        recorder = self.session.recorder(fit.kind, fit.number, fit.config, attempt, fit.seed)
+        self.recorded.attempts[fit.tags] += 1
+        attempt = self.recorded.attempts[fit.tags]
+        recorder = self.session.start_record(fit.kind, fit.number, fit.config, attempt, fit.seed)
         title = f"{fit.kind} {fit.number} seed {fit.seed}"
         return Task(title, Job(fit.config), recorder, about=fit)
 
-    def _is_over(self, task: Task, ending: Ending) -> bool:
+    def _note_ending(self, task: Task, ending: Ending) -> bool:
         """Note how a fit ended; return whether it is over for good.
 
         One that would fail again is noted as failed: the study goes on without it.
@@ -66,14 +69,15 @@ class FitPhase:
             found = safetensors.numpy.load(task.files["predictions.safetensors"])
             self._note(fit, task.metrics | note_predictions(found["predictions"], found["labels"]))
             return True
-        self.charged[fit.key] = self.charged.get(fit.key, 0) + ending.is_charged
+        self.charged[fit.key] += ending.is_charged
         retries = self.session.config.study.retries
         if ending.is_final or self.charged[fit.key] > retries:
             task.recorder.end("failed", ending.reason)
             self._note(fit, {"failed": ending.reason})
             self.session.board.say(f"{task.title} failed: {ending.reason}")
             return True
-        task.recorder.end(ending.state, ending.reason)
+        tags = {"digitlab.superseded_by": f"attempt {self.recorded.attempts[fit.tags] + 1}"}
+        task.recorder.end(ending.state, ending.reason, tags=tags)
         if not self.session.stop():
             self.session.board.say(f"{task.title} is repeated: {ending.reason}")
         return bool(self.session.stop())

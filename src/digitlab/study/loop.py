@@ -87,6 +87,7 @@ class JobLoop:
             ended: is called once a task. The record of a finished one is sealed by then; any
                 other record is to be ended there.
         """
+        self.workers.start()  # here, so that a study that is complete starts none
         while True:
             has_more = not self.stop()
             for worker in self.workers.idle() if has_more else []:
@@ -144,7 +145,7 @@ class JobLoop:
         rung = task.job.rungs[index]
         task.accuracy = accuracy
         task.metrics |= {"rung": rung, "rung_accuracy": accuracy}
-        task.recorder.rung(rung, index, accuracy)
+        task.recorder.rung(rung, accuracy)
         task.is_pruned = task.should_prune(index, accuracy)
         self.workers.answer(worker, Decision.stop if task.is_pruned else Decision.proceed)
 
@@ -169,7 +170,7 @@ class JobLoop:
                 return Ending("interrupted", reason, is_final=False)
             case Lost(cause, is_charged):
                 return Ending("interrupted", cause, is_charged and not self.stop(), is_final=False)
-        return Ending("interrupted", "the study was stopped", is_final=False)
+        return Ending("interrupted", "it was stopped", is_final=False)
 
 
 def _seconds(task: Task) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A study on disk and its copy in memory, written together."""
 
 import copy
+import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ Ranges = Sequence[Hyperparameter]
 class MirroredStudy:
     """Optuna's study in a storage, and the same in memory.
 
-    Samplers and pruners ask the copy, which is fast; every write goes to the storage first. While
+    All reads are of the copy, which is fast; every write goes to the storage first. While
     the storage is away a write is repeated, and is done once, whether its answer was lost or not.
     """
 
@@ -37,6 +38,7 @@ class MirroredStudy:
         """
         self.storage, self.stopped = storage, stopped
         self.id = self._open(name)
+        self._attributes = dict(storage.get_study_user_attrs(self.id))
         self._memory = InMemoryStorage()  # of one study, so that a trial's id is its number
         self.study = optuna.create_study(storage=self._memory, direction="maximize")
         self._memory_id = self._memory.get_study_id_from_name(self.study.study_name)
@@ -63,10 +65,16 @@ class MirroredStudy:
         return retry(call, is_away, OUTAGE_S, self.stopped)
 
     def attributes(self) -> dict[str, Any]:
-        return dict(self._do(lambda: self.storage.get_study_user_attrs(self.id)))
+        """Return the study's attributes; not to be changed."""
+        return dict(self._attributes)
+
+    def stored_attribute(self, name: str) -> Any:
+        """Return an attribute as the storage has it now, whoever wrote it; None without it."""
+        return self._do(lambda: self.storage.get_study_user_attrs(self.id)).get(name)
 
     def set_attribute(self, name: str, value: Any) -> None:
         self._do(lambda: self.storage.set_study_user_attr(self.id, name, value))
+        self._attributes[name] = json.loads(json.dumps(value))  # as the storage returns it
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by number; not to be changed."""

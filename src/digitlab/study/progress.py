@@ -26,16 +26,11 @@ class StudyProgress:
         return self.spent + time.monotonic() - self.started
 
     def ticker(self, phase: str, total: int) -> Callable[[JobLoop], None]:
-        """Return what a phase's loop is to call again and again.
-
-        It also raises what makes the study end: a lost lock, a record that was refused.
-        """
+        """Return what a phase's loop is to call again and again."""
         started, ended_before = time.monotonic(), self._done(phase)
 
         def tick(loop: JobLoop) -> None:
             now = time.monotonic()
-            self.session.check_lock()
-            self.session.records.outbox.check()
             if now - self.noted > _NOTE_INTERVAL_S:
                 self.noted = now
                 self.store.note("seconds", self.seconds())

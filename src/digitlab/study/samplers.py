@@ -11,10 +11,22 @@ from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, 
 from optuna.trial import FrozenTrial
 
 from digitlab.base.errors import UserError
-from digitlab.config.types import Pruner, Sampler, StudyConfig
-from digitlab.study.space import Hyperparameter
+from digitlab.config.types import Config, Pruner, Sampler, StudyConfig
+from digitlab.study.space import Hyperparameter, first_values, read_space
 
 _ETA = 3  # successive halving keeps the best third at each rung
+
+
+def searched_space(config: Config) -> list[Hyperparameter]:
+    """Return the hyperparameters of `study.space`.
+
+    Raises:
+        UserError: it is not one, not one for the sampler, or without the values to begin with.
+    """
+    space = read_space(config)
+    build_sampler(config.study, space, 0)
+    first_values(config, space)
+    return space
 
 
 def build_sampler(config: StudyConfig, space: list[Hyperparameter], number: int) -> BaseSampler:

@@ -33,8 +33,8 @@ class TrialSearch:
                 self._say(f"the recipe's own values are not in the space: {self.store.own}")
         elif not self.store.is_full(total):
             self._say(f"study {name}: going on from {ended} of {total} trials")
-        # A study that is complete waits for no worker.
-        if not self.store.is_full(total) or any(not row.is_ended for row in rows):
+        is_open = not self.store.is_full(total) or any(not row.is_ended for row in rows)
+        if is_open and not self._is_exhausted():
             loop.run(self._next_task, self._ended)
 
     def _is_exhausted(self) -> bool:
@@ -71,7 +71,8 @@ class TrialSearch:
         try:
             config = with_values(self.session.config, row.values)
         except UserError as error:  # the values contradict each other
-            recorder = self.session.recorder("trial", row.number, self.session.config, row.attempt)
+            config = self.session.config
+            recorder = self.session.start_record("trial", row.number, config, row.attempt)
             recorder.end("failed", str(error))
             self._tell(row, "failed", {"reason": str(error)})
             return None
@@ -90,7 +91,7 @@ class TrialSearch:
         return Task(
             f"trial {row.number}",
             Job(config, rungs),
-            self.session.recorder("trial", row.number, config, row.attempt),
+            self.session.start_record("trial", row.number, config, row.attempt),
             should_prune,
             time_limit_s=60 * self.study.trial_minutes,
             about=row,
@@ -103,7 +104,7 @@ class TrialSearch:
         tags = {"digitlab.taken_from": notes["taken_from"]}
         if notes.get("made_by"):  # other code, or other versions of libraries
             tags["digitlab.made_by"] = "; ".join(notes["made_by"])
-        recorder = self.session.recorder("trial", number, config, attempt, tags=tags)
+        recorder = self.session.start_record("trial", number, config, attempt, tags=tags)
         metrics = {k: v for k, v in notes["metrics"].items() if k != "seconds"}
         recorder.end("finished", metrics=metrics)
 

@@ -54,7 +54,7 @@ class StudySession:
     parent: RunSpool | None = None
     parent_run_id: str | None = None
 
-    def recorder(
+    def start_record(
         self,
         kind: str,
         number: int,
@@ -63,9 +63,9 @@ class StudySession:
         seed: int | None = None,
         tags: Mapping[str, str] = {},
     ) -> RunRecorder:
-        """Begin the record of a trial's run, or of a fit that came of a trial."""
+        """Start the record of a trial's run, or of a fit that came of a trial."""
         study = self.config.study.name
-        name = f"{study}-{number}" if kind == "trial" else f"{study}-{kind}-{number}"
+        name = f"{study}-{number}" if kind == "trial" else f"{study}-{kind}-{number}-{seed}"
         whole = trial_tags(self.store.study_id, study, number, attempt) | dict(tags)
         if seed is not None:
             whole["digitlab.seed"] = str(seed)
@@ -81,7 +81,7 @@ class StudySession:
             UserError: another process leads it, or has led it while the lock was lost.
         """
         is_new = self.lock.check(self.stop)
-        if is_new and self.store.notes().get("leader") != self.leader:
+        if is_new and self.store.mirror.stored_attribute("leader") != self.leader:
             self.lock.is_lost = True
             raise UserError(
                 f"study.name={self.config.study.name} is no longer led by this process: its server "
@@ -121,9 +121,10 @@ class StudySession:
             pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
         self.records.outbox.check()
         if pending and not self.stop():
+            why = self.records.outbox.problem or "The tracker is slow."
             raise UserError(
-                f"the tracker does not answer: {pending} records wait in {self.lab / 'outbox'}. "
-                "The champion is chosen from complete records; go on when the tracker is back."
+                f"{pending} records wait in {self.lab / 'outbox'}, and the champion must be chosen "
+                f"from complete ones. {why} Go on with the same command."
             )
 
 
@@ -201,7 +202,7 @@ def _open_parent_run(session: StudySession) -> None:
             "start a new study with study.name=NEW."
         )
     else:
-        session.parent = records.outbox.resume_run(known)
+        session.parent = records.outbox.resume_run(known, store.study_id)
         session.parent.end("running")
     session.parent_run_id = known
     store.note("run_id", known)

@@ -1,6 +1,8 @@
 """What a killed driver left: trials that are marked as running, though nothing runs them."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from digitlab.base.choice import note_predictions
@@ -9,8 +11,16 @@ from digitlab.records.record import Records
 from digitlab.records.store import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
-# Results of finished fits, by kind, number of the trial, and seed, as they are tagged.
-SealedFits = dict[tuple[str, str, str], dict[str, Any]]
+PHASES = ("unpruned", "confirm", "final")  # of fits, and the kinds of their runs
+FitKey = tuple[str, str, str]  # kind, number of the trial, and seed, as they are tagged
+
+
+@dataclass(frozen=True)
+class RecordedFits:
+    """What earlier calls have recorded of fits."""
+
+    results: dict[FitKey, dict[str, Any]]  # of those that were sealed, and not noted
+    attempts: Counter[FitKey]
 
 
 def trial_value(state: str, metrics: dict[str, float]) -> float | None:
@@ -42,37 +52,35 @@ def settle(
         say(f"trial {row.number}: left by an earlier call; {state}")
     for run in records.tracker.find(mine | {"digitlab.state": "running"}):
         if not run.is_ended and run.run_id != parent_run_id:
-            records.outbox.resume_run(run.run_id).end("interrupted")
+            records.outbox.resume_run(run.run_id, store.study_id).end("interrupted")
 
 
-def sealed_fits(store: TrialStore, tracker: Tracker) -> SealedFits:
-    """Return the fits that earlier calls have sealed, and did not come to note.
+def recorded_fits(store: TrialStore, tracker: Tracker) -> RecordedFits:
+    """Return what earlier calls have recorded of fits.
 
     It is asked once, when the study is opened: later the tracker may be away.
     """
-
-    def result(run: RunRow) -> dict[str, Any]:
-        guesses, labels = recorded_guesses(tracker, run)
-        return run.metrics | note_predictions(guesses.numpy(), labels.numpy())
-
     notes = store.notes()
-    noted = {key for phase in ("confirm", "final", "unpruned") for key in notes.get(phase, {})}
-    return {
-        (kind, run.tags.get("digitlab.trial", ""), run.tags.get("digitlab.seed", "")): result(run)
-        for kind in ("confirm", "final")
-        for run in tracker.find(
-            {
-                "digitlab.study_id": store.study_id,
-                "digitlab.kind": kind,
-                "digitlab.state": "finished",
-            }
-        )
-        if f"{run.tags.get('digitlab.trial')}/{run.tags.get('digitlab.seed')}" not in noted
-    }
+    noted = {key for phase in PHASES for key in notes.get(phase, {})}
+    found = RecordedFits({}, Counter())
+    for kind in PHASES:
+        for run in tracker.find({"digitlab.study_id": store.study_id, "digitlab.kind": kind}):
+            number, seed = (run.tags.get(f"digitlab.{name}", "") for name in ("trial", "seed"))
+            found.attempts[kind, number, seed] += 1
+            is_sealed = run.tags.get("digitlab.state") == "finished"
+            if is_sealed and f"{number}/{seed}" not in noted:
+                guesses, labels = recorded_guesses(tracker, run)
+                misread = note_predictions(guesses.numpy(), labels.numpy())
+                found.results[kind, number, seed] = run.metrics | misread
+    return found
 
 
 def has_result(run: RunRow, row: TrialRow) -> bool:
-    """Whether a run holds the result of the trial's present attempt."""
+    """Whether a run holds the trial's result.
+
+    A whole training is one whatever became of its attempt; a pruning depended on the trials of
+    its time, so that only the present attempt's counts.
+    """
     state = run.tags.get("digitlab.state")
     is_present = run.tags.get("digitlab.attempt") == str(row.attempt)
     return run.is_ended and (state == "finished" or (state == "pruned" and is_present))

@@ -63,7 +63,7 @@ def _open_sqlite(path: Path) -> RDBStorage:
             return RDBStorage(sqlite_address(path), engine_kwargs=options)
     except Exception as error:  # sqlite's, sqlalchemy's, alembic's: one cause for the user
         raise UserError(
-            f"{path} cannot be used ({first_line(error)}): it must be a readable and writable "
+            f"{path} cannot be used ({_reason(error)}): it must be a readable and writable "
             "Optuna database. Repair it, or restore it from a copy."
         ) from error
 
@@ -90,9 +90,16 @@ def _open_server(address: str) -> RDBStorage:
         return RDBStorage(address, engine_kwargs=options)
     except Exception as error:  # psycopg's, sqlalchemy's, alembic's: one cause for the user
         raise UserError(
-            f"{shown} cannot be used ({first_line(error)}): it must be a PostgreSQL database that "
+            f"{shown} cannot be used ({_reason(error)}): it must be a PostgreSQL database that "
             "answers. The password comes from PGPASSWORD, ~/.pgpass, or .env in the lab."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return why a storage does not open; Optuna's own text on versions advises to change it."""
+    if isinstance(error, RuntimeError):
+        return f"it was made by another version of Optuna than {optuna.__version__}, or by none"
+    return first_line(error)
 
 
 def study_names(storage: RDBStorage) -> list[str]:

@@ -15,8 +15,8 @@ from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
-from digitlab.study.samplers import build_pruner, build_sampler, count_points
-from digitlab.study.space import Hyperparameter, first_values, own_values, read_space
+from digitlab.study.samplers import build_pruner, build_sampler, count_points, searched_space
+from digitlab.study.space import Hyperparameter, first_values, own_values
 from digitlab.study.storage import open_storage, refuse_deleted, study_names
 
 _STATES = {
@@ -72,8 +72,7 @@ class TrialStore:
     ) -> None:
         """Open or create `config.study`; UserError if its space cannot be searched."""
         self.storage, self.config = storage, config.study
-        self.space = read_space(config)
-        build_sampler(self.config, self.space, 0)  # which refuses a space that is not for it
+        self.space = searched_space(config)
         self.pruner = build_pruner(self.config)
         self.begin = first_values(config, self.space)
         self.own = own_values(config, self.space)  # the recipe's
@@ -108,7 +107,9 @@ class TrialStore:
         Failed trials count if study.count_failed is set.
         """
         counted = [row for row in self._rows if self.config.count_failed or row.state != "failed"]
-        return len(counted) >= min(total, count_points(self.config, self.space))
+        # A grid's sampler would begin to repeat its points, in place of those that failed.
+        points = count_points(self.config, self.space)
+        return len(counted) >= total or len(self._rows) >= points
 
     # The life of a trial
 
