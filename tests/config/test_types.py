@@ -114,8 +114,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.seed": ([0, 2**31 - 1], [-1, 2**31]),
     "trainer.threads": ([1, 1024], [0, 1025]),
     "study.name": (
-        ["a", "A-b_c.9", "prüfung", "-", "n" * 100],
-        ["", "a/b", "a b", ".hidden", "..", "a:b", "ab\x00", "字" * 100],
+        ["a", "A-b_c.9", "prüfung", "_", "n" * 100],
+        ["", "-", "-x", "champion", "a/b", "a b", ".hidden", "..", "a:b", "ab\x00", "字" * 100],
     ),
     "study.trials": ([1], [0, -1]),
     "study.workers": ([0], [-1]),

@@ -97,8 +97,9 @@ def split_name(command: str, overrides: Sequence[str]) -> tuple[str | None, list
             f"name={names[-1]} is invalid here: it names one run. Name a study by "
             f"study.name={names[-1]}"
         )
-    is_plain = re.fullmatch(r"[^/\x00-\x1f]{1,100}", names[-1]) and names[-1] != "champion"
-    rule = "1 to 100 characters without '/', and not 'champion'"
+    is_plain = re.fullmatch(r"[^/\x00-\x1f-][^/\x00-\x1f]{0,99}", names[-1])
+    is_plain = is_plain if names[-1] != "champion" else None
+    rule = "1 to 100 characters without '/', not beginning with '-', and not 'champion'"
     require(bool(is_plain), f"name={names[-1]}", rule)
     return names[-1], texts
 
@@ -106,7 +107,10 @@ def split_name(command: str, overrides: Sequence[str]) -> tuple[str | None, list
 def _plain(
     command: str, texts: Sequence[str], multirun: bool
 ) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
-    """Return the overrides of each job, and its configuration in plain containers."""
+    """Return the overrides of each job, and its configuration in plain containers.
+
+    In a sweep a range joins the search space, and a key that is given one value leaves it.
+    """
     parsed = {text: _parse(text) for text in texts}
     swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
     kept = [text for text in texts if text not in swept]

@@ -93,7 +93,9 @@ class TrainerConfig:
     seed: SeedNumber = Field(
         description="Seed of weights, order of images, augmentation and dropout."
     )
-    threads: int = Field(ge=1, le=1024, description="Torch's threads; other numbers can round.")
+    threads: int = Field(
+        ge=1, le=1024, description="Torch's threads; they can change floating-point rounding."
+    )
     precision: Precision = Field(description="Number format of training.")
 
 
@@ -102,10 +104,10 @@ class StudyConfig:
     """What a search does; `digitlab train` does not look at it."""
 
     name: str = Field(
-        pattern=r"^[\p{L}\p{N}_-][\p{L}\p{N}_.-]{0,99}$",
+        pattern=r"^[\p{L}\p{N}_][\p{L}\p{N}_.-]{0,99}$",
         description="Name of the study.",
         json_schema_extra={
-            "rule": "1 to 100 letters, digits, '-', '_' or '.', not beginning with '.'"
+            "rule": "1 to 100 letters, digits, '-', '_' or '.', beginning with neither '-' nor '.'"
         },
     )
     storage: str | None = Field(
@@ -135,7 +137,7 @@ class StudyConfig:
     confirm: Positive = Field(
         description="Best trials to train again on new seeds, beside the recipe's own; 1 is none."
     )
-    confirm_fits: int = Field(ge=0, le=1000, description="Most fits on new seeds, of all of them.")
+    confirm_fits: int = Field(ge=0, le=1000, description="Most fits on new seeds in all.")
     margin: Share = Field(description="Accuracy that may be given up for a faster champion.")
     final_seeds: Positive = Field(description="Fits of the champion, each tested once.")
 
@@ -144,6 +146,8 @@ class StudyConfig:
         # Files are named after a study; a file system takes 255 bytes with what is added.
         short = len(self.name.encode()) <= 200
         require(short, f"study.name={self.name}", "at most 200 bytes long in UTF-8")
+        rule = "another word than 'champion', which names a run"
+        require(self.name != "champion", f"study.name={self.name}", rule)
         _refuse_password("study.storage", self.storage, "PGPASSWORD or ~/.pgpass")
         rule = "a list of fractions > 0 and < 1 in ascending order, a hundredth apart or more"
         # They are recorded as whole hundredths of the schedule.

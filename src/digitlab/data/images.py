@@ -58,11 +58,11 @@ class Batches:
         for indices in torch.split(order, _GATHERED * size):
             images = to_unit(self.images.index_select(0, indices))
             labels = self.labels.index_select(0, indices)
-            for part, answers in zip(
+            for part, digits in zip(
                 torch.split(images, size), torch.split(labels, size), strict=True
             ):
                 moved = augment(part, changes, self.augmentation)
-                yield standardise(moved, self.config), answers
+                yield standardise(moved, self.config), digits
 
 
 class EvaluationBatches:

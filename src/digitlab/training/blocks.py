@@ -53,7 +53,7 @@ class BlockModule(DigitModule):
         # Lightning's wrappers of the two would bring back what the block saves.
         [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         losses: list[Tensor] = []
-        guesses: list[Tensor] = []
+        outputs: list[Tensor] = []
         for batch in block:
             loss, logits = self.loss(batch)
             optimizer.zero_grad()
@@ -62,10 +62,10 @@ class BlockModule(DigitModule):
             optimizer.step()
             schedule.scheduler.step()  # type: ignore[call-arg]
             losses.append(loss.detach() * len(logits))
-            guesses.append(logits)
+            outputs.append(logits)
         labels = torch.cat([labels for _, labels in block])
         self.loss_sum += float(torch.stack(losses).sum())
-        self.correct += int((torch.cat(guesses).argmax(1) == labels).sum())
+        self.correct += int((torch.cat(outputs).argmax(1) == labels).sum())
         self.seen += len(labels)
         self.steps_done += len(block)
 
