@@ -67,8 +67,8 @@ def commands(lab: Path, repeats: int) -> list[Figure]:
                 took = timed(partial(run, [PROGRAM, *words.split()], own))
                 ratios[words].append(took / torch_s)
             started = time.perf_counter()
-            told = run([PROGRAM, "train", "experiments=smoke", *OWN_STORES], own)
-            training_s = float(told.split("_accuracy ")[-1].split(" in ")[1].split(" s")[0])
+            text = run([PROGRAM, "train", "experiments=smoke", *OWN_STORES], own)
+            training_s = float(text.split("_accuracy ")[-1].split(" in ")[1].split(" s")[0])
             ratios["train"].append((time.perf_counter() - started - training_s) / torch_s)
     bars = read_only | {"train": 4.5}
     return [

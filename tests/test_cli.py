@@ -152,8 +152,8 @@ def test_interrupt_during_an_import_ends_the_process_even_if_a_library_would_go_
         ("import signal\ntry: signal.raise_signal(2)\nexcept KeyboardInterrupt: exit(7)", 7),
     ):
         # A process that runs in the background may ignore Ctrl-C, and hands that on.
-        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        command = [sys.executable, "-c", f"{heard}{start}\n{code}"]
+        reset = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        command = [sys.executable, "-c", f"{reset}{start}\n{code}"]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )

@@ -100,7 +100,7 @@ def test_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded() -> None:
     file = saved(Image.fromarray(LEVELS), "JPEG", progressive=True)
     assert decode(file, "it").shape == LEVELS.shape
     first = file.index(b"\xff\xda")
-    with pytest.raises(UserError, match="more than 100 scans"):
+    with pytest.raises(UserError, match="must have at most 100 scans"):
         decode(file[:-2] + 5000 * file[first:-2] + file[-2:], "it")
 
 
@@ -120,7 +120,7 @@ def test_decoder_that_takes_too_long_or_ends_is_replaced(monkeypatch: pytest.Mon
     assert process() == first  # kept for the next file
     first.suspend()
     monkeypatch.setattr(decoding, "_TIME_S", 0.1)
-    with pytest.raises(UserError, match=r"it: too slow to decode: .* within 0.1 s"):
+    with pytest.raises(UserError, match=r"it: slow to decode: it must take at most 0.1 s"):
         decode(gif, "it")
     monkeypatch.undo()
     second = process()
@@ -135,7 +135,7 @@ def test_decoder_that_takes_too_long_or_ends_is_replaced(monkeypatch: pytest.Mon
 
 
 def test_what_phones_save_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="save it as a JPEG or a PNG"):
+    with pytest.raises(UserError, match="Save it as a JPEG or a PNG"):
         decode(b"\0\0\0\x18ftypheic" + bytes(40), "IMG_1.HEIC")
 
 

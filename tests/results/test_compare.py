@@ -159,7 +159,7 @@ def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(
     assert (status, err) == (0, "")
     document = json.loads(out)
     best = [f"smoke-{row.number}" for row in best_first(smoke.store.rows())]
-    pruned = [f"smoke-{row.number}" for row in best_first(smoke.store.rows(), "pruned")]
+    pruned = [f"smoke-{n.number} (pruned)" for n in best_first(smoke.store.rows(), "pruned")]
     names = [*best, *pruned][:5]
     assert len(best) < 5 <= len(best + pruned)
     assert [run["name"] for run in document["runs"]] == names

@@ -28,7 +28,7 @@ def test_a_file_that_is_no_database_is_one_line_and_left_alone(lab: Path) -> Non
 
 
 @pytest.mark.parametrize("version", [999, 1])
-def test_a_database_of_another_optuna_is_told_apart(lab: Path, version: int) -> None:
+def test_a_database_of_another_optuna_is_named(lab: Path, version: int) -> None:
     open_storage(lab)
     with closing(sqlite3.connect(lab / "optuna.db")) as database, database:
         database.execute("UPDATE version_info SET schema_version = ?", (version,))

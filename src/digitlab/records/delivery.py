@@ -38,7 +38,6 @@ class Delivery:
         self._spools: list[FileSpool] = []  # of which the tracker may lack something, in order
         self._failed: list[FileSpool] = []
         self._thread: threading.Thread | None = None
-        self._is_closing = False
 
     def flush(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> int:
         """Wait until the tracker has everything; return the number of runs still pending.
@@ -76,12 +75,12 @@ class Delivery:
         """End the thread; return False if it waits for an answer of the tracker for longer."""
         if self._thread is not None:
             with self._changes:
-                self._is_closing = True
+                self._changes.is_closing = True
                 self._changes.hurry()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 return False
-            self._thread, self._is_closing = None, False
+            self._thread, self._changes.is_closing = None, False
         return True
 
     def _add(self, spool: FileSpool) -> None:
@@ -95,34 +94,25 @@ class Delivery:
     def _send_until_closed(self) -> None:
         while True:
             with self._changes:
-                self._changes.wait_for(lambda: self._is_closing or self.pending())
-                self._pause(_GATHER_S)
-            if self._is_closing:
+                self._changes.wait_for(lambda: self._changes.is_closing or self.pending())
+                self._changes.pause(_GATHER_S)
+            if self._changes.is_closing:
                 return
             try:
                 self._send_all()
                 self.problem, self._disk_error = "", None
-                self._calm(self.pending() > 0)
+                self._changes.calm(self.pending() > 0)
             except (TrackerAway, OSError) as error:  # a disk that takes nothing may do so later
                 self.problem = str(error)
-                self._calm(False)
+                self._changes.calm(False)
                 if isinstance(error, TrackerUnwritable | OSError):
                     with self._changes:
                         self._disk_error = error
                         self._changes.notify_all()
                 # Jitter, so that many clients of one server do not all come back at once.
                 time.sleep(_FIRST_WAIT_S * random.random())  # noqa: S311
-                self._pause(self._wait_s)
+                self._changes.pause(self._wait_s)
                 self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
-
-    def _calm(self, goes_on: bool) -> None:
-        """Gather, or back off, from now on, unless what was asked for at once is still going on."""
-        with self._changes:
-            self._changes.is_urgent = self._changes.is_urgent and goes_on
-
-    def _pause(self, longest_s: float) -> None:
-        with self._changes:
-            self._changes.wait_for(lambda: self._changes.is_urgent or self._is_closing, longest_s)
 
     def _send_all(self) -> None:
         with self._changes:
@@ -130,7 +120,7 @@ class Delivery:
         sent: list[tuple[FileSpool, int]] = []
         try:
             for spool in spools:
-                if self._is_closing:
+                if self._changes.is_closing:
                     break
                 try:
                     sent.append((spool, self._send(spool)))

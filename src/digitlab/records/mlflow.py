@@ -165,11 +165,8 @@ class MlflowTracker(Tracker):
 
     @translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
-        if any("'" in value for value in tags.values()):  # MLflow has no way to quote it
-            rows = _search(self.client, self.experiment, "")
-            return [row for row in rows if tags.items() <= row.tags.items()]
-        text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        return _search(self.client, self.experiment, text)
+        rows = _search(self.client, self.experiment, _filter(tags))
+        return [row for row in rows if tags.items() <= row.tags.items()]
 
     @translated
     def get(self, run: str) -> RunRow:
@@ -253,6 +250,11 @@ class MlflowTracker(Tracker):
         # Without a server, where `digitlab ui` serves what is in the lab.
         server = self.uri if self.is_server else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _filter(tags: Mapping[str, str]) -> str:
+    """Return a filter in MLflow's grammar, which cannot express a value that holds a quote."""
+    return " and ".join(f"tags.`{k}` = '{value}'" for k, value in tags.items() if "'" not in value)
 
 
 def _listed(client: MlflowClient, run_id: str) -> list[str]:

@@ -79,10 +79,21 @@ class Changes(threading.Condition):
     """Notified when an operation was appended, or sent."""
 
     is_urgent = False  # somebody waits for what was appended to be sent
+    is_closing = False  # nothing more will be sent
 
     def hurry(self) -> None:
         self.is_urgent = True
         self.notify_all()
+
+    def calm(self, goes_on: bool) -> None:
+        """Hurry no more, unless what was asked for still goes on."""
+        with self:
+            self.is_urgent = self.is_urgent and goes_on
+
+    def pause(self, longest_s: float) -> None:
+        """Wait, unless something hurries."""
+        with self:
+            self.wait_for(lambda: self.is_urgent or self.is_closing, longest_s)
 
 
 class FileSpool(RunSpool):

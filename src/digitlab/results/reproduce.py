@@ -182,8 +182,10 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
     try:
         recorded = config_from_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"--config {file} cannot be read: {first_line(error)} Name another file."
+            f"--config {file} cannot be read ({reason}): it must be a configuration. Name another "
+            "file."
         ) from error
     stores, others = split_stores(overrides)
     config = with_values(recorded, override_values(others))

@@ -121,10 +121,10 @@ class StudySession:
             pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
         self.records.outbox.check()
         if pending and not self.stop():
-            why = self.records.outbox.problem or "The tracker is slow."
+            why = self.records.outbox.problem.rstrip(".") or "the tracker is slow"
             raise UserError(
                 f"{pending} records wait in {self.lab / 'outbox'}, and the champion must be chosen "
-                f"from complete ones. {why} Go on with the same command."
+                f"from complete ones ({why}). Try again with the same command."
             )
 
 
