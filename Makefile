@@ -85,7 +85,7 @@ compare: $(STAMP) ## what differs between runs (RUNS="one another")
 	@test -n "$(RUNS)" || { echo 'RUNS= is missing: two runs or more, such as RUNS="champion study/7"'; exit 2; }
 	@$(BIN)/digitlab compare $(RUNS) $(ARGS)
 
-bench: $(STAMP) ## time runs, workers and bookkeeping in turns (some minutes; leave the machine alone)
+bench: $(STAMP) ## time runs, workers and bookkeeping in turns (an hour or so; leave the machine alone)
 	@$(BIN)/digitlab bench $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers, dependencies, printed figures

@@ -169,7 +169,7 @@ def _run(lab: Path, command: str, overrides: list[str], published: bool) -> None
         try:
             composed = compose(command, overrides)[0]
             if command == "train":
-                status = train(composed, lab)
+                status = train(composed, lab).exit_status
             else:
                 status = sweep(composed, lab, *([publish] if published else []))
         except UserError as error:

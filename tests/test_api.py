@@ -37,6 +37,21 @@ def test_a_study_is_a_table_with_a_champion(tmp_path_factory: pytest.TempPathFac
     assert trials.state[champion["trial"]] == "finished"
 
 
+def test_what_is_recorded_elsewhere_is_found_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, other = copy_digits(tmp_path / "lab"), f"tracking.uri=sqlite:///{tmp_path}/other.db"
+    monkeypatch.chdir(tmp_path)
+    run = digitlab.train(*SMALL, other, lab=lab)
+    assert run.stores == (other,)
+    assert run.network() is not None
+    assert digitlab.load_run(run.run_id, lab, [other]) == run
+    with pytest.raises(digitlab.UserError, match="no such run"):
+        digitlab.load_run(run.run_id, lab)
+    with pytest.raises(digitlab.UserError, match="the run finished, and its record is not there"):
+        digitlab.train(*SMALL, "tracking=none", lab=lab)
+
+
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(digitlab.UserError, match=r"trainer.epochs=0 is invalid"):
         digitlab.train("trainer.epochs=0", lab=tmp_path)

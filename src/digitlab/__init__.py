@@ -9,12 +9,14 @@
     network = digitlab.load_run("champion").network()
 
 Settings are Hydra overrides, as `digitlab train` and `digitlab sweep` take them. `lab` is the
-folder with data and records; by default that of the command line: DIGITLAB_HOME, or `lab/`. A
-script that calls `sweep` needs `if __name__ == "__main__":`, since workers import it.
+folder with data and records; by default that of the command line: DIGITLAB_HOME, or `lab/`.
+`stores` are the words for where records are if not in the lab, such as `tracking.uri=...`. A script
+that calls `sweep` needs `if __name__ == "__main__":`, since workers import it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from digitlab.config.types import Config
     from digitlab.digits.predict import Answer
+    from digitlab.study.trials import TrialStore
 
 __version__ = version("digitlab")
 __all__ = [
@@ -54,12 +57,13 @@ class Run:
     state: str  # finished, pruned, failed, interrupted or running
     metrics: dict[str, float]
     lab: Path
+    stores: tuple[str, ...] = ()
 
     def config(self) -> Config:
         """Return the configuration that the run was trained with."""
         from digitlab.records.reader import lab_tracker, recorded_config
 
-        tracker = lab_tracker(self.lab)
+        tracker = lab_tracker(self.lab, self.stores)
         return recorded_config(tracker, tracker.get(self.run_id))
 
     def network(self) -> nn.Module:
@@ -70,7 +74,7 @@ class Run:
         """
         from digitlab.records.reader import lab_tracker, load_network, recorded_config, trained
 
-        tracker = lab_tracker(self.lab)
+        tracker = lab_tracker(self.lab, self.stores)
         row = trained(tracker, self.run_id)
         return load_network(tracker, row, recorded_config(tracker, row))
 
@@ -78,7 +82,7 @@ class Run:
         """Return predicted and true digits (N,) of the images that the run was measured on."""
         from digitlab.records.reader import lab_tracker, recorded_guesses
 
-        tracker = lab_tracker(self.lab)
+        tracker = lab_tracker(self.lab, self.stores)
         return recorded_guesses(tracker, tracker.get(self.run_id))
 
 
@@ -88,43 +92,52 @@ class Study:
 
     name: str
     lab: Path
+    stores: tuple[str, ...] = ()
 
     def trials(self) -> pandas.DataFrame:
         """Return a row for each trial: state, value (validation accuracy), hyperparameters."""
         import pandas as pd
 
-        from digitlab.study.trials import load_study
-
-        rows = load_study(self.lab, self.name)[0].rows()
+        rows = self._store().rows()
         plain = [{"state": row.state, "value": row.value, **row.values} for row in rows]
         return pd.DataFrame(plain, index=pd.Index([row.number for row in rows], name="trial"))
 
     def champion(self) -> dict[str, Any] | None:
         """Return what is known of the champion: trial, values, test_accuracy; None without one."""
+        noted: dict[str, Any] | None = self._store().notes().get("champion")
+        return noted
+
+    def _store(self) -> TrialStore:
+        from digitlab.base.invocation import storage_of
         from digitlab.study.trials import load_study
 
-        noted: dict[str, Any] | None = load_study(self.lab, self.name)[0].notes().get("champion")
-        return noted
+        return load_study(self.lab, self.name, storage_of(self.stores))[0]
 
 
 class Predictor:
-    """Reads images of digits with a trained network, as `digitlab predict` does."""
+    """Reads images of digits with a trained network, and answers as `digitlab predict` does."""
 
-    def __init__(self, run: str | None = None, lab: Path | None = None) -> None:
+    def __init__(
+        self, run: str | None = None, lab: Path | None = None, stores: Sequence[str] = ()
+    ) -> None:
         """Load a run named as for `load_run`; the champion, or else the newest, without a name."""
         from digitlab.digits.predict import DigitReader
         from digitlab.records.reader import lab_tracker
 
         lab = _lab(lab)
-        self._predictor = DigitReader(lab_tracker(lab), run, lab)
+        self._predictor = DigitReader(lab_tracker(lab, stores), run, lab)
 
     def predict(self, *images: str | Path) -> list[Answer]:
-        """Return an answer for each image file: status, digit, probability, probabilities."""
+        """Return an answer for each image file: status, digit, probability, probabilities.
+
+        Raises:
+            UserError: a file cannot be read, or is no image.
+        """
         from digitlab.digits.decode import read_image
         from digitlab.digits.prepare import prepare
 
         prepared = [(str(path), prepare(read_image(Path(path)))) for path in images]
-        return self._predictor.answer(prepared)
+        return self._predictor.answer(prepared) if prepared else []
 
 
 def compose(*overrides: str) -> Config:
@@ -142,22 +155,27 @@ def train(*overrides: str, lab: Path | None = None) -> Run:
     """Train one configuration in this process and record it.
 
     Raises:
-        UserError: an override is invalid, the data are missing, or the run did not finish.
+        UserError: an override is invalid, the data are missing, the run did not finish, or nothing
+            is recorded.
     """
     from digitlab.config.compose import compose as _compose
-    from digitlab.study.run import Outcome
+    from digitlab.config.compose import store_words
     from digitlab.study.run import train as _train
 
-    lab, outcomes = _lab(lab), list[Outcome]()
+    lab = _lab(lab)
     [composed] = _compose("train", overrides)
-    _train(composed, lab, conclude=lambda _records, _config, outcome: outcomes.append(outcome))
-    if not outcomes or outcomes[0].run_id is None:
+    outcome = _train(composed, lab)
+    if outcome.state != "finished":
         raise UserError(
-            f"{' '.join(overrides)}: no finished run was recorded: the training must end by "
-            f"itself. "
-            "Read what was printed, and train again."
+            f"{' '.join(overrides)}: the run is {outcome.state} ({outcome.reason}): it must end by "
+            "itself. Train it again."
         )
-    return load_run(outcomes[0].run_id, lab)
+    if outcome.run_id is None:
+        raise UserError(
+            f"{' '.join(overrides)}: the run finished, and its record is not there: a tracker must "
+            "record it, and answer. Leave out tracking=none, or see what was printed."
+        )
+    return load_run(outcome.run_id, lab, store_words(composed.config))
 
 
 def sweep(*overrides: str, lab: Path | None = None) -> Study:
@@ -167,6 +185,7 @@ def sweep(*overrides: str, lab: Path | None = None) -> Study:
         UserError: an override is invalid, or no trial finished.
     """
     from digitlab.config.compose import compose as _compose
+    from digitlab.config.compose import store_words
     from digitlab.results.publish import publish
     from digitlab.study.driver import sweep as _sweep
 
@@ -177,27 +196,24 @@ def sweep(*overrides: str, lab: Path | None = None) -> Study:
             f"study {composed.config.study.name} did not end: it was stopped, or no trial "
             "finished. Read what was printed, and call sweep again."
         )
-    return load_study(composed.config.study.name, lab)
+    return load_study(composed.config.study.name, lab, store_words(composed.config))
 
 
-def reproduce(run: str, lab: Path | None = None) -> str:
+def reproduce(run: str, lab: Path | None = None, stores: Sequence[str] = ()) -> str:
     """Train a run again from its record alone.
 
     Returns:
         The verdict: identical, within tolerance, not reproduced, or not comparable.
+
+    Raises:
+        UserError: there is no such run, or it did not finish.
     """
-    from digitlab.records.reader import lab_tracker
     from digitlab.results.reproduce import reproduce as _reproduce
-    from digitlab.results.verdict import STATUS
 
-    lab = _lab(lab)
-    original = load_run(run, lab)
-    _reproduce(original.run_id, (), lab, as_json=False, at_commit=False)
-    noted = lab_tracker(lab).get(original.run_id).tags["digitlab.reproduced"]
-    return next(verdict for verdict in STATUS if noted.startswith(verdict))
+    return _reproduce(run, stores, _lab(lab), as_json=False).verdict
 
 
-def load_run(name: str, lab: Path | None = None) -> Run:
+def load_run(name: str, lab: Path | None = None, stores: Sequence[str] = ()) -> Run:
     """Return a run by its id, a beginning of it, its name, STUDY/TRIAL, or `champion`.
 
     Raises:
@@ -206,21 +222,22 @@ def load_run(name: str, lab: Path | None = None) -> Run:
     from digitlab.records.reader import find_run, lab_tracker
 
     lab = _lab(lab)
-    row = find_run(lab_tracker(lab), name)
+    row = find_run(lab_tracker(lab, stores), name)
     kind, state = (row.tags.get(f"digitlab.{key}", "") for key in ("kind", "state"))
-    return Run(row.run_id, row.name, kind, state, dict(row.metrics), lab)
+    return Run(row.run_id, row.name, kind, state, dict(row.metrics), lab, tuple(stores))
 
 
-def load_study(name: str, lab: Path | None = None) -> Study:
+def load_study(name: str, lab: Path | None = None, stores: Sequence[str] = ()) -> Study:
     """Return a study by its name; UserError where there is none."""
+    from digitlab.base.invocation import storage_of
     from digitlab.study.trials import load_study as _load_study
 
     lab = _lab(lab)
-    _load_study(lab, name)
-    return Study(name, lab)
+    _load_study(lab, name, storage_of(stores))
+    return Study(name, lab, tuple(stores))
 
 
 def _lab(lab: Path | None) -> Path:
     from digitlab.base.paths import lab_folder
 
-    return Path(lab).resolve() if lab else lab_folder()
+    return lab_folder(lab)

@@ -272,7 +272,7 @@ def _add_studies(builder: _Builder) -> None:
         "file", type=Path, metavar="FILE", help="to be written"
     )
     bring = "verify a study that was exported, and record it here"
-    builder.add_reader("import", commands.bring, bring).add_argument(
+    builder.add_reader("import", commands.import_study, bring).add_argument(
         "file", type=Path, metavar="FILE", help="as `digitlab export` wrote it"
     )
 
@@ -309,7 +309,7 @@ def _add_digits(builder: _Builder) -> None:
     predict = builder.add_reader(
         "predict", commands.predict, "which digit an image shows, and how sure that is",
         _WITH, _JSON, _out("folder for the images of 28x28 that the network sees", "FOLDER"),
-        more="Probabilities are calibrated on validation images, but for the uncalibrated one. "
+        more="Probabilities are calibrated on validation images; the network's own stands beside. "
         "Exit status: 0, or 2 where one could not be read.",
     )  # fmt: skip
     files = "files, folders, - for standard input"

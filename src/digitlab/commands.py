@@ -46,7 +46,7 @@ def train(options: Namespace) -> int:
     from digitlab.study.run import train as train_one
 
     lab = lab_folder()
-    return _run_all(jobs, lambda job: train_one(job, lab, conclude=conclude))
+    return _run_all(jobs, lambda job: train_one(job, lab, conclude=conclude).exit_status)
 
 
 def sweep(options: Namespace) -> int:
@@ -144,17 +144,17 @@ def export(options: Namespace) -> int:
     return export_study(options.study, options.file, lab_folder(), options.stores)
 
 
-def bring(options: Namespace) -> int:
-    from digitlab.results.exchange import import_study
+def import_study(options: Namespace) -> int:
+    from digitlab.results.exchange import import_study as record
 
-    return import_study(options.file, lab_folder(), options.stores)
+    return record(options.file, lab_folder(), options.stores)
 
 
 def audit(options: Namespace) -> int:
-    from digitlab.results.audit import inspect
+    from digitlab.results.audit import audit_studies
 
-    form = (options.repair, options.json)
-    return inspect(options.study, lab_folder(), *form, options.stores)
+    how = {"is_repair": options.repair, "as_json": options.json}
+    return audit_studies(options.study, lab_folder(), stores=options.stores, **how)
 
 
 def bench(options: Namespace) -> int:
@@ -202,8 +202,8 @@ def reproduce(options: Namespace) -> int:
     overrides = [*changed, *options.stores]
     if options.config:
         return reproduce_file(Path(options.config), overrides, lab)
-    at_commit = (options.at_commit, options.yes)
-    return train_again(named[0], overrides, lab, options.json, *at_commit)
+    how = {"at_commit": options.at_commit, "is_trusted": options.yes}
+    return train_again(named[0], overrides, lab, options.json, **how).exit_status
 
 
 def _is_override(word: str) -> bool:
@@ -234,8 +234,16 @@ def report(options: Namespace) -> int:
 def predict(options: Namespace) -> int:
     from digitlab.digits.predict import predict as read
 
-    given = (options.image, options.run, options.json, options.explain, options.out)
-    return read(*given, lab_folder(), options.stores, options.recursive)
+    return read(
+        options.image,
+        options.run,
+        as_json=options.json,
+        explain=options.explain,
+        save=options.out,
+        lab=lab_folder(),
+        stores=options.stores,
+        recursive=options.recursive,
+    )
 
 
 def explain(options: Namespace) -> int:

@@ -16,7 +16,7 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose, composed_text, override_values, store_words
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
-from digitlab.networks.settings import SeedConfig
+from digitlab.networks.settings import ArticleConfig
 
 RECIPES = {path.stem for path in (ROOT / "experiments").glob("*.yaml")}
 
@@ -51,7 +51,7 @@ def test_an_override_wins_over_the_recipe() -> None:
 
 def test_a_recipe_may_replace_a_whole_group() -> None:
     (composed,) = compose("train", ["experiments=seed"])
-    assert composed.config.model == SeedConfig(name="seed")
+    assert composed.config.model == ArticleConfig(name="seed")
     assert composed.config.optim.name == "adam"
 
 

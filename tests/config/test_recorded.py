@@ -20,7 +20,7 @@ from digitlab.config.recorded import (
     with_values,
 )
 from digitlab.config.types import Config
-from digitlab.networks.settings import ConvnetConfig, SeedConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig
 
 
 def stored_refusal(plain: dict[str, Any]) -> str:
@@ -344,7 +344,7 @@ CONFIGS = st.builds(
         ),
         allow_unknown=st.booleans(),
     ),
-    model=convnets() | st.just(SeedConfig(name="seed")),
+    model=convnets() | st.just(ArticleConfig(name="seed")),
     optim=st.builds(
         limits.OptimConfig,
         name=st.sampled_from(limits.Optimizer),

@@ -11,7 +11,7 @@ from trackers import FILES, LONG, Server
 
 from digitlab.base.errors import UserError
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.store import LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
+from digitlab.records.tracker import LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
 
 
 @pytest.fixture(params=["sqlite", "server"])

@@ -156,7 +156,7 @@ def test_explain_says_what_the_champion_reads_and_draws_why(lab: Path, explain) 
     ranked = list(zip(digits.tolist(), sure.tolist(), strict=True))
     said = ", ".join(f"{digit} {probability:.2%}" for digit, probability in ranked)
     assert first.startswith(f"test image 3, a {truth}: ")
-    assert first.endswith(f" reads {said}")
+    assert first.endswith(f" reads {said} (uncalibrated)")
     (best, _), (other, _), _ = ranked
     assert second.startswith(f"why {best} and not {other}, ")
     picture = Path(second.rsplit(": ", 1)[1])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from digitlab.base.paths import CONF
 from digitlab.config.compose import compose
+from digitlab.networks.article import ArticleNetwork
 from digitlab.networks.convnet import Convnet, FlattenLast
-from digitlab.networks.seed import Seed
-from digitlab.networks.settings import ConvnetConfig, ModelConfig, SeedConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig
 from digitlab.networks.table import NETWORKS, build_network
 
 PLAIN = ConvnetConfig(
@@ -63,7 +63,7 @@ def test_every_model_option_has_an_entry_in_the_table() -> None:
     assert types == set(NETWORKS)
 
 
-@pytest.mark.parametrize("config", [PLAIN, but(batch_norm=False), SeedConfig(name="seed")])
+@pytest.mark.parametrize("config", [PLAIN, but(batch_norm=False), ArticleConfig(name="seed")])
 def test_weights_of_convolutions_are_in_channels_last_layout(config: ModelConfig) -> None:
     convolutions = [m for m in build_network(config).modules() if isinstance(m, nn.Conv2d)]
     assert convolutions
@@ -71,7 +71,7 @@ def test_weights_of_convolutions_are_in_channels_last_layout(config: ModelConfig
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("config", [PLAIN, SeedConfig(name="seed")])
+@pytest.mark.parametrize("config", [PLAIN, ArticleConfig(name="seed")])
 def test_one_seed_makes_one_network(config: ModelConfig) -> None:
     states = []
     for seed in (1, 1, 2):
@@ -85,12 +85,12 @@ def test_one_seed_makes_one_network(config: ModelConfig) -> None:
 
 
 def test_the_seed_network_has_the_parameters_of_the_article() -> None:
-    assert parameters(build_network(SeedConfig(name="seed"))) == 54_410
+    assert parameters(build_network(ArticleConfig(name="seed"))) == 54_410
 
 
 def test_the_seed_network_computes_what_the_article_s_layers_do() -> None:
-    module = build_network(SeedConfig(name="seed"))
-    assert isinstance(module, Seed)
+    module = build_network(ArticleConfig(name="seed"))
+    assert isinstance(module, ArticleNetwork)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
@@ -103,8 +103,8 @@ def test_the_seed_network_computes_what_the_article_s_layers_do() -> None:
 
 def test_the_seed_network_starts_as_keras_starts_it() -> None:
     torch.manual_seed(0)
-    module = build_network(SeedConfig(name="seed"))
-    assert isinstance(module, Seed)
+    module = build_network(ArticleConfig(name="seed"))
+    assert isinstance(module, ArticleNetwork)
     # Glorot's uniform: the limit is sqrt(6 / (inputs + outputs)), a convolution's counted by pixel
     for layer, inputs, outputs in (
         (module.convolution, 9 * 1, 9 * 32),

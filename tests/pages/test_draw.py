@@ -36,7 +36,7 @@ from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.predict import DigitReader
 from digitlab.pages import draw
 from digitlab.records.record import open_tracker
-from digitlab.records.store import NewRun, Tracker, now_ms
+from digitlab.records.tracker import NewRun, Tracker, now_ms
 
 # ---- a lab with two networks, and a server ------------------------------------------------------
 

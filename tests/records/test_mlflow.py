@@ -29,7 +29,7 @@ from digitlab.base.errors import UserError
 from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker, save_servable
 from digitlab.records.mlflow_errors import http_status
-from digitlab.records.store import LogBatch, NewRun, TrackerAway
+from digitlab.records.tracker import LogBatch, NewRun, TrackerAway
 from digitlab.results.verdict import Change
 
 _FOUR_AT_ONCE = """

@@ -25,7 +25,7 @@ from trackers import (
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.spool import decode, encode
-from digitlab.records.store import (
+from digitlab.records.tracker import (
     LogBatch,
     NewRun,
     NoTracker,

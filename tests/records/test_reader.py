@@ -29,7 +29,7 @@ from digitlab.records.reader import (
     recorded_logits,
 )
 from digitlab.records.record import SUMS
-from digitlab.records.store import NoTracker, RunRow
+from digitlab.records.tracker import NoTracker, RunRow
 
 METADATA = {"layout": "channels_last", "format": "1"}
 

@@ -147,7 +147,7 @@ def test_runs_on_other_images_are_not_tested(compare: Compare) -> None:
     _, out, _ = compare("one-seed-0", "tested-seed-0")
     assert "no paired test: they were measured on different images" in out
     _, out, _ = compare("one-seed-0", "tested-seed-0", "--json")
-    assert json.loads(out)["tests"][0]["none"] == "they were measured on different images"
+    assert json.loads(out)["tests"][0]["reason"] == "they were measured on different images"
 
 
 def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(

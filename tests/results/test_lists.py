@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_table_of_runs_fits_80_columns_and_says_how_many_it_leaves_out(call: Cal
     assert call("runs", "--study", "smoke", "--kind", "train")[1] == "there are none\n"
     refused = "digitlab: study smokk does not exist: did you mean smoke?\n"
     assert call("runs", "--study", "smokk") == (2, "", refused)
+
+
+def test_the_command_that_lists_all_keeps_what_was_asked_for(call: Call) -> None:
+    _, out, _ = call("runs", "--study=smoke", "--state=finished", "--most=1")
+    [command] = re.findall(r"all: digitlab (.+)", out)
+    assert command == "runs --most=0 --study=smoke --state=finished"
 
 
 def test_table_keeps_its_numbers_where_the_terminal_is_too_narrow(

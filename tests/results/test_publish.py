@@ -14,7 +14,7 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, trained
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.results.publish import publish
 from digitlab.study.session import StudySession, open_session
 

@@ -48,7 +48,7 @@ from digitlab.config.recorded import config_to_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import recorded_guesses
-from digitlab.records.store import NoTracker
+from digitlab.records.tracker import NoTracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.report import report
 from digitlab.study.storage import open_storage
@@ -223,6 +223,16 @@ def test_page_of_a_study_that_was_stopped_says_what_is_missing(lab: Path) -> Non
     assert "50.00%" in page.sections["Best trials"]
     assert "c0ffee" in page.sections["Environment"]
     assert "digitlab reproduce" not in page.sections["Commands"]
+
+
+def test_charts_of_trials_that_were_all_taken_over_say_what_is_missing() -> None:
+    """They have no accuracy at a rung, which trials of a study with pruning are compared by."""
+    study = new_study("study.pruner=median")
+    add_trials(study.store, [0.5, 0.6, 0.7])
+    charts = {chart.title: chart for chart in study_charts(study.store, 1)}
+    for title in ("Parallel coordinates", "Slices"):
+        assert charts[title].message.startswith("Missing: no trial has an accuracy at "), title
+    assert charts["History"].figure is not None
 
 
 def test_page_of_a_study_of_one_trial_says_that_charts_need_two() -> None:

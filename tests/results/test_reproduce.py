@@ -40,7 +40,7 @@ from digitlab.data.datasets import TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
 from digitlab.records.record import SUMS, Identity, open_records, seal, trial_tags
-from digitlab.records.store import LogBatch, NewRun, RunRow, now_ms
+from digitlab.records.tracker import LogBatch, NewRun, RunRow, now_ms
 from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
 from digitlab.results.at_commit import confirm_code, train_at_commit
@@ -88,7 +88,7 @@ class Recorded:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     lab = copy_digits(tmp_path_factory.mktemp("recorded") / "lab")
-    assert train(compose("train", SMALL)[0], lab) == 0
+    assert train(compose("train", SMALL)[0], lab).state == "finished"
     tracker = MlflowTracker(None, "digitlab", lab)
     return Recorded(lab, tracker.get("smoke-seed-0").run_id, tracker)
 
@@ -809,7 +809,7 @@ def elsewhere(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("store")
     store = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
     [composed] = compose("train", [*SMALL, "name=elsewhere", "trainer.seed=4", store])
-    assert train(composed, recorded.lab) == 0
+    assert train(composed, recorded.lab).state == "finished"
     uri = composed.config.tracking.uri
     return MlflowTracker(uri, "digitlab", recorded.lab).get("elsewhere").run_id, store
 

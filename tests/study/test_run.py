@@ -24,7 +24,7 @@ from digitlab.data.datasets import TEST, TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, recorded_config, recorded_environment, recorded_guesses
 from digitlab.records.record import Identity, open_records
-from digitlab.records.store import NoTracker, RunRow
+from digitlab.records.tracker import NoTracker, RunRow
 from digitlab.study.run import Outcome, name_of, run_once, train
 
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "model.hidden=8"]
@@ -134,7 +134,7 @@ def test_an_allocation_of_slurm_does_not_keep_it_from_training(
 ) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert train(compose("train", [*SMALL, "tracking=none"])[0], lab) == 0
+    assert train(compose("train", [*SMALL, "tracking=none"])[0], lab).exit_status == 0
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_signal_between_two_batches_is_recorded_as_interrupted(
     lab: Path, at, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     at("job.batch", lambda: os.kill(os.getpid(), number))
-    assert train(compose("train", SMALL)[0], lab) == 130
+    assert train(compose("train", SMALL)[0], lab).exit_status == 130
     assert state_of(lab) == "interrupted"
     assert "(smoke-seed-0) interrupted" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_an_ignored_sighup_stays_ignored_and_the_run_goes_on(lab: Path, at) -> N
     """As `nohup` asks for."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at("job.batch", lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert train(compose("train", SMALL)[0], lab) == 0
+    assert train(compose("train", SMALL)[0], lab).exit_status == 0
     assert state_of(lab) == "finished"
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 

@@ -15,7 +15,7 @@ from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.sessions import Sessions
-from digitlab.results.audit import inspect
+from digitlab.results.audit import audit_studies
 from digitlab.study import progress
 from digitlab.study.trials import TrialStore
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
@@ -184,7 +184,7 @@ def test_a_sealed_trial_that_another_process_is_to_send_is_waited_for(
     lead_until_killed(lab, train_well, *study, point="outbox.sealed")
     other = Sessions(lab / "outbox", MlflowTracker(None, "digitlab", lab).identity)
     [held] = other.left_behind()
-    assert inspect(["smoke"], lab, is_repair=True, as_json=False) == 1
+    assert audit_studies(["smoke"], lab, is_repair=True, as_json=False) == 1
     assert "another process of this lab is still to send" in capfd.readouterr().out
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: other.release(held))
     monkeypatch.setattr("digitlab.study.session.time", clock)

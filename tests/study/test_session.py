@@ -20,8 +20,8 @@ from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.store import RunRow
-from digitlab.results.audit import inspect
+from digitlab.records.tracker import RunRow
+from digitlab.results.audit import audit_studies
 from digitlab.study.run import train
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.storage import open_storage
@@ -89,7 +89,7 @@ def test_a_study_that_was_deleted_in_optuna_is_named_and_its_runs_stay(
     before = all_runs(finished)
     optuna.delete_study(study_name="smoke", storage=open_storage(finished))
     assert "study.name=smoke is taken" in refusal(finished)
-    assert inspect([], finished, is_repair=True, as_json=False) == 1
+    assert audit_studies([], finished, is_repair=True, as_json=False) == 1
     assert "study smoke is not in Optuna's storage" in capsys.readouterr().out
     assert all_runs(finished) == before
 
@@ -100,12 +100,12 @@ def test_a_study_that_was_renamed_in_optuna_goes_on_under_its_new_name(finished:
     with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE studies SET study_name = 'renamed'")
     assert "study.name=smoke is taken" in refusal(finished)
-    assert inspect(["renamed"], finished, is_repair=True, as_json=False) == 0
+    assert audit_studies(["renamed"], finished, is_repair=True, as_json=False) == 0
     assert all_runs(finished) == runs
     assert lead(finished, train_well, *STUDY, "study.name=renamed", "study.trials=3")[0] == 0
     assert results_of(finished, "renamed")[:2] == before
     assert problems_of(finished, "renamed") == []
-    assert inspect(["renamed"], finished, is_repair=False, as_json=False) == 0
+    assert audit_studies(["renamed"], finished, is_repair=False, as_json=False) == 0
 
 
 def test_a_deleted_experiment_is_named_before_any_training(finished: Path) -> None:
@@ -149,8 +149,8 @@ def test_audit_is_refused_while_the_study_is_led(finished: Path) -> None:
     with opened(finished):
         for is_repair in (False, True):
             with pytest.raises(UserError, match=r"study\.name=smoke is in use"):
-                inspect(["smoke"], finished, is_repair, as_json=False)
-    assert inspect(["smoke"], finished, is_repair=False, as_json=False) == 0
+                audit_studies(["smoke"], finished, is_repair, as_json=False)
+    assert audit_studies(["smoke"], finished, is_repair=False, as_json=False) == 0
 
 
 def test_a_study_has_one_run_of_its_own_even_if_it_was_not_noted(finished: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.study.settle import has_result, trial_value
 from digitlab.study.trials import TrialRow
 

@@ -17,7 +17,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml, with_values
 from digitlab.config.types import Config
 from digitlab.records.record import Identity, RunRecorder, open_records, open_tracker, trial_tags
-from digitlab.records.store import NoTracker, RunRow, Tracker
+from digitlab.records.tracker import NoTracker, RunRow, Tracker
 from digitlab.results.report import report
 from digitlab.study.run import train
 from digitlab.study.storage import open_storage
@@ -83,7 +83,7 @@ def _run_studies(lab: Path) -> None:
 
 def _train_readers(lab: Path) -> None:
     for overrides in (LEARNED, HASTY):
-        assert train(compose("train", overrides)[0], lab) == 0
+        assert train(compose("train", overrides)[0], lab).state == "finished"
 
 
 def copy_digits(lab: Path) -> Path:
@@ -106,6 +106,7 @@ def stop_in_the_middle(lab: Path) -> None:
         run_id = study.run_id(60)
         store.note("run_id", run_id)
         store.note("config", config_to_yaml(config))
+        store.note("overrides", list(composed.overrides))
         for number in range(2):
             row = store.ask()
             tags = trial_tags(store.study_id, "stopped", number, 1)

@@ -6,7 +6,7 @@ from conftest import TINY
 
 from digitlab.config.compose import compose
 from digitlab.records.record import open_records
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.results.audit import Problem, find_damage, find_problems
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialRow, TrialStore, load_study

@@ -26,7 +26,7 @@ from digitlab.base.errors import UserError
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.spool import RunSpool
-from digitlab.records.store import NewRun, Tracker
+from digitlab.records.tracker import NewRun, Tracker
 
 HOST = "127.0.0.1"
 SUPPORT = Path(__file__).parent

@@ -15,7 +15,7 @@ from digitlab.base.locks import file_lock
 from digitlab.base.paths import ROOT
 from digitlab.config.recorded import config_from_yaml
 from digitlab.data.datasets import TEST, load_digits
-from digitlab.records.store import NoTracker
+from digitlab.records.tracker import NoTracker
 
 ERRORS = ("UserError", "TrackerAway", "TrackerRefused", "TrackerUnwritable")
 # Messages of one part or two, by the module that raises them.

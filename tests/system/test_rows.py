@@ -17,8 +17,8 @@ from trackers import CODE, Server
 
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import load_run
-from digitlab.records.store import RunRow
-from digitlab.results.audit import inspect
+from digitlab.records.tracker import RunRow
+from digitlab.results.audit import audit_studies
 
 ENDLESS = ("trainer.epochs=100000", "study.pruner=none")
 DIGITLAB = Path(sys.executable).with_name("digitlab")
@@ -112,12 +112,12 @@ def test_audit_gives_a_killed_driver_its_sealed_trial(
     assert parent.wait() == -signal.SIGKILL
     assert states_of(lab) == ["finished", "running"]
 
-    assert inspect(["smoke"], lab, is_repair=False, as_json=False) == 1
+    assert audit_studies(["smoke"], lab, is_repair=False, as_json=False) == 1
     assert "trial 1 is marked as running, and nothing runs it" in capsys.readouterr().out
-    assert inspect(["smoke"], lab, is_repair=True, as_json=False) == 0
+    assert audit_studies(["smoke"], lab, is_repair=True, as_json=False) == 0
     assert states_of(lab) == ["finished", "finished"]
     assert len(runs_of(lab, kind="trial", trial="1")) == 1
-    assert inspect(["smoke"], lab, is_repair=False, as_json=False) == 0
+    assert audit_studies(["smoke"], lab, is_repair=False, as_json=False) == 0
 
     assert run_sweep(*study).wait() == 0
     assert_whole(lab, 3)

@@ -32,8 +32,8 @@ def recipe_folders() -> list[Path]:
     return [RECIPES] if IS_CHECKOUT or not own.is_dir() else [own, RECIPES]
 
 
-def lab_folder() -> Path:
-    """Return the lab: `lab/` in a checkout, else `./lab`; DIGITLAB_HOME moves it.
+def lab_folder(given: Path | None = None) -> Path:
+    """Return the lab: `lab/` in a checkout, else `./lab`; DIGITLAB_HOME, or `given`, moves it.
 
     The folder is made if it is not there. Its file `.env`, if any, gives environment variables
     that are not set, such as passwords.
@@ -43,12 +43,13 @@ def lab_folder() -> Path:
     """
     _refuse_other_checkout()
     home = ROOT if IS_CHECKOUT else Path.cwd()
-    folder = Path(os.environ.get("DIGITLAB_HOME") or home / "lab").expanduser().resolve()
+    place = given or os.environ.get("DIGITLAB_HOME") or home / "lab"
+    folder = Path(place).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"DIGITLAB_HOME={folder} is invalid: it must be a folder that can be written "
+            f"the lab {folder} is invalid: it must be a folder that can be written "
             f"({error.strerror}). Name another one."
         ) from error
     load_env_file(folder / ".env")

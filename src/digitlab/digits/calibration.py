@@ -15,7 +15,7 @@ from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
 from digitlab.data.images import to_unit
 from digitlab.records.reader import recorded_logits
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.training.evaluate import evaluate, fit_temperature
 
 _VERSION = "3"  # of what is fitted here: a cache of another version is not used
@@ -35,7 +35,7 @@ class Calibration:
 
     temperature: float
     limits: Tensor
-    basis: Tensor  # (784, K), principal components of the training images
+    basis: Tensor  # (784, K), leading eigenvectors of their second moments
     known: list[Tensor]  # for each digit (N, K), the training images in them
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _trial(tracker: Tracker, row: RunRow) -> RunRow | None:
 def _fitted(
     tracker: Tracker, source: RunRow | None, config: Config, network: nn.Module, lab: Path
 ) -> dict[str, Tensor]:
-    """Fit a calibration; `source` is the run that has predicted the validation images unlearned.
+    """Fit a calibration; `source` has predicted validation images that it did not train on.
 
     Where there is none, every image may have been learned from: the temperature stays 1.
     """

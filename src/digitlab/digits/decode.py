@@ -12,7 +12,7 @@ from PIL.ExifTags import Base
 
 from digitlab.base.errors import UserError
 from digitlab.base.files import require_file
-from digitlab.digits.apart import DecoderEnded, DecoderProcess, answer_files
+from digitlab.digits.decoder_process import DecoderEnded, DecoderProcess, answer_files
 
 Grey = NDArray[np.float32]
 
@@ -27,21 +27,21 @@ _RULE = f"it must be one of {', '.join(FORMATS)}. Save it as a JPEG or a PNG"
 _HEADS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
              ".heic", ".heif", ".avif", ".jxl", ".jp2", ".pdf", ".svg", ".dng", ".psd")  # fmt: skip
-_FILE = 50 * 2**20  # bytes of a file at most
-_PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
-_WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
-_SCANS = 100  # of a progressive JPEG: each of them goes through the whole picture again
+MAX_FILE_BYTES = 50 * 2**20  # bytes of a file at most
+_MAX_PIXELS = 50_000_000  # of a picture at most: 200 MB while it is decoded
+_MAX_WEBP_PIXELS = 16_000_000  # libwebp holds a picture four times
+_MAX_SCANS = 100  # of a progressive JPEG: each of them goes through the whole picture again
 _BOUNDED = _HEADS[:2]  # PNG, JPEG: what they take to decode is bounded by their size in pixels
-_SMALL = 4_000_000  # pixels of those that are decoded in this process
+_SMALL_PIXELS = 4_000_000  # pixels of those that are decoded in this process
 _TIME_S = 10  # for any other
-_LEAST = 5  # pixels of a side
-_LONGEST = 100  # times the shorter side
-_WORKING = 512  # pixels of a side that a digit is looked for in
-_STRIP = 2**20  # pixels that are reduced at once
-_DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
-_TOPS = (1.0, 255.0, 1023.0, 4095.0, 65535.0)  # of floats, and of 8, 10, 12 and 16 bits
-_CLEAR = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
-_apart = DecoderProcess()
+_MIN_SIDE_PIXELS = 5  # pixels of a side
+_MAX_ASPECT_RATIO = 100  # times the shorter side
+_WORKING_PIXELS = 512  # pixels of a side that a digit is looked for in
+_STRIP_PIXELS = 2**20  # pixels that are reduced at once
+_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # modes of 16 and 32 bits a pixel
+_MAX_LEVELS = (1.0, 255.0, 1023.0, 4095.0, 65535.0)  # of floats, and of 8, 10, 12 and 16 bits
+_ALPHA_MODES = ("P", "PA", "LA", "RGBA", "La", "RGBa")  # modes that may be transparent
+_decoder = DecoderProcess()
 
 
 class _RefusedError(Exception):
@@ -57,7 +57,7 @@ def read_image(path: Path) -> Grey:
     require_file(path, str(path))
     try:
         with open(path, "rb") as file:
-            content = file.read(_FILE + 1)
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         rule = "it must be a file that this user may read. Name another one"
         raise UserError(f"{path} cannot be read ({error.strerror}): {rule}.") from error
@@ -84,13 +84,15 @@ def decode(content: bytes, name: str) -> Grey:
     """
     if not content:
         raise UserError(f"{name}: empty: it must be an image. Copy or save it again.")
-    if len(content) > _FILE:
-        raise UserError(f"{name}: too large: it must have at most {_FILE // 2**20} MB. Scale it.")
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(
+            f"{name}: too large: it must have at most {MAX_FILE_BYTES // 2**20} MB. Scale it."
+        )
     if content[4:8] == b"ftyp":  # what phones save
         raise UserError(f"{name}: HEIC, AVIF or a film: {_RULE}.")
-    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _SCANS:
+    if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > _MAX_SCANS:
         raise UserError(
-            f"{name}: slow to decode: a JPEG must have at most {_SCANS} scans. {_SAVE}."
+            f"{name}: slow to decode: a JPEG must have at most {_MAX_SCANS} scans. {_SAVE}."
         )
     if content.startswith(_BOUNDED):
         try:
@@ -103,7 +105,7 @@ def decode(content: bytes, name: str) -> Grey:
 
 
 def _is_bounded(image: Image.Image) -> bool:
-    is_small = image.width * image.height <= _SMALL
+    is_small = image.width * image.height <= _SMALL_PIXELS
     return image.format in ("PNG", "JPEG") and is_small and "progressive" not in image.info
 
 
@@ -114,7 +116,7 @@ def _refusal(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image: {_RULE}."
     if isinstance(error, MemoryError | Image.DecompressionBombError):
-        return f"too many pixels: it must have at most {_PIXELS}. Scale it."
+        return f"too many pixels: it must have at most {_MAX_PIXELS}. Scale it."
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"damaged or cut short: {reason[0][:200].rstrip('.')}. Copy or save it again."
 
@@ -122,7 +124,7 @@ def _refusal(error: Exception) -> str:
 def _decode_apart(content: bytes, name: str) -> Grey:
     """Decode in a process of its own, which may take so much memory and time."""
     try:
-        answer = _apart.ask(content, _TIME_S)
+        answer = _decoder.ask(content, _TIME_S)
     except TimeoutError as error:
         rule = f"it must take at most {_TIME_S} s. Scale it, or save it as a PNG"
         raise UserError(f"{name}: slow to decode: {rule}.") from error
@@ -151,11 +153,14 @@ def _answer(content: bytes) -> bytes:
 def _check_size(image: Image.Image) -> None:
     """Refuse a picture that is too large or too thin; a JPEG is opened reduced."""
     width, height = image.size
-    if min(width, height) < max(_LEAST, max(width, height) / _LONGEST):
-        rule = f"it must have at least {_LEAST} a side, and no side {_LONGEST} times the other"
+    if min(width, height) < max(_MIN_SIDE_PIXELS, max(width, height) / _MAX_ASPECT_RATIO):
+        sides = f"at least {_MIN_SIDE_PIXELS} a side"
+        rule = f"it must have {sides}, and no side {_MAX_ASPECT_RATIO} times the other"
         raise _RefusedError(f"{width} x {height} pixels: {rule}. Cut or scale it.")
-    image.draft("RGB", (2 * _WORKING, 2 * _WORKING))  # a JPEG decodes an eighth of it, if it may
-    most = _WEBP_PIXELS if image.format == "WEBP" else _PIXELS
+    image.draft(
+        "RGB", (2 * _WORKING_PIXELS, 2 * _WORKING_PIXELS)
+    )  # a JPEG decodes an eighth of it, if it may
+    most = _MAX_WEBP_PIXELS if image.format == "WEBP" else _MAX_PIXELS
     if image.width * image.height > most:
         raise _RefusedError(f"{width} x {height} pixels: it must have at most {most}. Scale it.")
 
@@ -165,15 +170,17 @@ def _grey(image: Image.Image) -> Grey:
     if image.mode == "LAB":
         raise _RefusedError(f"colours of LAB: they must be grey, RGB or CMYK. {_SAVE}.")
     image.load()
-    if image.mode in _CLEAR and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
+    if image.mode in _ALPHA_MODES and "A" in image.getbands() and image.getextrema()[-1] == (0, 0):
         image = image.convert("L" if image.mode == "LA" else "RGB")  # of an alpha never written
     width, height = image.size
-    block = max(1, max(width, height) // _WORKING)  # pixels of a side
-    rows = block * max(1, _STRIP // (width * block))  # of a strip, so that memory stays bounded
+    block = max(1, max(width, height) // _WORKING_PIXELS)  # pixels of a side
+    rows = block * max(
+        1, _STRIP_PIXELS // (width * block)
+    )  # of a strip, so that memory stays bounded
     boxes = [(0, y, width, min(height, y + rows)) for y in range(0, height, rows)]
     strips = [_levels(image.crop(box), block) for box in boxes]
     light, alpha = (np.concatenate(part) for part in zip(*strips, strict=True))
-    if image.mode in _DEEP:
+    if image.mode in _DEEP_MODES:
         light = _scaled(light)
     else:
         opaque = float(light.sum() / max(float(alpha.sum()), 1e-6))
@@ -192,9 +199,9 @@ def _levels(strip: Image.Image, block: int) -> tuple[Grey, Grey]:
     In floats, since Pillow rounds the means of whole numbers.
     """
     alpha = None
-    if strip.mode in _DEEP:
+    if strip.mode in _DEEP_MODES:
         levels = Image.fromarray(np.asarray(strip).astype(np.float32))
-    elif strip.mode in _CLEAR or "transparency" in strip.info:
+    elif strip.mode in _ALPHA_MODES or "transparency" in strip.info:
         strip = strip.convert("RGBA")
         opacity = np.asarray(strip.getchannel("A"), np.float32) / 255
         levels = Image.fromarray(np.asarray(strip.convert("L")) * opacity)
@@ -213,7 +220,7 @@ def _scaled(values: Grey) -> Grey:
     if not np.isfinite(values).all():
         raise _RefusedError(f"not all finite: its levels must be finite numbers. {_SAVE}.")
     low, high = min(float(values.min()), 0.0), float(values.max())
-    top = next((top for top in _TOPS if high <= top), high)
+    top = next((top for top in _MAX_LEVELS if high <= top), high)
     if top == low:
         return np.zeros_like(values)
     return ((values - low) * (255 / (top - low))).astype(np.float32)

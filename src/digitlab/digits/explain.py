@@ -71,7 +71,7 @@ def explain(
     best = ranked[0]
     other = next(digit for digit in ranked[1:] if against in (None, best, digit))
     likely = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
-    print(visible(f"{title}: {row.name} reads {likely}"))
+    print(visible(f"{title}: {row.name} reads {likely} (uncalibrated)"))
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
     target = out or lab / "explained" / file
     draw_reasons(network, config.data, pixels, (best, other), target)

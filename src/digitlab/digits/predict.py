@@ -1,9 +1,9 @@
 """`digitlab predict`: which digit a new image shows, and how certain that is."""
 
 import io
+import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,10 @@ from torch import Tensor
 from digitlab.base.errors import UserError, require, visible
 from digitlab.base.files import write_output
 from digitlab.digits.calibration import load_calibration
-from digitlab.digits.decode import Grey, decode, is_image, read_image
+from digitlab.digits.decode import MAX_FILE_BYTES, Grey, decode, is_image, read_image
 from digitlab.digits.prepare import Prepared, prepare
 from digitlab.records.reader import lab_tracker, load_run
-from digitlab.records.store import Tracker
+from digitlab.records.tracker import Tracker
 from digitlab.training.evaluate import evaluate
 
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
@@ -109,7 +109,7 @@ def predict(
     require(all(paths), "predict ''", "the name of a file or a folder, or - for standard input")
     predictor = DigitReader(lab_tracker(lab, stores), run, lab)
     answers: list[Answer] = []
-    named: Counter[str] = Counter()
+    names: set[str] = set()
     for path in _files(paths, recursive):
         try:
             prepared = prepare(_read(path))
@@ -122,9 +122,7 @@ def predict(
         answers.append(answer)
         if not as_json:
             print(answer, flush=True)
-        name = "standard-input" if path == "-" else Path(path).stem
-        named[name] += 1  # files of several folders may have the same
-        name += f"-{named[name]}" if named[name] > 1 else ""
+        name = _new_name("standard-input" if path == "-" else Path(path).stem, names)
         if save is not None:
             file = io.BytesIO()
             Image.fromarray(prepared.image).save(file, "PNG")
@@ -135,6 +133,14 @@ def predict(
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=1))
     return 2 if any(answer.status == "error" for answer in answers) else 0
+
+
+def _new_name(stem: str, names: set[str]) -> str:
+    """Return a name that is not among the names, and add it: files of two folders may share it."""
+    counted = (f"{stem}-{number}" for number in itertools.count(2))
+    name = next(name for name in itertools.chain([stem], counted) if name not in names)
+    names.add(name)
+    return name
 
 
 def _draw_why(
@@ -186,7 +192,7 @@ def _read(path: str) -> Grey:
     if path == "-":
         if sys.stdin is None:
             raise UserError("standard input: closed: it must hold an image.")
-        return decode(sys.stdin.buffer.read(2**26), "standard input")
+        return decode(sys.stdin.buffer.read(MAX_FILE_BYTES + 1), "standard input")
     if Path(path).is_dir():
         raise UserError(f"{path}: a folder without images: it must hold some, or give --recursive.")
     return read_image(Path(path))

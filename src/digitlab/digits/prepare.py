@@ -18,9 +18,8 @@ _SMALLEST = 8  # pixels of the larger side of a digit that can be read
 # measured on 1,500 of them enlarged eight times.
 _THINNEST, _THICKEST = 1.5, 5.3
 _WIDEST = 2.5  # times its height: no digit of the 60,000 that MNIST has for training is wider
-_LINE = (
-    20  # times its width: what is longer and reaches from edge to edge is a ruled line or a crease
-)
+# Times its width: what is longer and reaches from edge to edge is a ruled line or a crease.
+_LINE = 20
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ class ConvnetConfig:
 
 
 @dataclass(config=STRICT)
-class SeedConfig:
+class ArticleConfig:
     """`Seed` has nothing to set: it stays what the article printed."""
 
     name: Literal["seed"] = Field(description="Name of the network.")
 
 
-ModelConfig = ConvnetConfig | SeedConfig
+ModelConfig = ConvnetConfig | ArticleConfig

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from digitlab.networks.article import ArticleNetwork
 from digitlab.networks.convnet import Convnet
-from digitlab.networks.seed import Seed
-from digitlab.networks.settings import ConvnetConfig, ModelConfig, SeedConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig
 
-NETWORKS: dict[type, Callable[[Any], nn.Module]] = {ConvnetConfig: Convnet, SeedConfig: Seed}
+NETWORKS: dict[type, Callable[[Any], nn.Module]] = {
+    ConvnetConfig: Convnet,
+    ArticleConfig: ArticleNetwork,
+}
 
 
 def build_network(config: ModelConfig) -> nn.Module:

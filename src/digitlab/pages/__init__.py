@@ -1,1 +1,4 @@
-"""Pages in a browser: drawing, MLflow's and Optuna's."""
+"""Pages in a browser: drawing, MLflow's and Optuna's.
+
+All answer this machine's own pages and programs alone, by the one guard.
+"""

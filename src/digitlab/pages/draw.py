@@ -27,7 +27,7 @@ from digitlab.digits.prepare import prepare
 from digitlab.pages.guard import guarded
 from digitlab.pages.ui import require_free
 from digitlab.records.reader import accuracy_name, lab_tracker
-from digitlab.records.store import Tracker
+from digitlab.records.tracker import Tracker
 
 _BODY = 8 * 2**20  # bytes of an image
 _DISCARDED = 4 * _BODY  # read of one that is too long, so that its sender gets the reason

@@ -19,7 +19,7 @@ _HEADERS = {
 }
 
 
-def is_own(hosts: Sequence[str], origins: Sequence[str]) -> bool:
+def is_own_request(hosts: Sequence[str], origins: Sequence[str]) -> bool:
     """Whether a request with these Host and Origin headers was made by our own page or program."""
     own = len(hosts) == 1 and _HOST.fullmatch(hosts[0])
     return bool(own) and list(origins) in ([], [f"http://{hosts[0]}"])
@@ -38,7 +38,7 @@ def guarded(app: App, headers: dict[str, str]) -> App:
 
         given = [(name, value.decode("latin-1")) for name, value in scope["headers"]]
         hosts, origins = ([v for k, v in given if k == name] for name in (b"host", b"origin"))
-        if is_own(hosts, origins):
+        if is_own_request(hosts, origins):
             await app(scope, receive, send_with_headers)
         else:
             await send({"type": "http.response.start", "status": 403, "headers": kind})
@@ -52,7 +52,9 @@ def guarded_wsgi(app: WsgiApp) -> WsgiApp:
 
     def guard(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         given = ([environ[key]] if key in environ else [] for key in ("HTTP_HOST", "HTTP_ORIGIN"))
-        if is_own(*given):  # headers that were sent twice come joined by commas, and do not match
+        if is_own_request(
+            *given
+        ):  # headers that were sent twice come joined by commas, and do not match
             return app(environ, start_response)
         start_response("403 Forbidden", list(_KIND.items()))
         return [_REFUSAL]

@@ -10,7 +10,7 @@ from pathlib import Path
 from digitlab.base import faults
 from digitlab.base.files import sync_file_system
 from digitlab.records.spool import Changes, FileSpool, Operation
-from digitlab.records.store import (
+from digitlab.records.tracker import (
     LogBatch,
     NewRun,
     Tracker,

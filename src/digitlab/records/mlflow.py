@@ -29,7 +29,7 @@ from digitlab.records.local import (
     sqlite_uri,
     write_artifacts,
 )
-from digitlab.records.store import (
+from digitlab.records.tracker import (
     LogBatch,
     NewRun,
     RunRow,

@@ -12,7 +12,7 @@ from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException, RestEx
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import disk_problem
-from digitlab.records.store import TrackerAway, TrackerRefused, TrackerUnwritable
+from digitlab.records.tracker import TrackerAway, TrackerRefused, TrackerUnwritable
 
 # A locked database is an operational error.
 _AWAY = (requests.RequestException, ConnectionError, TimeoutError, sqlalchemy.exc.OperationalError)

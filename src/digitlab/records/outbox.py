@@ -12,7 +12,7 @@ from pathlib import Path
 from digitlab.records.delivery import Delivery
 from digitlab.records.sessions import Sessions
 from digitlab.records.spool import FileSpool, RunSpool
-from digitlab.records.store import NewRun, NoTracker, Tracker
+from digitlab.records.tracker import NewRun, NoTracker, Tracker
 
 _CLOSE_S = 5.0  # for the last operations when the process ends
 

@@ -16,7 +16,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.records.record import SUMS, Records, open_records, open_tracker, row_params, seal
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: lists and audits need none
     from torch import Tensor, nn

@@ -10,7 +10,7 @@ from typing import Any
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config, TrackerName
 from digitlab.records.outbox import Outbox
-from digitlab.records.store import NewRun, NoTracker, Tracker
+from digitlab.records.tracker import NewRun, NoTracker, Tracker
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from digitlab.base import faults
 from digitlab.base.files import sync_folder
-from digitlab.records.store import NewRun, now_ms
+from digitlab.records.tracker import NewRun, now_ms
 
 
 class RunSpool:

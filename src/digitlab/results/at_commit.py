@@ -14,7 +14,7 @@ from typing import Any
 from digitlab.base.environment import source_digest
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 
 _WITHOUT = "Reproduce it without --at-commit."
 _COMMAND = "import sys; from digitlab.cli import main; sys.exit(main())"

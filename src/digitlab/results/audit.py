@@ -12,9 +12,15 @@ from digitlab.base.invocation import storage_of
 from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.study.settle import has_result, settle, trial_value
-from digitlab.study.storage import leader_lock, listed_studies, open_storage, study_names
+from digitlab.study.storage import (
+    leader_lock,
+    listed_studies,
+    open_storage,
+    study_names,
+    study_notes,
+)
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 
 
@@ -33,7 +39,7 @@ _DELIVERY_S = 60.0  # to wait for a tracker that is slow or away
 # The kinds that can be repaired: what waits is delivered, what nobody runs is ended or requeued,
 # what is surplus is deleted.
 PENDING, RUNNING, SURPLUS = "pending", "running", "several runs"
-_REPAIRABLE = (PENDING, RUNNING, SURPLUS)
+REPAIRABLE = (PENDING, RUNNING, SURPLUS)
 
 
 def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Problem]:
@@ -57,7 +63,8 @@ def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Prob
         problems += _trial_problems(row, by_trial.pop(row.number, []))
     for number, orphans in by_trial.items():
         problems += [
-            Problem(SURPLUS, number, run.run_id, f"trial {number} is not in the study")
+            # Not surplus: the study may be an older copy, whose later trials a deletion would take.
+            Problem("no trial", number, run.run_id, f"trial {number} is not in the study")
             for run in orphans
         ]
     return problems
@@ -139,14 +146,14 @@ def repair(problems: Iterable[Problem], store: TrialStore, records: Records) -> 
     if any(problem.kind == RUNNING for problem in problems):
         settle(store, records, parent)
     for problem in problems:
-        if problem.kind == RUNNING and problem.run_id is not None:
-            records.outbox.resume_run(problem.run_id, store.study_id).end("interrupted")
+        if problem.kind == RUNNING and problem.run_id == parent is not None:  # others are settled
+            records.outbox.resume_run(parent, store.study_id).end("interrupted")
         elif problem.kind == SURPLUS and problem.run_id is not None:
             records.tracker.delete(problem.run_id)
-    return [problem for problem in problems if problem.kind not in _REPAIRABLE]
+    return [problem for problem in problems if problem.kind not in REPAIRABLE]
 
 
-def inspect(
+def audit_studies(
     studies: list[str], lab: Path, is_repair: bool, as_json: bool, stores: Sequence[str] = ()
 ) -> int:
     """Audit studies, all of the lab's if none is named; return 1 while anything is wrong, else 0.
@@ -157,6 +164,9 @@ def inspect(
     address = storage_of(stores)
     storage = open_storage(lab, address)
     known = study_names(storage)
+    for name in studies:
+        if name not in known:
+            raise UserError(f"study {name} does not exist: {nearest(name, known)}")
     found: list[Problem] = []
     left: list[Problem] = []
     checked: set[str] = set()  # trackers whose records in the outbox were looked for
@@ -171,9 +181,7 @@ def inspect(
         found, left = found + orphans, left + orphans
     names = studies or listed_studies(storage)
     for name in names:
-        if name not in known:
-            raise UserError(f"study {name} does not exist: {nearest(name, known)}")
-        notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+        notes = study_notes(storage, name)
         if not is_own(notes):  # another program's, or its first call was refused
             if not as_json:
                 print(f"skipped: {name!r} is no study of digitlab's, or has not started")
@@ -185,7 +193,8 @@ def inspect(
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
         print(json.dumps(document, indent=1))
     else:
-        print(f"{len(names)} studies, {len(left)} problems")
+        repaired = f", {len(found) - len(left)} repaired" if is_repair else ""
+        print(f"{len(names)} studies, {len(left)} problems{repaired}")
     return 1 if left else 0
 
 

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import require_file
-from digitlab.records.store import NoTracker, RunRow
+from digitlab.records.tracker import NoTracker, RunRow
 
 _FORMAT, _INDEX = 1, "bundle.json"
 _STRICT = ConfigDict(extra="forbid")

@@ -108,6 +108,8 @@ class _Trials:
 
     def best_ranges(self) -> str:
         """Describe where the best quarter of the trials lies."""
+        if self.comparable.empty:
+            raise _NoData(f"no trial has an {self.measure.removesuffix(' (%)')}.")
         best = self.by_measure().head(max(2, len(self.comparable) // 4))
         ranges = []
         for name in self.names:
@@ -118,6 +120,10 @@ class _Trials:
         return f"The best {len(best)} of {len(self.comparable)} have {', '.join(ranges)}."
 
 
+class _NoData(Exception):
+    """A chart has nothing to show; the text says what is missing."""
+
+
 def study_charts(store: TrialStore, epochs: int) -> list[Chart]:
     """Draw all charts of a study's trials; `epochs` is of those that do not search it."""
     rows = store.rows()
@@ -126,13 +132,13 @@ def study_charts(store: TrialStore, epochs: int) -> list[Chart]:
     for title, draw in _DRAWERS.items():
         try:
             if ended < 2:
-                raise ValueError(f"two trials with a result are needed, there are {ended}.")
+                raise _NoData(f"two trials with a result are needed, there are {ended}.")
             message, figure, data = draw(trials)
             if not figure.data or data.empty:
-                raise ValueError("no trial has what this chart shows.")
+                raise _NoData("no trial has what this chart shows.")
             charts.append(Chart(title, message, figure, data))
-        except (ValueError, RuntimeError) as error:
-            charts.append(Chart(title, f"Missing: {str(error).splitlines()[0]}"))
+        except _NoData as error:
+            charts.append(Chart(title, f"Missing: {error}"))
     return charts
 
 
@@ -181,21 +187,23 @@ def _curves(trials: _Trials) -> _Drawn:
 
 
 def _parallel(trials: _Trials) -> _Drawn:
-    figure = plot_parallel_coordinate(trials.study, trials.names, target_name=trials.measure)
     message = f"One line a trial, to its {trials.measure}. {trials.best_ranges()}"
+    figure = plot_parallel_coordinate(trials.study, trials.names, target_name=trials.measure)
     return message, figure, trials.by_measure()
 
 
 def _slices(trials: _Trials) -> _Drawn:
-    figure = plot_slice(trials.study, trials.names, target_name=trials.measure)
     message = f"One hyperparameter at a time. {trials.best_ranges()}"
+    figure = plot_slice(trials.study, trials.names, target_name=trials.measure)
     return message, figure, trials.by_measure()
 
 
 def _contours(trials: _Trials) -> _Drawn:
     top = list(trials.importance.index[:2]) or trials.names[:2]
-    figure = plot_contour(trials.study, top, target_name=trials.measure)
     data = trials.by_measure(*top)
+    if data.empty or len(top) < 2:
+        raise _NoData("trials of two hyperparameters are needed.")
+    figure = plot_contour(trials.study, top, target_name=trials.measure)
     place = " and ".join(f"{name} {short(data[name].iloc[0])}" for name in top)
     return f"The best trial is at {place}; darker is better.", figure, data
 
@@ -203,7 +211,7 @@ def _contours(trials: _Trials) -> _Drawn:
 def _mattered(trials: _Trials) -> _Drawn:
     data = trials.importance
     if data.empty:
-        raise ValueError("four trials with different results are needed.")
+        raise _NoData("four trials with different results are needed.")
     figure = px.bar(
         data, x="importance (%)", y=data.index, orientation="h",
         error_x=data["90 %"] - data["importance (%)"],

@@ -10,6 +10,7 @@ from digitlab.base.console import Board, table
 from digitlab.base.errors import UserError, nearest, require
 from digitlab.base.files import write_output
 from digitlab.base.statistics import holm, mcnemar, mean_interval
+from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.records.reader import (
     accuracy_name,
     find_run,
@@ -19,7 +20,7 @@ from digitlab.records.reader import (
     recorded_environment,
     recorded_guesses,
 )
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.verdict import differences
 
 _BEST = 5  # trials that stand for a study
@@ -146,25 +147,16 @@ def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, An
     result: dict[str, Any] = {"runs": [row.run_id for row in pair]}
     for row in pair:
         if "digitlab.predictions_sha256" not in row.tags:  # pruned, or taken from another trial
-            return result | {"none": f"{row.name} keeps no predictions"}
+            return result | {"reason": f"{row.name} keeps no predictions"}
     data = [recorded_config(tracker, row).data for row in pair]
-    images = [
-        (
-            d.name,
-            d.evaluate_on,
-            d.validation_images,
-            d.split_seed,
-            r.tags.get("digitlab.data_sha256"),
-        )
-        for d, r in zip(data, pair, strict=True)
-    ]
-    if images[0] != images[1] or images[0][-1] is None:
-        return result | {"none": "they were measured on different images"}
+    images = [_images_of(*one) for one in zip(data, pair, strict=True)]
+    if images[0] != images[1] or images[0][0] is None:
+        return result | {"reason": "they were measured on different images"}
     try:
         right = [g == y for g, y in (recorded_guesses(tracker, row) for row in pair)]
         require(len(right[0]) == len(right[1]), "predictions.safetensors", "of as many images each")
     except UserError as error:
-        return result | {"none": str(error)}
+        return result | {"reason": str(error)}
     only = [(right[i] & ~right[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]
     return result | {
         "test": "McNemar, exact, two-sided",
@@ -176,6 +168,19 @@ def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, An
     }
 
 
+def _images_of(data: DataConfig, row: RunRow) -> tuple[Any, ...]:
+    """Return what decides on which images a run was measured."""
+    of_all = (row.tags.get("digitlab.data_sha256"), data.name, data.evaluate_on)
+    if data.evaluate_on is EvaluateOn.test:
+        return of_all
+    return *of_all, data.validation_images, data.split_seed
+
+
+def in_words(p: float) -> str:
+    """Return whether a difference with this p may be chance."""
+    return "could well be chance" if p >= SIGNIFICANT else "is hardly chance"
+
+
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
@@ -184,13 +189,13 @@ def _short(value: Any) -> str:
 
 
 def _sentence(test: Mapping[str, Any], names: Sequence[str], tests: int) -> str:
-    if "none" in test:
-        return f"{names[0]} and {names[1]}: no paired test: {test['none']}"
+    if "p" not in test:
+        return f"{names[0]} and {names[1]}: no paired test: {test['reason']}"
     sides = []
     for name, places in zip(names, (test["only_first"], test["only_second"]), strict=True):
         listed = ", ".join(map(str, places[:_LISTED])) + (", ..." if len(places) > _LISTED else "")
         sides.append(f"{len(places)} only by {name}" + (f" (images {listed})" if places else ""))
-    chance = "could well be chance" if test["p_holm"] >= SIGNIFICANT else "is hardly chance"
+    chance = in_words(test["p_holm"])
     corrected = f", {test['p_holm']:.3g} after Holm's correction for {tests} tests" * (tests > 1)
     return (
         f"of {test['images']} images, right: {'; '.join(sides)}\n"

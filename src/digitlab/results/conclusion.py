@@ -6,8 +6,8 @@ from digitlab.config.compose import store_words
 from digitlab.config.types import Config
 from digitlab.records.reader import accuracy_name
 from digitlab.records.record import Records
-from digitlab.records.store import RunRow, Tracker
-from digitlab.results.compare import SIGNIFICANT, paired_test
+from digitlab.records.tracker import RunRow, Tracker
+from digitlab.results.compare import in_words, paired_test
 from digitlab.study.run import Outcome
 
 
@@ -48,10 +48,8 @@ def _difference(tracker: Tracker, before: RunRow, row: RunRow) -> str:
         test = paired_test(tracker, before, row)
     except UserError as error:
         return f"{text}: no paired test: {error}"
-    if "none" in test:
-        return f"{text}: no paired test: {test['none']}"
-    verdict = "this could well be chance" if test["p"] >= SIGNIFICANT else "this is hardly chance"
+    if "p" not in test:
+        return f"{text}: no paired test: {test['reason']}"
     gained, lost = len(test["only_second"]), len(test["only_first"])
-    return (
-        f"{text}:\n  {gained} images gained, {lost} lost; {verdict} (McNemar, p = {test['p']:.2g})"
-    )
+    images = f"{gained} images gained, {lost} lost"
+    return f"{text}:\n  {images}; this {in_words(test['p'])} (McNemar, p = {test['p']:.2g})"

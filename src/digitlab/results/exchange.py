@@ -15,7 +15,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
 from digitlab.records.record import open_records, open_tracker
-from digitlab.records.store import LogBatch, NewRun, RunRow, Tracker
+from digitlab.records.tracker import LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
 from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
 from digitlab.study.storage import leader_lock, open_storage, study_names

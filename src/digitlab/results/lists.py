@@ -12,7 +12,7 @@ from digitlab.base.console import print_table, table
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.study.storage import DELETED, listed_studies, open_storage
 from digitlab.study.trials import is_own
 
@@ -41,7 +41,8 @@ def list_runs(
     shown = rows[:most] if most else rows
     _write([_run(row) for row in shown], form, _RUN_COLUMNS)
     if form == "table" and len(shown) < len(rows):
-        everything = command("runs", "--most=0", *stores)
+        chosen = (f"--{key}={value}" for key, value in wanted.items() if value)
+        everything = command("runs", "--most=0", *chosen, *stores)
         print(f"{len(shown)} of {len(rows)} runs; all: {everything}")
     return 0
 

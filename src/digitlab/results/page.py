@@ -24,7 +24,7 @@ _LAYOUT = {
 
 
 def render(template: str, title: str, **content: Any) -> str:
-    """Fill a template, and its contents with the headings; what comes from a store is escaped."""
+    """Fill a template and its table of contents; what comes from a store is escaped."""
     folder = FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8")
     templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
     templates.filters |= {"cell": cell, "short": short, "figure": _figure}

@@ -16,7 +16,7 @@ from digitlab.networks.table import build_network
 from digitlab.records.mlflow import save_servable
 from digitlab.records.reader import verified
 from digitlab.records.record import RunRecorder, trial_tags
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.study.champion import Fit, final_fits, test_metrics
 from digitlab.study.session import StudySession
 from digitlab.study.summary import champion_text, describe_study
@@ -111,8 +111,8 @@ def _model_card(config: Config, summary: Mapping[str, Any], first: Config) -> st
             f"- Test accuracy on {config.data.name}: {interval}, over seeds and test images.",
             "- Input: float32 (N, 1, 28, 28), pixels 0 to 255 or 0 to 1, light digit on dark, "
             "centred as MNIST's are; any other type is refused. Output: probabilities (N, 10).",
-            f"- Of `model = mlflow.pyfunc.load_model('models:/{config.study.name}@champion')` and "
-            "MNIST's uint8 images (N, 28, 28):",
+            f"- After `model = mlflow.pyfunc.load_model('models:/{config.study.name}@champion')`, "
+            "of MNIST's uint8 images (N, 28, 28):",
             "  - 0 to 255: `model.predict(images[:, None].astype('float32'))`",
             "  - 0 to 1: `model.predict(images[:, None].astype('float32') / 255)`",
             "  - served: POST to `/invocations` "

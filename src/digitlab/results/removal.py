@@ -13,7 +13,7 @@ from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import command, storage_of
 from digitlab.config.recorded import config_from_yaml
 from digitlab.records.record import open_tracker
-from digitlab.study.storage import DELETED, leader_lock, open_storage, study_names
+from digitlab.study.storage import DELETED, leader_lock, open_storage, study_names, study_notes
 from digitlab.study.trials import load_study
 
 
@@ -72,4 +72,4 @@ def restore_study(name: str, lab: Path, stores: Sequence[str]) -> int:
 def _notes(storage: Any, name: str) -> dict[str, Any]:
     if name not in study_names(storage):
         return {}
-    return dict(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
+    return study_notes(storage, name)

@@ -15,21 +15,22 @@ from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.records.reader import recorded_environment
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
-from digitlab.records.store import RunRow
+from digitlab.records.tracker import RunRow
 from digitlab.results.verdict import (
     IDENTICAL,
     INCOMPARABLE,
-    NOT,
+    NOT_REPRODUCED,
     Change,
     Verdict,
     differences,
 )
 from digitlab.study.driver import sweep
-from digitlab.study.storage import study_names
+from digitlab.study.storage import DELETED, study_names, study_notes
+from digitlab.study.summary import continue_command
 from digitlab.study.trials import TrialRow, TrialStore, load_study
 
 _DELIVERY_S = 30.0  # to wait for the tracker at the end
-_TIMES = ("seconds", "images_per_second", "done")  # metrics that no two runs share
+_TIMES = ("seconds", "images_per_second")  # metrics that no two runs share
 
 
 def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> int:
@@ -45,7 +46,7 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
     if "champion" not in notes:
         raise UserError(
             f"{study} has no champion yet: only a finished study can be replayed. "
-            f"Finish it with `{command('sweep')}` first."
+            f"Finish it with `{continue_command(notes)}` first."
         )
     with refuse_damage(f"what the storage holds of study {study!r}"):
         config = _replay_config(original, recorded, notes)
@@ -68,11 +69,13 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
             raise KeyboardInterrupt
         parted = compare_studies(original, TrialStore(original.storage, config))
         is_harmless = all(difference.is_harmless for difference in found)
-        verdict = IDENTICAL if not parted else NOT if is_harmless else INCOMPARABLE
+        verdict = IDENTICAL if not parted else NOT_REPRODUCED if is_harmless else INCOMPARABLE
         run_id = _record(records, config, row, verdict, parted, now)
     reasons = [*map(str, found), *parted]
     original_id = row.run_id if row else study
-    return Verdict(verdict, reasons, run_id, original_id).report(as_json, f"study {study}")
+    reached = Verdict(verdict, reasons, run_id, original_id)
+    reached.show(as_json, f"study {study}")
+    return reached.exit_status
 
 
 def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, Any]) -> Config:
@@ -80,7 +83,8 @@ def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, A
     name, number = f"{original.config.name}-replay", 0
     storage = original.storage
     while name in study_names(storage):
-        if "champion" not in storage.get_study_user_attrs(storage.get_study_id_from_name(name)):
+        notes_of_it = study_notes(storage, name)
+        if "champion" not in notes_of_it and not notes_of_it.get(DELETED):
             break
         number += 1
         name = f"{original.config.name}-replay{number}"

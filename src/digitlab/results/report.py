@@ -18,12 +18,12 @@ from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.reader import recorded_environment, recorded_guesses, recorded_logits
 from digitlab.records.record import open_records
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.page import render
 from digitlab.study.champion import finished_results, unpruned_fits
-from digitlab.study.storage import listed_studies, open_storage
-from digitlab.study.summary import champion_text, pruning_text, short, sweep_command
+from digitlab.study.storage import listed_studies, open_storage, study_notes
+from digitlab.study.summary import champion_text, continue_command, pruning_text, short
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
 from digitlab.training.evaluate import fit_temperature
 
@@ -68,9 +68,7 @@ def _newest(lab: Path, stores: Sequence[str]) -> str:
     known = listed_studies(storage)
     if not known:
         raise UserError(f"report: there is no study yet: run `{command('sweep')}`.")
-    notes = {
-        name: storage.get_study_user_attrs(storage.get_study_id_from_name(name)) for name in known
-    }
+    notes = {name: study_notes(storage, name) for name in known}
     own = [name for name in known if is_own(notes[name]) and "again" not in notes[name]]
     return (own or known)[-1]
 
@@ -86,8 +84,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
     asked = [fit.key for fit in unpruned_fits(config, rows) if fit.key in unpruned]
     counts = {state: sum(row.state == state for row in rows) for state in _STATES}
     stores = store_words(config)
-    begin = str(notes["again"]) if overrides is None else sweep_command(overrides)
-    commands = [begin, command("report", config.study.name, *stores)]
+    commands = [continue_command(notes), command("report", config.study.name, *stores)]
     if champion.get("run_id"):
         commands.insert(1, command("reproduce", champion["run_id"][:SHORT_ID], *stores))
     charts = study_charts(store, config.trainer.epochs)
@@ -99,7 +96,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
         counts=", ".join(f"{n} {state}" for state, n in counts.items() if n),
         seconds=sum(row.notes.get("metrics", {}).get("seconds", 0.0) for row in rows),
         champion=champion,
-        test=str(Interval(**champion["test_accuracy"])) if champion else "",
+        test=Interval(**champion["test_accuracy"]) if champion else None,
         summary=champion_text(config, champion, overrides) if champion else "",
         looks=[[look["when"], look["n"], ", ".join(look["fits"])] for look in looks],
         labels=in_words(config.study.space),
@@ -143,8 +140,8 @@ def _misread(
     weights_run = tracker.get(run).tags.get("digitlab.weights_run") if run else None
     if not weights_run:
         return {"missing": "no champion is recorded."}
-    digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
     try:
+        digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         logits = recorded_logits(tracker, tracker.get(weights_run), len(digits.labels))
     except UserError as error:
         return {"missing": str(error)}

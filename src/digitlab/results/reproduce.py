@@ -18,18 +18,19 @@ from digitlab.records.reader import (
     damage,
     find_run,
     lab_records,
+    lab_tracker,
     recorded_config,
     recorded_data,
     recorded_environment,
     trained,
 )
 from digitlab.records.record import Identity, Records
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.at_commit import confirm_code, train_at_commit
 from digitlab.results.conclusion import conclude
 from digitlab.results.verdict import (
     INCOMPARABLE,
-    NOT,
+    NOT_REPRODUCED,
     Change,
     Verdict,
     differences,
@@ -45,8 +46,8 @@ def reproduce(
     as_json: bool,
     at_commit: bool = False,
     is_trusted: bool = False,
-) -> int:
-    """Train the run again and compare; returns the exit status of the verdict.
+) -> Verdict:
+    """Train the run again and compare; the verdict is recorded and printed, too.
 
     Args:
         overrides: of `trainer.threads` and `tracking.*`; anything else is another run.
@@ -66,33 +67,26 @@ def reproduce(
     with lab_records(lab, stores) as records:
         tracker = records.tracker
         row = trained(tracker, name)
-        if not at_commit or damage(tracker, row):
-            return _reproduce(records, row, values, lab, as_json)
+        damaged = damage(tracker, row)
         with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            confirm_code(row, recorded_environment(tracker, row), is_trusted)
-            config = with_values(recorded_config(tracker, row), values)
-            verdict = _train_at_commit(tracker, row, overrides, config, lab)
-        return _conclude(tracker, row, verdict, as_json)
+            if damaged:
+                verdict = Verdict(NOT_REPRODUCED, damaged, None, row.run_id)
+            elif at_commit:
+                confirm_code(row, recorded_environment(tracker, row), is_trusted)
+                config = with_values(recorded_config(tracker, row), values)
+                verdict = _train_at_commit(tracker, row, overrides, config, lab)
+            else:
+                verdict = _train_again(records, row, values, lab)
+        _record(tracker, row, verdict)
+    verdict.show(as_json, row.name)
+    return verdict
 
 
-def _reproduce(
-    records: Records, row: RunRow, values: Mapping[str, Any], lab: Path, as_json: bool
-) -> int:
-    tracker = records.tracker
-    damaged = damage(tracker, row)
-    if damaged:
-        return _conclude(tracker, row, Verdict(NOT, damaged, None, row.run_id), as_json)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):
-        verdict = _train_again(records, row, values, lab)
-    return _conclude(tracker, row, verdict, as_json)
-
-
-def _conclude(tracker: Tracker, row: RunRow, verdict: Verdict, as_json: bool) -> int:
+def _record(tracker: Tracker, row: RunRow, verdict: Verdict) -> None:
     text = f"{verdict.verdict} {verdict.run_id or ''}".strip()
     tracker.tag(row.run_id, {"digitlab.reproduced": text})
     if verdict.run_id:
         tracker.tag(verdict.run_id, {"digitlab.verdict": verdict.verdict})
-    return verdict.report(as_json, row.name)
 
 
 def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: Path) -> Verdict:
@@ -114,7 +108,7 @@ def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: 
         raise KeyboardInterrupt
     if outcome.state != "finished" or outcome.run_id is None:
         failed = f"the reproduction {outcome.state}: {outcome.reason}"
-        return Verdict(NOT, [failed], outcome.run_id, row.run_id)
+        return Verdict(NOT_REPRODUCED, [failed], outcome.run_id, row.run_id)
     return _verdict(tracker, row, tracker.get(outcome.run_id), given)
 
 
@@ -138,10 +132,10 @@ def _train_at_commit(
     state = again.tags.get("digitlab.state")
     if state != "finished":
         failed = f"the reproduction {state}: {again.tags.get('digitlab.reason', reason)}"
-        return Verdict(NOT, [failed], again.run_id, row.run_id)
+        return Verdict(NOT_REPRODUCED, [failed], again.run_id, row.run_id)
     damaged = damage(tracker, again)
     if damaged:
-        return Verdict(NOT, damaged, again.run_id, row.run_id)
+        return Verdict(NOT_REPRODUCED, damaged, again.run_id, row.run_id)
     return _verdict(tracker, row, again, given)
 
 
@@ -190,15 +184,14 @@ def reproduce_file(file: Path, overrides: Sequence[str], lab: Path) -> int:
     stores, others = split_stores(overrides)
     config = with_values(recorded, override_values(others))
     leaves = flat(config_to_plain(config))
-    with lab_records(lab, stores) as records:
-        for row in records.tracker.find({"digitlab.state": "finished"}):
-            same = all(str(leaves.get(key)) == value for key, value in row.params.items())
-            if same and "digitlab.weights_sha256" in row.tags:
-                return _reproduce(records, row, {}, lab, as_json=False)
+    for row in lab_tracker(lab, stores).find({"digitlab.state": "finished"}):
+        same = all(str(leaves.get(key)) == value for key, value in row.params.items())
+        if same and "digitlab.weights_sha256" in row.tags:
+            return reproduce(row.run_id, stores, lab, as_json=False).exit_status
     print(f"{file}: no finished run has this configuration: there is nothing to compare with")
     config = with_values(config, _tracking_values(stores))
     composed = Composed(config, tuple(overrides))
-    return train(composed, lab, {"digitlab.config_from": file.name}, conclude)
+    return train(composed, lab, {"digitlab.config_from": file.name}, conclude).exit_status
 
 
 def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
@@ -213,7 +206,7 @@ def train_from(name: str, overrides: Sequence[str], lab: Path) -> int:
         recorded = recorded_config(records.tracker, row)
     config = with_values(recorded, override_values(others) | _tracking_values(stores))
     composed = Composed(config, tuple(overrides), given)
-    return train(composed, lab, {"digitlab.config_from": row.run_id}, conclude)
+    return train(composed, lab, {"digitlab.config_from": row.run_id}, conclude).exit_status
 
 
 def _tracking_values(stores: Sequence[str]) -> dict[str, Any]:

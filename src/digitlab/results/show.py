@@ -16,9 +16,9 @@ from digitlab.config.recorded import config_to_plain, flat, shown, with_values
 from digitlab.config.types import Config
 from digitlab.records.reader import find_run, lab_tracker, recorded_config
 from digitlab.records.record import open_tracker
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.study.storage import open_storage, study_names
-from digitlab.study.summary import champion_text, short, sweep_command, trials_table
+from digitlab.study.summary import champion_text, continue_command, short, trials_table
 from digitlab.study.trials import load_study
 
 _OPTIONS = ("data", "model", "optim")  # groups whose options a recipe names
@@ -77,22 +77,17 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
         document |= {"settings": changed, "champion": champion, "trials": trials, "files": files}
         print(json.dumps(document, indent=1))
         return 0
-    board, overrides = Board(), _overrides(tracker, run_id)
+    board = Board()
     _print_pairs("settings that are not the defaults", changed)
     board.print(trials_table(rows, config.study))
     if champion:
+        overrides = None if "again" in notes else notes.get("overrides", [])
         board.say(champion_text(config, champion, overrides))
         return 0
     ended = sum(row.is_ended for row in rows)
     board.say(f"no champion yet: {ended} of {config.study.trials} trials have ended")
-    board.say(f"go on: {sweep_command(overrides)}")
+    board.say(f"go on: {continue_command(notes)}")
     return 0
-
-
-def _overrides(tracker: Tracker, run_id: str | None) -> list[str]:
-    """Return the overrides that a study was started with, from its own run."""
-    found = tracker.get(run_id).tags.get("digitlab.overrides", "[]") if run_id else "[]"
-    return list(json.loads(found))
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
@@ -123,10 +118,9 @@ def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
     notes = store.notes()
     champion = notes.get("champion")
     if not champion:
-        goes_on = sweep_command(_overrides(open_tracker(config, lab), notes.get("run_id")))
         raise UserError(
             f"study {study} has no champion yet: a finished study has one. Finish it "
-            f"with `{goes_on}` first."
+            f"with `{continue_command(notes)}` first."
         )
     best = with_values(config, champion["values"])
     test = Interval(**champion["test_accuracy"])

@@ -11,11 +11,11 @@ import numpy as np
 from digitlab.base.errors import visible
 from digitlab.base.statistics import LEVEL, mcnemar, quantile
 from digitlab.records.reader import accuracy_name, over_seeds, recorded_guesses
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 
 IDENTICAL, WITHIN = "identical", "within tolerance"
-NOT, INCOMPARABLE = "not reproduced", "not comparable"
-STATUS = {IDENTICAL: 0, WITHIN: 0, NOT: 1, INCOMPARABLE: 3}
+NOT_REPRODUCED, INCOMPARABLE = "not reproduced", "not comparable"
+EXIT_STATUS = {IDENTICAL: 0, WITHIN: 0, NOT_REPRODUCED: 1, INCOMPARABLE: 3}
 _COMPARED = ("train_", "val_", "test_")  # metrics; the others are times
 
 # What a difference is expected to do to a result.
@@ -98,8 +98,12 @@ class Verdict:
     run_id: str | None
     original_run_id: str
 
-    def report(self, as_json: bool, name: str) -> int:
-        """Print it; returns the exit status."""
+    @property
+    def exit_status(self) -> int:
+        return EXIT_STATUS[self.verdict]
+
+    def show(self, as_json: bool, name: str) -> None:
+        """Print it."""
         if as_json:
             print(json.dumps(asdict(self), indent=1))
         else:
@@ -107,7 +111,6 @@ class Verdict:
                 print(f"  {difference}")
             again = f" and its reproduction {self.run_id}" if self.run_id else ""
             print(f"{self.verdict}: {name} ({self.original_run_id}){again}")
-        return STATUS[self.verdict]
 
 
 def reach_verdict(
@@ -124,7 +127,7 @@ def reach_verdict(
     if not changed:
         return IDENTICAL, []
     if all(difference.is_harmless for difference in found):
-        return NOT, changed
+        return NOT_REPRODUCED, changed
     if any(difference.effect == _ANYTHING for difference in found):
         return INCOMPARABLE, changed
     is_chance, reason = _may_be_chance(tracker, row, again)

@@ -12,9 +12,9 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
-from digitlab.networks.layers import layers_table
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
-from digitlab.records.store import Tracker, TrackerAway
+from digitlab.records.tracker import Tracker, TrackerAway
+from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
@@ -34,6 +34,10 @@ class Outcome:
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     run_id: str | None = None  # None where nothing is recorded, or the tracker is away
+
+    @property
+    def exit_status(self) -> int:
+        return {"finished": 0, "interrupted": 130}.get(self.state, 1)
 
 
 def run_once(config: Config, identity: Identity, records: Records, lab: Path) -> Outcome:
@@ -78,8 +82,8 @@ def train(
     lab: Path,
     tags: Mapping[str, str] = {},
     conclude: Conclude = lambda _records, _config, _outcome: None,
-) -> int:
-    """Train one configuration and record it, with tags beside; return the exit status."""
+) -> Outcome:
+    """Train one configuration and record it, with tags beside."""
     config = composed.config
     tags = {**tags, "digitlab.recipe": config.study.name}
     with open_records(config, lab) as records:
@@ -94,7 +98,7 @@ def train(
             print(f"{pending} records wait in {lab / 'outbox'} until the tracker answers again")
         if outcome.state != "finished":
             print(f"{run} {outcome.state}: {outcome.reason}")
-            return 130 if outcome.state == "interrupted" else 1
+            return outcome
         print_table(layers_table(config.model))
         kind = "test" if "test_accuracy" in outcome.metrics else "val"
         accuracy = outcome.metrics[f"{kind}_accuracy"]
@@ -102,7 +106,7 @@ def train(
         if outcome.run_id and not pending:
             with suppress(TrackerAway):  # the run is recorded all the same
                 conclude(records, config, outcome)
-    return 0
+    return outcome
 
 
 def name_of(composed: Composed, tracker: Tracker) -> str:

@@ -25,6 +25,7 @@ from digitlab.study.storage import (
     open_storage,
     refuse_deleted,
     study_names,
+    study_notes,
 )
 from digitlab.study.summary import describe_study
 from digitlab.study.trials import TrialStore
@@ -145,7 +146,7 @@ def open_session(
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         study_id = None
         if name in study_names(storage):
-            notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+            notes = study_notes(storage, name)
             refuse_deleted(name, notes)
             study_id = notes.get("study_id")
         _refuse_foreign_runs(records, name, study_id)

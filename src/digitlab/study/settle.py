@@ -8,7 +8,7 @@ from typing import Any
 from digitlab.base.choice import note_predictions
 from digitlab.records.reader import recorded_guesses
 from digitlab.records.record import Records
-from digitlab.records.store import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
 PHASES = ("unpruned", "confirm", "final")  # of fits, and the kinds of their runs

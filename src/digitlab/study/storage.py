@@ -107,6 +107,11 @@ def study_names(storage: RDBStorage) -> list[str]:
     return [study.study_name for study in storage.get_all_studies()]
 
 
+def study_notes(storage: RDBStorage, name: str) -> dict[str, Any]:
+    """Return what is noted of a study that exists."""
+    return dict(storage.get_study_user_attrs(storage.get_study_id_from_name(name)))
+
+
 DELETED = "deleted"  # the attribute that hides a study: when, and its runs that went with it
 
 

@@ -87,6 +87,11 @@ def sweep_command(overrides: Sequence[str], *more: str) -> str:
     return command("sweep", *kept, *more)
 
 
+def continue_command(notes: Mapping[str, Any]) -> str:
+    """Return the command that goes on with a study, from what is noted of it."""
+    return str(notes.get("again") or sweep_command(notes.get("overrides", [])))
+
+
 def champion_text(
     config: Config, summary: Mapping[str, Any], overrides: Sequence[str] | None
 ) -> str:

@@ -17,7 +17,7 @@ from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import build_pruner, build_sampler, count_points, searched_space
 from digitlab.study.space import Hyperparameter, first_values, own_values
-from digitlab.study.storage import open_storage, refuse_deleted, study_names
+from digitlab.study.storage import open_storage, refuse_deleted, study_names, study_notes
 
 _STATES = {
     "waiting": TrialState.WAITING,
@@ -222,7 +222,7 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     known = study_names(storage)
     if name not in known:
         raise UserError(f"study {name} does not exist: {nearest(name, known)}")
-    notes = storage.get_study_user_attrs(storage.get_study_id_from_name(name))
+    notes = study_notes(storage, name)
     refuse_deleted(name, notes)
     if not is_own(notes):
         raise UserError(

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitlab.networks.settings import SeedConfig
+from digitlab.networks.settings import ArticleConfig
 
 
 class _Unbiased(nn.Conv2d):
@@ -13,7 +13,7 @@ class _Unbiased(nn.Conv2d):
         return F.conv2d(images, self.weight)
 
 
-class Seed(nn.Module):
+class ArticleNetwork(nn.Module):
     """Conv2D 32 3x3 without padding, ReLU, max-pooling 2, flatten, dense 10.
 
     Keras initialises with Glorot's uniform and zero biases; so does this, since torch's default
@@ -21,7 +21,7 @@ class Seed(nn.Module):
     it, to a quarter of the values; so is its gradient taken.
     """
 
-    def __init__(self, config: SeedConfig) -> None:
+    def __init__(self, config: ArticleConfig) -> None:
         super().__init__()
         self.convolution = _Unbiased(1, 32, kernel_size=3)
         self.pool = nn.MaxPool2d(2)
