@@ -324,9 +324,8 @@ def _add_digits(builder: _Builder) -> None:
     explain.add_argument("image", help="a file, or the index of a test image, from 0")
     other = "the other digit (default: the next likely)"
     explain.add_argument("--against", type=int, metavar="DIGIT", choices=range(10), help=other)
-    shifted = "a run's network on test images that are changed"
+    shifted = "measure a run's network on images that are shifted, rotated or noisy"
     evaluate = builder.add_reader("evaluate", commands.evaluate, shifted, _WITH, _JSON)
-    evaluate.add_argument("--shift", action="store_true", required=True, help="every change")
     count = "images of each change that are prepared, too (default: %(default)s)"
     evaluate.add_argument("--prepared", type=int, metavar="N", default=1000, help=count)
 

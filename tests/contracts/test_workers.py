@@ -250,6 +250,7 @@ def test_a_worker_that_does_not_answer_a_cancel_is_replaced(
     assert isinstance(train(workers, Job(tiny()))[-1], Finished)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_training_that_raises_says_whether_it_would_again(
     kind: str, make: Make, order: Callable[[str], None]

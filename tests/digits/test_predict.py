@@ -407,7 +407,7 @@ def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
 def test_prepared_must_be_a_number_of_images(trained_lab: Path, call_in: Any) -> None:
     for count in ("0", "-5"):
         status, out, err = call_in(trained_lab)(
-            "evaluate", "--shift", "--run", "read-seed-0", "--prepared", count
+            "evaluate", "--run", "read-seed-0", "--prepared", count
         )
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert f"--prepared {count}" in err
@@ -425,7 +425,7 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
 ) -> None:
     call = call_in(trained_lab)
     some = ("--run", "read-seed-0", "--prepared", "60")
-    status, out, _ = call("evaluate", "--shift", *some, "--json")
+    status, out, _ = call("evaluate", *some, "--json")
     document = json.loads(out)
     assert status == 0
     accuracy = {entry["change"]: entry["accuracy"] for entry in document["table"]}
@@ -440,7 +440,7 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     kept = json.loads(tracker.artifact(document["run_id"], "shift.json"))
     assert kept["table"] == document["table"]
     assert damage(tracker, tracker.get(document["run_id"])) == []
-    status, out, _ = call("evaluate", "--shift", "--run", "read-seed-0", "--prepared", "1")
+    status, out, _ = call("evaluate", "--run", "read-seed-0", "--prepared", "1")
     assert "400 validation images" in out
 
 

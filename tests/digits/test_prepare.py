@@ -49,6 +49,7 @@ def test_digits_of_mnist_in_larger_canvases_come_back_to_the_pixel() -> None:
             assert np.abs(prepared.image.astype(int) - digit).mean() < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [56, 140, 400])
 def test_a_digit_drawn_large_is_brought_back_to_its_size(side: int) -> None:
     far = [apart(digit, prepare(large(digit, side)).image) for digit in DIGITS[:60]]

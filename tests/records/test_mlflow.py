@@ -63,6 +63,7 @@ def test_name_of_a_run_forges_no_line(tmp_path: Path) -> None:
     assert str(Change("libraries.x\n", "1\x1b[2K", "2")).startswith(r"libraries.x\n was 1\x1b[2K")
 
 
+@pytest.mark.slow
 def test_new_experiment_can_be_opened_by_many_at_once_on_a_server(
     tracker_server: Server, tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def test_records_of_a_study_that_another_live_process_is_to_send_are_counted(
         one.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_asked_every_two_seconds_while_somebody_waits(
     open_outbox: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +257,7 @@ def test_run_is_delivered_once_though_the_delivery_breaks_off(
     outbox.close()
 
 
+@pytest.mark.slow
 def test_killed_server_loses_nothing(tracker_server: Server, tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, MlflowTracker(tracker_server.uri, "killed", tmp_path))
     try:
@@ -470,6 +472,7 @@ def test_run_of_a_killed_process_is_delivered_exactly_once(
         assert files in ({}, FILES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [("outbox.appended", 4), ("outbox.sealed", 2)])
 @pytest.mark.parametrize(
     "second", [("outbox.sent", 1), ("outbox.sent", 3), ("outbox.acknowledged", 1)]

@@ -217,6 +217,7 @@ def test_a_file_that_is_no_whole_bundle_is_refused(
     assert "compressed" in refused(nowhere, call_in, tmp_path / "packed")
 
 
+@pytest.mark.slow
 def test_a_damaged_study_and_a_file_that_cannot_be_written_are_refused(
     lab: Path, call_in: CallIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

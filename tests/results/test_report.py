@@ -309,6 +309,7 @@ def test_what_a_trial_says_is_text_in_the_page_and_never_markup() -> None:
 SOME = st.floats(0, 1, width=16)  # of few bits, so that equal ones come about
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.tuples(SOME, SOME), min_size=2, max_size=12))
 def test_nothing_dominates_the_front_and_all_else_is_dominated(points) -> None:

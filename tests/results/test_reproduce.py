@@ -279,6 +279,7 @@ def test_reproduction_that_fails_is_not_reproduced_for_that_reason(
     assert "the reproduction failed: ZeroDivisionError: nothing is left" in out
 
 
+@pytest.mark.slow
 def test_reproduction_that_is_stopped_gives_no_verdict(
     call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,6 +565,7 @@ def one_bit_flipped(recorded: Recorded, where: str, chance: random.Random) -> It
             yield f"{where}: now {hashlib.sha256(changed).hexdigest()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", FLIPS)
 def test_no_flipped_bit_goes_unnoticed(recorded: Recorded, where: str) -> None:
     assert damage(recorded.tracker, recorded.row) == []
@@ -814,6 +816,7 @@ def elsewhere(recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> t
     return MlflowTracker(uri, "digitlab", recorded.lab).get("elsewhere").run_id, store
 
 
+@pytest.mark.slow
 def test_run_in_another_store_is_reproduced_there(call: Call, elsewhere: tuple[str, str]) -> None:
     status, out, _ = call("reproduce", *elsewhere)
     assert status == 0
@@ -830,6 +833,7 @@ def test_file_of_a_run_in_another_store_is_held_to_that_run(
     assert out.splitlines()[-1].startswith(f"identical: elsewhere ({run_id})")
 
 
+@pytest.mark.slow
 def test_config_from_a_run_in_another_store_is_found_there(
     call: Call, elsewhere: tuple[str, str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_the_test_set_is_read_by_final_fits_alone_once_each(lab, run_sweep) -> N
     assert sorted(line for line in opened if line.startswith("worker")) == sorted(2 * files)
 
 
+@pytest.mark.slow
 def test_every_run_of_a_study_is_recorded_whole(lab, run_sweep) -> None:
     assert run_sweep("study.confirm=2", "study.pruner=none", published=True).wait() == 0
     kinds = {"study": 1, "trial": 3, "confirm": 3, "final": 1, "champion": 1}
@@ -66,6 +67,7 @@ def test_every_run_of_a_study_is_recorded_whole(lab, run_sweep) -> None:
         assert {k: run.params[k] for k in row.values} == {k: str(v) for k, v in row.values.items()}
 
 
+@pytest.mark.slow
 def test_a_study_without_a_tracker_leaves_no_records(lab, run_sweep) -> None:
     plain = ("tracking=none", "study.pruner=none")
     assert run_sweep(*plain, "study.trials=1").wait() == 0
@@ -91,6 +93,7 @@ def test_a_signal_stops_a_study_that_can_go_on_and_charges_nothing(lab, run_swee
         assert "go on with: digitlab sweep experiments=smoke" in parent.log.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_fit_without_retries_ends_with_130_and_the_study_goes_on(
     lab, run_sweep
 ) -> None:
@@ -106,6 +109,7 @@ def test_ctrl_c_in_a_fit_without_retries_ends_with_130_and_the_study_goes_on(
     assert_whole(lab, 1)
 
 
+@pytest.mark.slow
 def test_a_second_driver_of_one_study_is_refused(lab, run_sweep) -> None:
     first = run_sweep("trainer.epochs=5000", "study.pruner=none")
     until(lambda: "running" in states_of(lab), first)
@@ -228,6 +232,7 @@ def test_a_full_disk_stops_the_study_and_space_lets_it_go_on(lab, tmp_path) -> N
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_every_sampler_and_pruner_works_with_and_without_a_tracker(lab, run_sweep, sampler) -> None:
     pruner = {"tpe": "median", "gp": "hyperband"}[sampler]

@@ -62,6 +62,7 @@ def scatter(job: Job) -> Script:
 RACE = ("study.pruner=none", "study.confirm=2", "study.confirm_fits=8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3], ids=["one worker", "three workers"])
 def test_the_race_is_the_same_whoever_trains_and_wherever_it_was_killed(
     lab: Path, tmp_path: Path, count: int

@@ -129,6 +129,7 @@ def test_run_without_tracking_gives_the_same_and_leaves_nothing(
     assert [path.name for path in lab.iterdir()] == ["data"]
 
 
+@pytest.mark.slow
 def test_an_allocation_of_slurm_does_not_keep_it_from_training(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_study_that_was_deleted_in_optuna_is_named_and_its_runs_stay(
     assert all_runs(finished) == before
 
 
+@pytest.mark.slow
 def test_a_study_that_was_renamed_in_optuna_goes_on_under_its_new_name(finished: Path) -> None:
     before, runs = results_of(finished), all_runs(finished)
     storage = open_storage(finished)

@@ -1,4 +1,4 @@
-"""`digitlab evaluate --shift`: how accurate a network is on images unlike its training data."""
+"""`digitlab evaluate`: how accurate a network is on images unlike its training data."""
 
 import io
 import json
