@@ -66,6 +66,7 @@ def test_help_and_version_import_no_framework(option: str) -> None:
 
 
 # What a command may not wait for: torch takes longer to import than most of them take.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "unused"),
     [

@@ -313,6 +313,7 @@ def test_a_range_is_kept_among_the_overrides_as_it_was_typed() -> None:
 FOLDERS = ["anna's lab #1, {x}", 'a "b" = c', "$HOME ${x} ü", "a,b", "feature%2Fx", "a?b", "~c\\"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_checkout_in_any_folder_composes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -234,6 +234,7 @@ def test_recording_prints_nothing(tracker: Tracker, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_deleted_experiment_is_refused_with_the_command_that_restores_it(
     tracker: MlflowTracker, request: pytest.FixtureRequest
 ) -> None:

@@ -212,6 +212,7 @@ def test_a_job_is_stopped_at_a_rung_and_the_next_one_runs(kind: str, make: Make)
     assert isinstance(train(workers, Job(tiny(), (0.2,)))[-1], Finished)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
     workers = make(kind)
@@ -271,6 +272,7 @@ def test_a_training_that_raises_says_whether_it_would_again(
     assert isinstance(train(workers, Job(tiny()))[-1], Finished)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_result_of_five_megabytes_arrives_whole(kind: str, make: Make) -> None:
     workers = make(kind)

@@ -338,6 +338,7 @@ def champion_lab(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Pa
     return shutil.copytree(studies(tmp_path_factory), tmp_path / "copied")
 
 
+@pytest.mark.slow
 def test_champion_is_calibrated_on_the_validation_images_of_its_trial(
     champion_lab: Path, call_in: Any, tmp_path: Path
 ) -> None:
@@ -371,6 +372,7 @@ def test_calibration_is_fitted_once_and_kept(predictor: DigitReader, trained_lab
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
     predictor: DigitReader, trained_lab: Path
 ) -> None:
@@ -392,6 +394,7 @@ def test_calibration_that_is_damaged_or_cannot_be_kept_is_fitted_again(
         DigitReader(tracker, "read-seed-0", trained_lab)
 
 
+@pytest.mark.slow
 def test_reproduction_of_a_final_fit_has_the_calibration_of_its_trial(
     champion_lab: Path, call_in: Any
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_digit_drawn_large_is_brought_back_to_its_size(side: int) -> None:
     assert np.mean(far) < 60  # of 255: a fraction of a pixel at the edges
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, len(DIGITS) - 1),
@@ -111,6 +112,7 @@ def test_any_picture_is_answered(height: int, width: int, data: st.DataObject) -
     assert bool(prepared.problem) == (not prepared.image.any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", scenes.KINDS)
 def test_scene_is_brought_back_to_the_digit_alone(kind: str) -> None:
     file = io.BytesIO()

@@ -675,6 +675,7 @@ def test_reasons_of_many_at_once_are_not_mixed_up(server: Server, lab: Lab) -> N
         assert together[i] == {key: alone[i % 10][key] for key in together[i]}
 
 
+@pytest.mark.slow
 def test_no_digit_is_claimed_where_there_is_none(server: Server) -> None:
     rng = np.random.default_rng(3)
     blank = [np.full((280, 280), grey, np.uint8) for grey in (0, 7, 128, 255)]

@@ -183,6 +183,7 @@ def test_no_tracker_keeps_nothing(tmp_path: Path) -> None:
 # A tracker that is away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(6))
 def test_outage_is_made_up_for_by_the_run_or_by_the_next_process(
     open_outbox: Open, gate: Gate, step: int, monkeypatch: pytest.MonkeyPatch
@@ -241,6 +242,7 @@ def test_tracker_that_is_away_delays_nobody(open_outbox: Open, gate: Gate) -> No
     outbox.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 2, 4, 6])
 @pytest.mark.parametrize("answer_last", [False, True])
 def test_run_is_delivered_once_though_the_delivery_breaks_off(
@@ -455,6 +457,7 @@ POINTS += [("outbox.sent", n) for n in (1, 2, 3, 4, 5, 6)]
 POINTS += [("outbox.acknowledged", n) for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "count"), POINTS)
 def test_run_of_a_killed_process_is_delivered_exactly_once(
     tmp_path: Path, kill_at: Callable[..., bool], point: str, count: int

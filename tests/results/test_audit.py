@@ -238,6 +238,7 @@ def rename(lab: Path, old: str, new: str, **notes: object) -> None:
         database.execute("UPDATE studies SET study_name=? WHERE study_name=?", [new, old])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "notes"),
     [

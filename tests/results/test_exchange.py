@@ -187,6 +187,7 @@ def refused(nowhere: Path, call_in: CallIn, path: Path) -> str:
     return err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_changed_bundle_is_refused_and_leaves_nothing(
     nowhere: Path, bundle: Path, call_in: CallIn, tmp_path: Path, kind: str

@@ -762,6 +762,7 @@ def test_file_of_a_recorded_configuration_is_a_reproduction(
     assert out.splitlines()[-1].startswith(f"identical: smoke-seed-0 ({recorded.run_id})")
 
 
+@pytest.mark.slow
 def test_file_of_a_new_configuration_is_trained_and_said_to_be_new(
     call: Call, recorded: Recorded, tmp_path: Path
 ) -> None:
@@ -869,6 +870,7 @@ def sealed_with(recorded: Recorded, change: Callable[[str], str]) -> Iterator[No
     recorded.execute(update, tags["digitlab.seal"], recorded.run_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [

@@ -77,6 +77,7 @@ def test_a_study_without_a_tracker_leaves_no_records(lab, run_sweep) -> None:
     assert states_of(lab) == ["finished", "finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_a_study_that_can_go_on_and_charges_nothing(lab, run_sweep, number) -> None:
     parent = run_sweep(
@@ -138,6 +139,7 @@ def test_trials_that_raise_hang_or_die_do_not_end_the_study(lab, run_sweep) -> N
     assert_whole(lab, 4)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_trial_once(lab, run_sweep) -> None:
     wild = ("data.mean=1e39", "model.batch_norm=false")  # more than a float32 can hold
     parent = run_sweep(*wild, "study.trials=2")

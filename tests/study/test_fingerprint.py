@@ -49,6 +49,7 @@ def test_every_difference_is_named(lab: Path, config: Config) -> None:
     assert "Restore them, or start a new study with study.name=NEW" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "pytorch-lightning", "numpy", "optuna"])
 def test_another_version_of_a_library_is_named(lab: Path, config: Config, library: str) -> None:
     store = open_store(lab)

@@ -172,6 +172,7 @@ def test_a_fit_that_loses_its_node_is_run_again_without_a_charge(lab: Path) -> N
     assert len(seen) == 4
 
 
+@pytest.mark.slow
 def test_a_sealed_fit_of_a_killed_driver_is_taken_over(lab: Path) -> None:
     """Each final fit reads the test images once: it is not trained a second time."""
     study = ("study.trials=1", "study.pruner=none")

@@ -282,6 +282,7 @@ def killed_at(lab: Path, point: str) -> None:
 
 
 # Before the tracker has the run, and after.
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["job.batch", "outbox.acknowledged"])
 def test_killed_run_is_ended_as_interrupted_by_the_next_train(
     lab: Path, call_in: CallIn, point: str

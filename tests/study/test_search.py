@@ -118,6 +118,7 @@ def test_contradicting_values_count_where_failures_do(lab: Path) -> None:
     assert problems_of(lab) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retries", [0, 1, 2])
 @pytest.mark.parametrize(
     "event", [Failed("it raised", False), Lost("its process died", True)], ids=["raised", "died"]

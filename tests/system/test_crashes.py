@@ -59,6 +59,7 @@ def disturb(
     return roles
 
 
+@pytest.mark.slow
 def test_a_study_with_two_workers_is_whole_after_some_kills(lab, run_sweep) -> None:
     study = ("study.workers=2", "study.trials=6")
     assert disturb(lab, run_sweep, 4, 1, *study).total() >= 4

@@ -35,6 +35,7 @@ def training(lab: Path, *overrides: str) -> Parent:
     return Parent(lab, [*TINY, *overrides], "train")
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_is_ended_by_the_next_command(lab: Path) -> None:
     first = training(lab, *ENDLESS)
     until(lambda: bool(all_runs(lab)), first)
@@ -49,6 +50,7 @@ def test_a_training_that_was_killed_is_ended_by_the_next_command(lab: Path) -> N
     assert not list((lab / "outbox").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )

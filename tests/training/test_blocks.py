@@ -23,6 +23,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_a_plain_trainer_comes_to_the_same_weights(lab: Path, overrides: list[str]) -> None:
     fitted = train(lab, *overrides)
