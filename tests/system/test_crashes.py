@@ -101,7 +101,7 @@ def test_kills_do_not_change_the_values_of_a_study(lab, run_sweep, seed, study) 
 POINTS = [
     *("outbox.created", "outbox.appended", "outbox.sent", "outbox.acknowledged"),
     *("trial.drawn", "trial.inserted", "trial.reported", "outbox.sealed"),
-    *("trial.before_tell", "trial.told", "outbox.removed"),
+    *("trial.before_tell", "trial.ended", "outbox.removed"),
 ]
 TIMES = ("first", "middle", "last") if SHARE == 1 else ("first",)
 TWO = ("study.trials=2", "study.workers=1", "study.confirm=2", "study.startup_trials=1")

@@ -185,7 +185,7 @@ class TrialStore:
         faults.point("trial.before_tell")
         values = [value] if value is not None and state != "failed" else None
         row = self._write(number, _STATES[state], values, notes)
-        faults.point("trial.told")
+        faults.point("trial.ended")
         return row
 
     def requeue(self, number: int, is_charged: bool, reason: str) -> TrialRow:
