@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import hypothesis
 import pytest
 
 from digitlab.base.errors import UserError
@@ -19,9 +18,6 @@ from digitlab.workers import processes
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
-if SHARE < 1:  # the same examples at each time; elsewhere new ones are looked for
-    hypothesis.settings.register_profile("fixed", derandomize=True)
-    hypothesis.settings.load_profile("fixed")
 
 pytest_plugins = ["parts", "browsing"]  # PostgreSQL, MLflow, Ray; a browser
 DATA = Path(__file__).parent / "support" / "digits"

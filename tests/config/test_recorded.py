@@ -261,7 +261,7 @@ def fractions(low: float, high: float, **ends: bool) -> st.SearchStrategy[float]
 WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12).filter(
     lambda word: "${" not in word and word != "???"
 )
-NAMES = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,11}", fullmatch=True)
+NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 COUNTS = st.integers(1, 10_000)
 BEGIN = st.sampled_from([[], [{"model.widths": [4, 8], "optim.learning_rate": 0.1}]])
 
