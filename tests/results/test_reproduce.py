@@ -157,6 +157,16 @@ def test_other_number_of_threads_is_named_before_and_after_training(
     assert (verdict == "identical") is not changed
 
 
+def test_another_device_is_named(call: Call, recorded: Recorded) -> None:
+    named = (
+        "trainer.device was cpu, is auto: can change floating-point rounding, and so the weights"
+    )
+    status, out, _ = call("reproduce", recorded.run_id, "trainer.device=auto")
+    assert named in out.split("epoch 1/1")[0]
+    verdict = out.splitlines()[-1].split(":")[0]
+    assert status == {"identical": 0, "within tolerance": 0, "not comparable": 3}[verdict]
+
+
 def test_other_version_of_a_library_is_named_in_words_before_and_after_training(
     call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,15 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"  # products in 8 significant bits, sums and weights in float32
 
 
+class Device(StrEnum):
+    """What trains a network."""
+
+    cpu = "cpu"  # the only one whose bits are repeated
+    auto = "auto"  # the accelerator that torch finds, else the processor
+    cuda = "cuda"
+    mps = "mps"
+
+
 class Launcher(StrEnum):
     """Who starts a study's workers."""
 
@@ -97,6 +106,7 @@ class TrainerConfig:
         ge=1, le=1024, description="Torch's threads; they can change floating-point rounding."
     )
     precision: Precision = Field(description="Number format of training.")
+    device: Device = Field(description="What trains; auto is the accelerator that torch finds.")
 
 
 @dataclass(config=STRICT)

@@ -40,7 +40,9 @@ def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor
     # One matrix product for the batch: torch's affine_grid takes three times as long, and its
     # layout of the grid slows grid_sample down too.
     n = len(images)
-    angle, scale, shear, x, y = torch.rand(5, n, generator=generator).mul_(2).sub_(1)
+    # Drawn on the processor, so that a seed moves the images alike on every device.
+    drawn = torch.rand(5, n, generator=generator).to(images.device)
+    angle, scale, shear, x, y = drawn.mul_(2).sub_(1)
     angle = angle * math.radians(config.rotate)
     size = 1 + scale * config.scale
     lean = torch.tan(shear * math.radians(config.shear))
@@ -48,7 +50,7 @@ def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor
     shift = 2 * config.shift / SIDE
     rows = [cosine, lean * cosine - sine, x * shift, sine, lean * sine + cosine, y * shift]
     matrices = torch.stack(rows, dim=1).view(2 * n, 3)
-    grid = (matrices @ _PIXELS).view(n, 2, SIDE, SIDE).permute(0, 2, 3, 1)
+    grid = (matrices @ _PIXELS.to(images.device)).view(n, 2, SIDE, SIDE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -58,12 +60,13 @@ def _erase(images: Tensor, side: int, generator: Generator) -> Tensor:
     corners = torch.randint(0, SIDE, (2, len(images), 1), generator=generator) - side // 2
     inside = (pixels >= corners) & (pixels < corners + side)  # (2, N, 28)
     square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    return images.masked_fill(square, 0)
+    return images.masked_fill(square.to(images.device), 0)
 
 
 def _stroke(images: Tensor, most: float, generator: Generator) -> Tensor:
     """Move each pixel part of the way to the lightest, or the darkest, of its neighbourhood."""
-    way = torch.rand(len(images), 1, 1, 1, generator=generator).mul_(2).sub_(1).mul_(most)
+    drawn = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    way = drawn.mul_(2).sub_(1).mul_(most)
     thick = F.max_pool2d(images, 3, 1, 1)
     thin = -F.max_pool2d(-images, 3, 1, 1)
     return images + way.clamp(min=0) * (thick - images) + way.clamp(max=0) * (images - thin)

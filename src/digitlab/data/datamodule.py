@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from digitlab.base.errors import require
@@ -39,6 +40,12 @@ class DigitsData(pl.LightningDataModule):
             self.training = self._split(self._load(TRAIN))
         if stage == "test" and self.test is None:
             self.test = self._load(TEST)
+
+    def move(self, device: torch.device) -> None:
+        """Move the images that were read to a device, where they stay."""
+        for name in ("training", "validation", "test"):
+            if digits := getattr(self, name):
+                setattr(self, name, tuple(part.to(device) for part in digits))
 
     def _load(self, files: tuple[str, str]) -> Labelled:
         data = self.config.data

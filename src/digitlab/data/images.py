@@ -54,6 +54,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, changes = self.config.batch_size, self.config.augment
         order = torch.randperm(len(self.labels), generator=self.order)[: self.count]
+        order = order.to(self.images.device)
         # Index and convert several batches in one go: small ones cost more in calls than in work.
         for indices in torch.split(order, _GATHERED * size):
             images = to_unit(self.images.index_select(0, indices))

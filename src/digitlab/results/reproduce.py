@@ -50,7 +50,8 @@ def reproduce(
     """Train the run again and compare; the verdict is recorded and printed, too.
 
     Args:
-        overrides: of `trainer.threads` and `tracking.*`; anything else is another run.
+        overrides: of `trainer.threads`, `trainer.device` and `tracking.*`; with anything else it
+            would be another run.
         at_commit: the recorded code trains; it is shown, and run if the answer is yes.
         is_trusted: nobody is asked.
 
@@ -59,10 +60,11 @@ def reproduce(
     """
     stores, others = split_stores(overrides)
     values = override_values(others)
-    if values.keys() - {"trainer.threads"}:
+    if values.keys() - {"trainer.threads", "trainer.device"}:
         raise UserError(
             f"{', '.join(values)} would make it another run: a reproduction changes "
-            f"trainer.threads at most. Use `digitlab train --config-from {name} ...` instead."
+            "trainer.threads and trainer.device at most. Use "
+            f"`digitlab train --config-from {name} ...` instead."
         )
     with lab_records(lab, stores) as records:
         tracker = records.tracker
@@ -140,13 +142,14 @@ def _train_at_commit(
 
 
 def _given(tracker: Tracker, row: RunRow, config: Config, lab: Path) -> list[Change]:
-    """Return what differs before anything is trained: the data first, and the threads."""
-    threads = recorded_config(tracker, row).trainer.threads, config.trainer.threads
-    both = [
+    """Return what differs before anything is trained: the data first, threads and device."""
+    then = recorded_config(tracker, row).trainer
+    given = [
         Change("data", recorded_data(row), _data_sha256(config, lab)),
-        Change("trainer.threads", *threads),
+        Change("trainer.threads", then.threads, config.trainer.threads),
+        Change("trainer.device", then.device, config.trainer.device),
     ]
-    return [item for item in both if item.was != item.now]
+    return [item for item in given if item.was != item.now]
 
 
 def _verdict(tracker: Tracker, row: RunRow, again: RunRow, given: list[Change]) -> Verdict:

@@ -36,6 +36,7 @@ _EFFECTS = {
     "study.workers": "gives trials another history to learn from",
     "study.minutes": "ends the study at another trial",
     "trainer.threads": _ROUNDING,
+    "trainer.device": _ROUNDING,
     "python": _ROUNDING,
     "platform": _ROUNDING,
     "processor": _ROUNDING,

@@ -31,6 +31,7 @@ _FIXED_KEYS = {
     "data.allow_unknown",
     "trainer.seed",
     "trainer.threads",
+    "trainer.device",
 }
 _FIXED_GROUPS = {"study", "tracking", "launcher"}
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"

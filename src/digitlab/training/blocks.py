@@ -50,24 +50,31 @@ class BlockModule(DigitModule):
         self.correct = self.seen = 0
 
     def training_step(self, block: list[Batch], _: int) -> None:  # type: ignore[override]
-        # Lightning's wrappers of the two would bring back what the block saves.
-        [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
         losses: list[Tensor] = []
         outputs: list[Tensor] = []
         for batch in block:
-            loss, logits = self.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.configure_gradient_clipping(optimizer)
-            optimizer.step()
-            schedule.scheduler.step()  # type: ignore[call-arg]
-            losses.append(loss.detach() * len(logits))
+            loss, logits = self.take_step(batch)
+            # Lightning's wrappers of schedule and optimizer would bring back what the block saves.
+            self.trainer.lr_scheduler_configs[0].scheduler.step()  # type: ignore[call-arg]
+            losses.append(loss * len(logits))
             outputs.append(logits)
         labels = torch.cat([labels for _, labels in block])
-        self.loss_sum += float(torch.stack(losses).sum())
+        total = float(torch.stack(losses).sum())
+        self.refuse_divergence(total)
+        self.loss_sum += total
         self.correct += int((torch.cat(outputs).argmax(1) == labels).sum())
         self.seen += len(labels)
         self.steps_done += len(block)
+
+    def take_step(self, batch: Batch) -> Batch:
+        """Change the weights by one batch; return its mean loss and its logits (N, 10)."""
+        [optimizer] = self.trainer.optimizers
+        loss, logits = self.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        return loss.detach(), logits
 
     def train_metrics(self) -> dict[str, float]:
         """Return mean loss and accuracy over the images since the last call."""

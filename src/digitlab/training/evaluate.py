@@ -13,7 +13,10 @@ from digitlab.data.images import EVALUATION_BATCH, standardise, to_unit
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
-    """Return logits (N, 10) of images uint8 (N, 1, 28, 28); the network's mode stays as it was."""
+    """Return logits (N, 10) of images uint8 (N, 1, 28, 28) on the network's own device.
+
+    The network's mode stays as it was.
+    """
     training = network.training
     network.eval()
     batches = torch.split(images, EVALUATION_BATCH)

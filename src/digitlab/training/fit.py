@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import DigitsData
 from digitlab.training.blocks import BlockModule, Blocks
+from digitlab.training.captured import CapturedModule
+from digitlab.training.device import find_device, numerics
 from digitlab.training.evaluate import count_flops, count_parameters, evaluate, measure
 from digitlab.training.module import Diverged
 from digitlab.training.observer import TrainingObserver
@@ -66,48 +68,58 @@ def fit(
         UserError: the data are not available, or not the known ones.
         StopTraining, or whatever else the observer raises: at once.
     """
-    _prepare_torch(config)
+    device = _prepare_torch(config)
     data = DigitsData(config, lab)
     data.setup("fit")
+    data.move(device)
     batches = data.train_dataloader()
-    module = BlockModule(config, config.trainer.epochs * len(batches))
+    kind = CapturedModule if device.type == "cuda" else BlockModule
+    module = kind(config, config.trainer.epochs * len(batches))
     passes = 3 * len(batches.labels) * config.trainer.epochs  # the way back is twice the way forth
     flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
     observer.started({"model_parameters": parameters, "training_flops": flops})
     reporter = _Reporter(data, observer, rungs)
-    _train(config, module, Blocks(batches), reporter)
+    _train(config, device, module.to(device), Blocks(batches), reporter)
     if config.data.evaluate_on is EvaluateOn.test:
         data.setup("test")
+        data.move(device)
         assert data.test is not None
         images, labels = data.test
-        logits = evaluate(module.learned, images, config.data)
+        # Lightning has taken the network back to the processor.
+        logits = evaluate(module.to(device).learned, images, config.data)
         metrics = reporter.metrics | measure(logits, labels, "test")
     else:
         assert data.validation is not None
         images, labels = data.validation
         logits, metrics = reporter.logits, reporter.metrics
     weights = {
-        name: value.detach().contiguous().clone()
+        name: value.detach().cpu().contiguous().clone()
         for name, value in module.learned.state_dict().items()
     }
-    return FitResult(
-        weights, logits, labels, images, metrics, data.sha256, reporter.film, _numerics()
-    )
+    measured = (logits.cpu(), labels.cpu(), images.cpu())
+    return FitResult(weights, *measured, metrics, data.sha256, reporter.film, numerics(device))
 
 
-def _train(config: Config, module: BlockModule, blocks: Blocks, reporter: "_Reporter") -> None:
+def _train(
+    config: Config,
+    device: torch.device,
+    module: BlockModule,
+    blocks: Blocks,
+    reporter: "_Reporter",
+) -> None:
     # At each fit Lightning reports the hardware and gives advice: noise in a study. A context that
     # restores the filters would do so under other threads too.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     trainer = pl.Trainer(
         max_epochs=config.trainer.epochs,
-        accelerator="cpu",
+        accelerator=device.type,
         devices=1,
         # Lightning would find an allocation of Slurm by itself, and wait for its other tasks.
         plugins=[LightningEnvironment()],
-        deterministic=True,
+        # The gradients of pooling are summed in any order by CUDA, which has no other way.
+        deterministic=True if device.type == "cpu" else "warn",
         callbacks=[reporter],
         logger=False,
         enable_checkpointing=False,
@@ -124,7 +136,12 @@ def _train(config: Config, module: BlockModule, blocks: Blocks, reporter: "_Repo
         raise
 
 
-def _prepare_torch(config: Config) -> None:
+def _prepare_torch(config: Config) -> torch.device:
+    """Set up torch for a fit, and return the device that trains.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     torch.set_num_threads(config.trainer.threads)
     torch.manual_seed(config.trainer.seed)
     if not torch.cuda.is_available():
@@ -139,24 +156,13 @@ def _prepare_torch(config: Config) -> None:
     if mallopt is not None:
         for name, value in settings.items():
             mallopt(name, value)
-
-
-def _numerics() -> dict[str, Any]:
-    """Return what torch computes with, as recorded beside the environment."""
-    return {
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "float32": torch.get_float32_matmul_precision(),
-    }
+    return find_device(config.trainer.device)
 
 
 def one_of_each(labels: Tensor) -> Tensor:
     """Return the index of the first image of each digit that is present; (10,) where all are."""
     places = [int((labels == digit).nonzero()[0]) for digit in range(10) if digit in labels]
-    return torch.tensor(places)
+    return torch.tensor(places, device=labels.device)
 
 
 class _Reporter(pl.Callback):
@@ -184,7 +190,8 @@ class _Reporter(pl.Callback):
 
     def _add_frame(self, epoch: int, network: nn.Module, logits: Tensor) -> None:
         filters = next((p for p in network.parameters() if p.ndim == 4), torch.empty(0, 1, 1, 1))
-        self.film.append(Frame(epoch, logits.softmax(1), filters.detach().mean(1).clone()))
+        probabilities, mean = logits.softmax(1).cpu(), filters.detach().mean(1)
+        self.film.append(Frame(epoch, probabilities, mean.cpu().clone()))
 
     def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
         fraction = module.steps_done / module.steps

@@ -41,6 +41,7 @@ class DigitModule(pl.LightningModule):
             average = get_ema_multi_avg_fn(config.optim.ema**_EMA_STEPS)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
             self.averaged.requires_grad_(False)  # else Lightning counts it as trainable
+        self.steps_averaged = 0
 
     @property
     def learned(self) -> nn.Module:
@@ -57,7 +58,7 @@ class DigitModule(pl.LightningModule):
         return logits
 
     def loss(self, batch: Batch) -> Batch:
-        """Return the mean loss of a batch and its logits (N, 10); Diverged if it is not finite."""
+        """Return the mean loss of a batch and its logits (N, 10)."""
         images, labels = batch
         # Of training alone: a network is always measured in float32.
         is_half = self.config.trainer.precision is Precision.bfloat16
@@ -65,14 +66,24 @@ class DigitModule(pl.LightningModule):
             logits = self.network(images).float()
             smoothing = self.config.optim.label_smoothing
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        if not math.isfinite(value := loss.item()):
+        return loss, logits.detach()
+
+    def refuse_divergence(self, loss: float) -> None:
+        """Raise Diverged unless a loss is finite. To read it, one waits for an accelerator."""
+        if not math.isfinite(loss):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             where = f"in epoch {self.current_epoch + 1} at learning rate {rate:.3g}"
-            raise Diverged(f"the loss is {value} {where}")
-        return loss, logits.detach()
+            raise Diverged(f"the loss is {loss} {where}")
+
+    def average_weights(self) -> None:
+        """Let the average, if there is one, follow a step of the optimizer."""
+        self.steps_averaged += 1
+        if self.averaged is not None and self.steps_averaged % _EMA_STEPS == 0:
+            self.averaged.update_parameters(self.network)
 
     def training_step(self, batch: Batch, _: int) -> Tensor | None:
         loss, logits = self.loss(batch)
+        self.refuse_divergence(loss.item())
         accuracy = (logits.argmax(1) == batch[1]).float().mean()
         metrics = {"train_loss": loss.detach(), "train_accuracy": accuracy}
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(logits))
@@ -115,20 +126,13 @@ class WeightAverage(pl.Callback):
     holds many steps. Lightning's own EMA callback counts batches.
     """
 
-    def __init__(self) -> None:
-        self.steps = 0
-
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DigitModule)
-        averaged, network = module.averaged, module.network
-        assert averaged is not None
-
-        def follow(*_: object) -> None:
-            self.steps += 1
-            if self.steps % _EMA_STEPS == 0:
-                averaged.update_parameters(network)
-
-        self.hook = trainer.optimizers[0].register_step_post_hook(follow)
+        assert module.averaged is not None
+        # It is read at every step: on an accelerator each reading would wait for the step's end.
+        module.averaged.n_averaged = module.averaged.n_averaged.cpu()
+        hook = trainer.optimizers[0].register_step_post_hook
+        self.hook = hook(lambda *_: module.average_weights())
 
     def on_train_end(self, _: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DigitModule)
@@ -145,11 +149,14 @@ def build_optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Opti
     ]
     if not config.weight_decay:  # one group takes half the time of two
         groups = [{"params": parameters, "weight_decay": 0.0}]
-    rate, momentum = config.learning_rate, config.momentum
+    momentum, device = config.momentum, parameters[0].device
+    rate: float | Tensor = config.learning_rate
+    if is_cuda := device.type == "cuda":  # a captured step reads the rate from where it stands
+        rate = torch.tensor(rate, device=device)
     if config.name is Optimizer.sgd:
         return torch.optim.SGD(groups, rate, momentum, nesterov=momentum > 0, fused=True)
     kind = torch.optim.AdamW if config.name is Optimizer.adamw else torch.optim.Adam
-    return kind(groups, rate, (momentum, config.beta2), fused=True)
+    return kind(groups, rate, (momentum, config.beta2), fused=True, capturable=is_cuda)
 
 
 def build_schedule(
