@@ -14,8 +14,6 @@ from digitlab.base.errors import UserError
 from digitlab.config.types import Config, Pruner, Sampler, StudyConfig
 from digitlab.study.space import Hyperparameter, first_values, read_space
 
-_ETA = 3  # successive halving keeps the best third at each rung
-
 
 def searched_space(config: Config) -> list[Hyperparameter]:
     """Return the hyperparameters of `study.space`.
@@ -91,8 +89,9 @@ class HalvingPruner(BasePruner):
     treated differently the second time. Here the accuracies at the rung decide alone.
     """
 
-    def __init__(self, brackets: int) -> None:
-        self.brackets = brackets
+    def __init__(self, brackets: int, eta: int = 3) -> None:
+        """Args: eta: one of so many goes on."""
+        self.brackets, self.eta = brackets, eta
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         rung = trial.last_step
@@ -107,5 +106,5 @@ class HalvingPruner(BasePruner):
             and rung in other.intermediate_values
             and other.number % self.brackets == bracket
         ]
-        kept = sorted(reached, reverse=True)[: max(1, len(reached) // _ETA)]
+        kept = sorted(reached, reverse=True)[: max(1, len(reached) // self.eta)]
         return trial.intermediate_values[rung] < kept[-1]
