@@ -59,7 +59,7 @@ def commands(lab: Path, repeats: int) -> list[Figure]:
     with own_lab(lab) as own, contextlib.chdir(own):
         run([PROGRAM, *sweep], own)
         digits = load_digits(own, "mnist", TEST)
-        Image.fromarray(digits.images[int((digits.labels == 8).nonzero()[0])].numpy()).save("8.png")
+        Image.fromarray(digits.images[(digits.labels == 8).argmax()]).save("8.png")
         run([PROGRAM, "predict", "8.png"], own)  # which fits the calibration, once for all
         for _ in range(repeats):
             torch_s = timed(partial(run, [sys.executable, "-c", "import torch"], own))
@@ -191,7 +191,7 @@ def draw(lab: Path, repeats: int) -> list[Figure]:
     files = []
     for digit in load_digits(lab, "mnist", TEST).images[:100]:
         file = io.BytesIO()
-        Image.fromarray(255 - digit.numpy()).resize((280, 280)).save(file, "PNG")
+        Image.fromarray(255 - digit).resize((280, 280)).save(file, "PNG")
         files.append(file.getvalue())
     latencies: list[list[float]] = []
     lost = 0

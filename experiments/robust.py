@@ -24,6 +24,7 @@ from sklearn.datasets import load_sample_images
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
 from digitlab.data.datasets import TEST, Digits, load_digits
+from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
 from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
@@ -85,7 +86,7 @@ def in_scenes(predictor: DigitReader, test: Digits, count: int, first: int) -> N
         prepared = []
         for i in numbers:
             file = io.BytesIO()
-            scenes.scene(kind, test.images[i].numpy(), i).save(file, "PNG")
+            scenes.scene(kind, test.images[i], i).save(file, "PNG")
             prepared.append((str(i), prepare(decode(file.getvalue(), kind))))
         said = Counter(
             answer.status if answer.status != "digit" else answer.digit == int(test.labels[i])
@@ -98,7 +99,7 @@ def in_scenes(predictor: DigitReader, test: Digits, count: int, first: int) -> N
 def of_things(predictors: list[DigitReader], test: Digits) -> None:
     """Print how often each run answers digit, unsure and none, to digits and to what is none."""
     things = {
-        "test images in larger canvases": [canvas(i.float().numpy()) for i in test.images[:2000]],
+        "test images in larger canvases": list(map(canvas, test.images[:2000].astype(np.float32))),
         "digits of DejaVu fonts": [letter(font, digit) for font in FONTS for digit in "0123456789"],
         "letters of the same fonts, unlike digits": [letter(f, c) for f in FONTS for c in UNLIKE],
         "scribbles of 4 to 11 lines": [lines(int(CHANCE.integers(4, 12))) for _ in range(300)],
@@ -133,19 +134,19 @@ def main(runs: list[str], count: int, first: int) -> None:
     pictures = [np.asarray(Image.fromarray((16 * i).clip(0, 255).astype(np.uint8)).resize(
         (80, 80), Image.Resampling.BICUBIC), np.float32) for i in uci.images]  # fmt: skip
     foreign = [prepare(np.pad(picture, 16)) for picture in pictures]
-    placed = [prepare(canvas(image.float().numpy(), 30)) for image in test.images]
+    placed = [prepare(canvas(image.astype(np.float32), 30)) for image in test.images]
     for predictor in predictors:
         name = predictor.row.name
         answers = predictor.answer([("", p) for p in foreign])
         right = np.mean([a.digit == t for a, t in zip(answers, uci.target, strict=True)])
         print(f"{name}: UCI digits {share_interval(float(right), len(uci.target))}")
-        logits = evaluate(predictor.network, test.images[:, None], predictor.config.data)
+        logits = evaluate(predictor.network, as_tensors(test)[0], predictor.config.data)
         images = torch.from_numpy(np.stack([p.image for p in placed]))[:, None]
         again = evaluate(predictor.network, images, predictor.config.data).argmax(1)
         same = int((again == logits.argmax(1)).sum())
         print(f"{name}: in canvases of 30 to 120 pixels {same} of {len(again)} are read as before")
         sure, digits = predictor.calibration.probabilities(logits).max(1)
-        true = (digits == test.labels).double()
+        true = (digits == as_tensors(test)[1]).double()
         parts = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
         gaps = [abs(float((sure[p] - true[p]).sum())) / len(sure) for p in parts if p.any()]
         print(f"{name}: T {predictor.calibration.temperature:.2f}, confidence {sure.mean():.2%}, "

@@ -80,10 +80,13 @@ class Run:
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Return predicted and true digits (N,) of the images that the run was measured on."""
+        import torch
+
         from digitlab.records.reader import lab_tracker, recorded_guesses
 
         tracker = lab_tracker(self.lab, self.stores)
-        return recorded_guesses(tracker, tracker.get(self.run_id))
+        guesses, labels = recorded_guesses(tracker, tracker.get(self.run_id))
+        return torch.from_numpy(guesses), torch.from_numpy(labels)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from digitlab.base.stop import end_imports_quietly
 _COLLECT_EVERY = 50_000
 
 
-
 def main() -> int:
     """Run the command line; returns the exit status."""
     end_imports_quietly()

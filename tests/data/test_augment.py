@@ -18,6 +18,7 @@ from torchvision.transforms.functional import affine
 from digitlab.config.types import AugmentConfig
 from digitlab.data.augment import augment
 from digitlab.data.datasets import TRAIN, load_digits
+from digitlab.data.images import as_tensors
 
 SIDE = 28
 ALL = {"shift": 2.5, "rotate": 15.0, "scale": 0.15, "shear": 10.0, "erase": 5, "stroke": 0.5}
@@ -41,7 +42,7 @@ def noise(n: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def digits(lab: Path) -> Tensor:
     """Some real digits of each class, float (40, 1, 28, 28)."""
-    return load_digits(lab, "sample", TRAIN).images[::50, None].float() / 255
+    return as_tensors(load_digits(lab, "sample", TRAIN))[0][::50].float() / 255
 
 
 def sources(config: AugmentConfig, n: int, seed: int) -> Tensor:

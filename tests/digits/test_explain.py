@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.images import as_tensors
 from digitlab.digits.explain import activations, attribution
 from digitlab.networks.table import build_network
 from digitlab.records.local import sqlite_uri
@@ -63,7 +64,7 @@ def network_of(name: str, lab: Path) -> nn.Module:
 def test_reasons_add_up_to_what_the_image_adds_to_the_difference(name: str, lab: Path) -> None:
     """Completeness (Sundararajan et al. 2017)."""
     network = network_of(name, lab).eval()
-    image = load_digits(lab, "sample", TEST, False).images[7][None, None].float() / 255
+    image = as_tensors(load_digits(lab, "sample", TEST, False))[0][7:8].float() / 255
     image = (image - 0.1307) / 0.3081
     black = torch.full_like(image, -0.1307 / 0.3081)
     with torch.no_grad():

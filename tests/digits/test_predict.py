@@ -26,13 +26,13 @@ from samples import readers, studies
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
+from digitlab.base.statistics import fit_temperature
 from digitlab.digits.decode import decode
 from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage
-from digitlab.training.evaluate import fit_temperature
 
 DIGITS = np.fromfile(DATA / "t10k-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
 TRUE = np.fromfile(DATA / "t10k-labels-idx1-ubyte", np.uint8)[8:]
@@ -329,7 +329,8 @@ def test_temperature_is_found_again(temperature: float, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(4000, 10, generator=chance)
     labels = torch.multinomial(logits.softmax(1), 1, generator=chance)[:, 0]
-    assert fit_temperature(logits * temperature, labels) == pytest.approx(temperature, rel=0.15)
+    found = fit_temperature((logits * temperature).numpy(), labels.numpy())
+    assert found == pytest.approx(temperature, rel=0.15)
 
 
 @pytest.fixture

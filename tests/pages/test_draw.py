@@ -129,7 +129,7 @@ def png(pixels: Any, kind: str = "PNG", **options: Any) -> bytes:
 def large(digit: int, lab: Lab, nth: int = 0) -> np.ndarray:
     """A test image of a digit as a person would draw it: dark on light, 280 pixels a side."""
     digits = load_digits(lab.folder, "sample", TEST)
-    image = digits.images[(digits.labels == digit).nonzero()[nth, 0]].numpy()
+    image = digits.images[(digits.labels == digit).nonzero()[0][nth]]
     return np.asarray(Image.fromarray(255 - image).resize((280, 280), Image.Resampling.BICUBIC))
 
 

@@ -182,7 +182,8 @@ def bare_fit(config: Config, lab: Path) -> dict[str, Tensor]:
         torch.from_numpy(np.fromfile(lab / "data" / "sample" / name, np.uint8)[header:])
         for name, header in (("train-images-idx3-ubyte", 16), ("train-labels-idx1-ubyte", 8))
     )
-    learn, _ = stratified_split(labels, config.data.validation_images, config.data.split_seed)
+    split = (config.data.validation_images, config.data.split_seed)
+    learn, _ = stratified_split(labels.numpy(), *split)
     images, labels = images.view(2000, 1, 28, 28)[learn], labels[learn].long()
     order, chance = (random_stream(config.trainer.seed, stream) for stream in (0, 1))
     optim, size = config.optim, config.data.batch_size

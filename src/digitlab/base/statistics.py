@@ -1,4 +1,7 @@
-"""Means over seeds, shares of images, and how certain they are."""
+"""Means over seeds, shares of images, probabilities, and how certain they are.
+
+Of scipy it takes `special` alone: `scipy.stats` takes a third of a second to import.
+"""
 
 import math
 from collections.abc import Sequence
@@ -151,18 +154,20 @@ def accuracy_interval(groups: Sequence[NDArray[np.bool_]], place: int) -> Interv
         return Interval(mean, None, None, n)
     # The square of the quantile, divided by the effective number of images.
     error = max(found.error, 1 / images)
-    share = (quantile(found.freedom) * error) ** 2 / max(mean * (1 - mean), 1 / images)
-    centre = (mean + share / 2) / (1 + share)
-    half = math.sqrt(share * mean * (1 - mean) + share**2 / 4) / (1 + share)
-    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+    square = (quantile(found.freedom) * error) ** 2 / max(mean * (1 - mean), 1 / images)
+    return Interval(mean, *_wilson(mean, square), n)
+
+
+def _wilson(share: float, square: float) -> tuple[float, float]:
+    """Return the ends of Wilson's interval; `square` is of the quantile, over the cases' number."""
+    centre = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * share * (1 - share) + square**2 / 4) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def share_interval(share: float, n: int) -> Interval:
     """Return Wilson's interval (1927) of a share of n independent cases."""
-    from scipy.stats import binomtest
-
-    found = binomtest(round(share * n), n).proportion_ci(LEVEL, "wilson")
-    return Interval(share, float(found.low), float(found.high), n)
+    return Interval(share, *_wilson(share, quantile(math.inf) ** 2 / n), n)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -171,10 +176,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     Args:
         only_first, only_second: images that one of them alone gets right.
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr  # the binomial distribution
 
-    both = only_first + only_second
-    return float(binomtest(only_first, both).pvalue) if both else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -184,3 +188,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the probabilities (N, 10) that logits (N, 10) stand for."""
+    risen = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(risen / risen.sum(1, keepdims=True))
+
+
+def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """Return the number above 0 by which to divide logits (N, 10) for the least cross-entropy.
+
+    Divided by it, a network's probabilities match how often they are right (Guo et al. 2017).
+    """
+    from scipy.optimize import minimize_scalar
+
+    below = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    true = np.take_along_axis(below, labels[:, None].astype(np.int64), 1)[:, 0]
+
+    def loss(logarithm: float) -> float:
+        temperature = math.exp(logarithm)
+        sums = np.log(np.exp(below / temperature).sum(1))
+        return float((sums - true / temperature).mean())
+
+    return float(math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))

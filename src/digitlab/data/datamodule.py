@@ -10,7 +10,7 @@ from torch import Tensor
 from digitlab.base.errors import require
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
-from digitlab.data.images import Batches, EvaluationBatches
+from digitlab.data.images import Batches, EvaluationBatches, as_tensors
 
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28) and int64 (N,)
 
@@ -51,13 +51,14 @@ class DigitsData(pl.LightningDataModule):
         data = self.config.data
         digits = load_digits(self.lab, data.name, files, data.allow_unknown)
         self.sha256 |= digits.sha256
-        return digits.images[:, None], digits.labels
+        return as_tensors(digits)
 
     def _split(self, digits: Labelled) -> Labelled:
         """Set the validation set apart, and return the images to learn from."""
         data, (images, labels) = self.config.data, digits
         if data.evaluate_on is EvaluateOn.validation:
-            rest, validation = stratified_split(labels, data.validation_images, data.split_seed)
+            given = (data.validation_images, data.split_seed)
+            rest, validation = stratified_split(labels.numpy(), *given)
             self.validation = (images[validation], labels[validation])
             images, labels = images[rest], labels[rest]
         if data.images:
@@ -65,7 +66,7 @@ class DigitsData(pl.LightningDataModule):
             require(
                 data.images <= most, f"data.images={data.images}", f"at most {most}, or 0 for all"
             )
-            _, part = stratified_split(labels, data.images, data.split_seed)
+            _, part = stratified_split(labels.numpy(), data.images, data.split_seed)
             images, labels = images[part], labels[part]
         return images, labels
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock
-from torch import Tensor
+from numpy.typing import NDArray
 
 from digitlab.base.errors import UserError, nearest, require
 from digitlab.data.download import download
@@ -77,8 +76,8 @@ KNOWN = {
 class Digits:
     """Images uint8 (N, 28, 28), 0 is black; labels int64 (N,); SHA-256 of the files by name."""
 
-    images: Tensor
-    labels: Tensor
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
     sha256: dict[str, str]
 
 
@@ -138,8 +137,8 @@ def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bo
             f"{folder / files[1]} holds label {labels.max()}: it must be 0 to 9. Replace it."
         )
     return Digits(
-        torch.from_numpy(images),
-        torch.from_numpy(labels.astype(np.int64)),
+        images,
+        labels.astype(np.int64),
         {file: digest for file, (_, digest) in zip(files, contents, strict=True)},
     )
 
@@ -283,7 +282,9 @@ def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
     )
 
 
-def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def stratified_split(
+    labels: NDArray[np.int64], count: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return indices (N - count,) to learn from and (count,) to validate on, both ascending.
 
     Each class gives its share of the validation set, rounded by largest remainder.
@@ -294,7 +295,7 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     total = len(labels)
     given = f"data.validation_images={count}"
     require(count < total, given, f"less than the {total} training images")
-    counts = np.bincount(labels.numpy())
+    counts = np.bincount(labels)
     shares = counts * count / total
     take = np.floor(shares).astype(int)
     for label in np.argsort(take - shares, kind="stable")[: count - take.sum()]:
@@ -302,7 +303,6 @@ def stratified_split(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Ten
     generator = np.random.default_rng(seed)
     chosen = np.zeros(total, dtype=bool)
     for label, share in enumerate(take):
-        members = np.flatnonzero(labels.numpy() == label)
+        members = np.flatnonzero(labels == label)
         chosen[generator.permutation(members)[:share]] = True
-    rest, validation = np.flatnonzero(~chosen), np.flatnonzero(chosen)
-    return torch.from_numpy(rest), torch.from_numpy(validation)
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

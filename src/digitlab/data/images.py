@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from digitlab.config.types import DataConfig
 from digitlab.data.augment import augment
+from digitlab.data.datasets import Digits
 
 _GATHERED = 16  # batches that are copied out of the data set at once
 EVALUATION_BATCH = 500  # images: large enough to be fast, small enough to stay in the cache
@@ -21,6 +22,11 @@ def random_stream(seed: int, stream: int) -> Generator:
     """
     state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     return Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def as_tensors(digits: Digits) -> tuple[Tensor, Tensor]:
+    """Return images uint8 (N, 1, 28, 28) and labels int64 (N,), in the memory that they are in."""
+    return torch.from_numpy(digits.images)[:, None], torch.from_numpy(digits.labels)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from digitlab.base.files import write_synced
+from digitlab.base.statistics import fit_temperature
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datasets import TRAIN, load_digits, stratified_split
-from digitlab.data.images import to_unit
+from digitlab.data.images import as_tensors, to_unit
 from digitlab.records.reader import recorded_logits
 from digitlab.records.tracker import RunRow, Tracker
-from digitlab.training.evaluate import evaluate, fit_temperature
+from digitlab.training.evaluate import evaluate
 
 _VERSION = "3"  # of what is fitted here: a cache of another version is not used
 _DIGEST = 32  # bytes at the start of a cache: the SHA-256 of the rest
@@ -113,12 +114,13 @@ def _fitted(
     data = config.data
     digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
     learn, held = stratified_split(digits.labels, data.validation_images, data.split_seed)
-    images, labels = digits.images[:, None], digits.labels
+    images, labels = as_tensors(digits)
     logits, temperature = evaluate(network, images[held], data), 1.0
     if source is not None:
         if data.evaluate_on is not EvaluateOn.validation:
-            logits = recorded_logits(tracker, source, len(held))  # of the same images, in order
-        temperature = fit_temperature(logits, labels[held])
+            # Of the same images, in the same order.
+            logits = torch.from_numpy(recorded_logits(tracker, source, len(held)))
+        temperature = fit_temperature(logits.numpy(), digits.labels[held])
     flat = to_unit(images[learn]).flatten(1)
     basis = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -_COMPONENTS:].contiguous()
     known = [(flat[labels[learn] == digit] @ basis).contiguous() for digit in range(10)]

@@ -56,7 +56,7 @@ def explain(
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
         require(int(image) < count, f"explain {image}", f"{_RULE} to {count - 1}")
-        pixels = digits.images[int(image)]
+        pixels = torch.from_numpy(digits.images[int(image)])
         title, name = f"test image {image}, a {int(digits.labels[int(image)])}", image
     else:
         require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)

@@ -20,6 +20,7 @@ from digitlab.base.errors import require
 from digitlab.base.statistics import share_interval
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
+from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
 from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker, load_run
@@ -100,9 +101,10 @@ def evaluate_shift(
     tested = config.data.evaluate_on is EvaluateOn.test
     files = TEST if tested else TRAIN
     digits = load_digits(lab, config.data.name, files, config.data.allow_unknown)
-    images, labels = digits.images[:, None], digits.labels
+    images, labels = as_tensors(digits)
     if not tested:
-        _, held = stratified_split(labels, config.data.validation_images, config.data.split_seed)
+        split = (config.data.validation_images, config.data.split_seed)
+        _, held = stratified_split(digits.labels, *split)
         images, labels = images[held], labels[held]
     prepared = min(prepared, len(labels))
 

@@ -18,8 +18,10 @@ from digitlab.config.types import Config
 from digitlab.records.record import SUMS, Records, open_records, open_tracker, row_params, seal
 from digitlab.records.tracker import RunRow, Tracker
 
-if TYPE_CHECKING:  # torch is imported where tensors are read: lists and audits need none
-    from torch import Tensor, nn
+if TYPE_CHECKING:  # torch is imported where a network is built: most readers need none
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
 
 
 def lab_tracker(lab: Path, overrides: Sequence[str] = ()) -> Tracker:
@@ -218,7 +220,9 @@ def recorded_environment(tracker: Tracker, row: RunRow) -> dict[str, Any]:
     return environment
 
 
-def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple["Tensor", "Tensor"]:
+def recorded_guesses(
+    tracker: Tracker, row: RunRow
+) -> tuple["NDArray[np.integer]", "NDArray[np.integer]"]:
     """Return predicted and true digits (M,) of the images that the run was measured on."""
     guesses, labels = _recorded_answers(tracker, row, "predictions", "labels")
     if guesses.shape != labels.shape or guesses.ndim != 1:
@@ -230,7 +234,7 @@ def recorded_guesses(tracker: Tracker, row: RunRow) -> tuple["Tensor", "Tensor"]
     return guesses, labels
 
 
-def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> "Tensor":
+def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> "NDArray[np.floating]":
     """Return the logits (count, 10) of the images that the run was measured on."""
     [logits] = _recorded_answers(tracker, row, "logits")
     if logits.shape != (count, 10):
@@ -241,12 +245,12 @@ def recorded_logits(tracker: Tracker, row: RunRow, count: int) -> "Tensor":
     return logits
 
 
-def _recorded_answers(tracker: Tracker, row: RunRow, *names: str) -> list["Tensor"]:
-    import safetensors.torch
+def _recorded_answers(tracker: Tracker, row: RunRow, *names: str) -> list["NDArray[Any]"]:
+    import safetensors.numpy
 
     content = verified(tracker, row, "predictions")
     with refuse_damage(_of("predictions.safetensors", row), SafetensorError):
-        tensors = safetensors.torch.load(content)
+        tensors = safetensors.numpy.load(content)
         return [tensors[name] for name in names]
 
 

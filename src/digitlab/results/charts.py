@@ -13,15 +13,18 @@ import optuna
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
-from optuna.importance import get_param_importances
 from optuna.trial import create_trial
 from optuna.visualization import plot_contour, plot_parallel_coordinate, plot_slice
-from torch import Tensor
 
+from digitlab.base.statistics import softmax
 from digitlab.config.types import Pruner
 from digitlab.study.summary import short
 from digitlab.study.trials import TrialRow, TrialStore
+
+_Logits = NDArray[np.floating]
+_Labels = NDArray[np.integer]
 
 _RESAMPLED = 20  # times, for the spread of the importances
 _BINS = 10  # of confidence
@@ -97,6 +100,9 @@ class _Trials:
         known = self.study.get_trials(deepcopy=False)
         if len(known) < 4 or len({trial.value for trial in known}) < 2:
             return pd.DataFrame(columns=columns)
+        # scikit-learn, which it imports for another measure, takes longer to import than numpy.
+        from optuna.importance import get_param_importances
+
         chance, found = np.random.default_rng(0), []
         for _ in range(_RESAMPLED):
             sample = optuna.create_study(direction="maximize")
@@ -256,14 +262,13 @@ _DRAWERS: dict[str, Callable[[_Trials], _Drawn]] = {
 }
 
 
-def champion_charts(logits: Tensor, labels: Tensor, temperature: float | None) -> list[Chart]:
+def champion_charts(logits: _Logits, labels: _Labels, temperature: float | None) -> list[Chart]:
     """Draw what the champion's weights make of the test images, (M, 10) and (M,).
 
     Args:
         temperature: by which `predict` divides the logits; None if it is not known.
     """
-    guesses = logits.argmax(1).numpy()
-    tested = pd.DataFrame({"true digit": labels.numpy(), "read as": guesses})
+    tested = pd.DataFrame({"true digit": labels, "read as": logits.argmax(1)})
     counts = pd.crosstab(tested["true digit"], tested["read as"])
     counts = counts.reindex(index=range(10), columns=range(10), fill_value=0)
     wrong = counts * (1 - np.eye(10, dtype=int))
@@ -282,7 +287,7 @@ def champion_charts(logits: Tensor, labels: Tensor, temperature: float | None) -
 _GIVEN, _RIGHT, _WHOSE = "mean probability (%)", "correct (%)", "probabilities"
 
 
-def _calibration(logits: Tensor, labels: Tensor, temperature: float | None) -> Chart:
+def _calibration(logits: _Logits, labels: _Labels, temperature: float | None) -> Chart:
     """Draw how often the probabilities are right: the network's own, and those of `predict`."""
     own, own_error = _reliability(logits, labels)
     parts = [own.assign(**{_WHOSE: "the network's own"})]
@@ -300,11 +305,11 @@ def _calibration(logits: Tensor, labels: Tensor, temperature: float | None) -> C
     return Chart("Calibration", f"{message}.", figure, bins)
 
 
-def _reliability(logits: Tensor, labels: Tensor) -> tuple[pd.DataFrame, float]:
+def _reliability(logits: _Logits, labels: _Labels) -> tuple[pd.DataFrame, float]:
     """Return bins of images by their probability, and the expected calibration error (%)."""
-    confidence, guesses = (part.numpy() for part in logits.softmax(1).max(1))
+    confidence = softmax(logits).max(1)
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    tested = pd.DataFrame({"given": 100 * confidence, "hit": 100.0 * (guesses == labels.numpy())})
+    tested = pd.DataFrame({"given": 100 * confidence, "hit": 100.0 * (logits.argmax(1) == labels)})
     bins = tested.groupby(place).agg(
         images=("hit", "size"), given=("given", "mean"), hit=("hit", "mean")
     )

@@ -157,7 +157,7 @@ def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, An
         require(len(right[0]) == len(right[1]), "predictions.safetensors", "of as many images each")
     except UserError as error:
         return result | {"reason": str(error)}
-    only = [(right[i] & ~right[1 - i]).nonzero().flatten().tolist() for i in (0, 1)]
+    only = [(right[i] & ~right[1 - i]).nonzero()[0].tolist() for i in (0, 1)]
     return result | {
         "test": "McNemar, exact, two-sided",
         "accuracy": accuracy_name(first),

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.files import safe_name, write_output
 from digitlab.base.invocation import SHORT_ID, command, storage_of
-from digitlab.base.statistics import Interval
+from digitlab.base.statistics import Interval, fit_temperature, softmax
 from digitlab.config.compose import store_words
 from digitlab.config.types import Config
 from digitlab.data.datasets import TEST, load_digits
@@ -25,7 +26,6 @@ from digitlab.study.champion import finished_results, unpruned_fits
 from digitlab.study.storage import listed_studies, open_storage, study_notes
 from digitlab.study.summary import champion_text, continue_command, pruning_text, short
 from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
-from digitlab.training.evaluate import fit_temperature
 
 _TOP = 20  # trials in the table
 _STATES = ("finished", "pruned", "failed", "running", "waiting")
@@ -146,11 +146,13 @@ def _misread(
     except UserError as error:
         return {"missing": str(error)}
     misread = []
-    for place in (logits.argmax(1) != digits.labels).nonzero().flatten().tolist():
-        shares, guesses = (part.tolist() for part in logits[place].softmax(0).topk(3))
+    probabilities = softmax(logits)
+    for place in (logits.argmax(1) != digits.labels).nonzero()[0].tolist():
+        guesses = np.argsort(-probabilities[place], kind="stable")[:3].tolist()
+        shares = probabilities[place, guesses].tolist()
         read = ", ".join(f"{d}: {p:.1%}" for d, p in zip(guesses, shares, strict=True))
         true, file = int(digits.labels[place]), io.BytesIO()
-        Image.fromarray(255 - digits.images[place].numpy()).save(file, "PNG")
+        Image.fromarray(255 - digits.images[place]).save(file, "PNG")
         image = _data_address(file.getvalue())
         text = f"test image {place}, a {true}, read as {read}"
         shown = {"read": guesses[0], "percent": f"{shares[0]:.0%}"}
@@ -174,7 +176,7 @@ def _temperature(store: TrialStore, champion: Mapping[str, Any], tracker: Tracke
                 logits = recorded_logits(tracker, row, len(labels))
             except UserError:  # its record is damaged, which `audit` reports
                 continue
-            return fit_temperature(logits, labels.long())
+            return fit_temperature(logits, labels)
     return None
 
 

@@ -69,8 +69,7 @@ def recorded_fits(store: TrialStore, tracker: Tracker) -> RecordedFits:
             found.attempts[kind, number, seed] += 1
             is_sealed = run.tags.get("digitlab.state") == "finished"
             if is_sealed and f"{number}/{seed}" not in noted:
-                guesses, labels = recorded_guesses(tracker, run)
-                misread = note_predictions(guesses.numpy(), labels.numpy())
+                misread = note_predictions(*recorded_guesses(tracker, run))
                 found.results[kind, number, seed] = run.metrics | misread
     return found
 

@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from digitlab.config.types import DataConfig
 from digitlab.data.images import EVALUATION_BATCH, standardise, to_unit
@@ -39,23 +38,12 @@ def count_parameters(network: nn.Module) -> int:
 
 def count_flops(network: nn.Module) -> int:
     """Count the floating-point operations of one image's forward pass; a multiply-add is two."""
+    # It imports triton, whether there is a GPU or not: those that only evaluate need neither.
+    from torch.utils.flop_counter import FlopCounterMode
+
     training = network.training
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         network.eval()(torch.zeros(1, 1, 28, 28))
     network.train(training)
     return int(counter.get_total_flops())
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the number above 0 by which to divide logits (N, 10) for the least cross-entropy.
-
-    Divided by it, a network's probabilities match how often they are right (Guo et al. 2017).
-    """
-    from scipy.optimize import minimize_scalar
-
-    def loss(logarithm: float) -> float:
-        scaled = logits / math.exp(logarithm)
-        return float(F.cross_entropy(scaled, labels))
-
-    return float(math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
