@@ -53,15 +53,17 @@ def train(options: Namespace) -> int:
 def sweep(options: Namespace) -> int:
     if options.cfg:
         return _print_config("sweep", options)
-    from digitlab.workers.processes import preload
-
     lab = lab_folder()  # whose .env the workers inherit
-    preload()  # beside the parent's own imports
     from digitlab.config.compose import compose
 
     jobs = compose("sweep", options.overrides, options.multirun)
+    from digitlab.study.driver import is_published
     from digitlab.study.driver import sweep as lead
 
+    if not all(is_published(job.config, lab) for job in jobs):
+        from digitlab.workers.processes import preload
+
+        preload()  # beside the rest of the parent's own imports, MLflow above all
     return _run_all(jobs, lambda job: lead(job, lab, _publish))
 
 

@@ -33,7 +33,7 @@ from digitlab.study.samplers import searched_space
 from digitlab.study.search import TrialSearch
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.settle import RecordedFits, recorded_fits, settle
-from digitlab.study.storage import STORE_ERRORS
+from digitlab.study.storage import STORE_ERRORS, open_storage, study_names, study_notes
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow
 from digitlab.workers.base import Workers, WorkerSetup
@@ -43,6 +43,17 @@ _CHOICE_SETTINGS = ("confirm", "confirm_fits", "margin", "final_seeds")
 
 # Registers and reports a study that has just selected its champion; returns what to note of it.
 Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
+
+
+def is_published(config: Config, lab: Path) -> bool:
+    """Whether a study has published all that is asked for, so that it needs hardly any worker."""
+    if not (config.study.storage or (lab / "optuna.db").is_file()):
+        return False
+    storage, name = open_storage(lab, config.study.storage), config.study.name
+    known = study_notes(storage, name) if name in study_names(storage) else {}
+    published = known.get("published", {})
+    is_same = all(published.get(key) == getattr(config.study, key) for key in _CHOICE_SETTINGS)
+    return is_same and bool(published["trials"] >= config.study.trials)
 
 
 def sweep(
