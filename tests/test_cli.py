@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,13 +17,15 @@ from pathlib import Path
 import pytest
 from conftest import Call, CallIn
 from disks import read_only
-from samples import copy_digits
+from PIL import Image
+from samples import WHOLE, copy_digits, studies
 from serving import COMMAND, environment_of
 
 from digitlab.base.errors import UserError
 from digitlab.cli import build_parser, main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
+from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.mlflow import MlflowTracker
 
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
@@ -65,22 +68,64 @@ def test_help_and_version_import_no_framework(option: str) -> None:
     assert imported & (heavy | {"rich", "pydantic", "shtab"}) == set()
 
 
-# What a command may not wait for: torch takes longer to import than most of them take.
+# What a command does without: torch takes longer to import than most commands take.
+UNUSED = {
+    "predict": "pytorch_lightning torchvision triton matplotlib plotly scipy.stats",
+    "report": "torch pytorch_lightning",
+    "compare": "torch optuna scipy.stats",
+    "sweep": "torch pytorch_lightning plotly scipy.stats",
+    "audit": "torch scipy.stats",
+    "runs": "torch scipy.stats",
+    "show": "torch scipy.stats",
+    "studies": "torch scipy.stats mlflow",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a lab with a study that was run to its end, and an image."""
+    lab = shutil.copytree(studies(tmp_path_factory), tmp_path_factory.mktemp("finished") / "lab")
+    digit = load_digits(lab, "sample", TEST).images[0]
+    Image.fromarray(digit).save(lab / "digit.png")
+    return lab
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("modules", "unused"),
-    [
-        ("results.lists results.show results.removal results.exchange results.audit", "torch"),
-        ("digits.predict records.mlflow", "pytorch_lightning captum matplotlib plotly"),
-        ("results.compare", "torch optuna"),
-    ],
-)
-def test_commands_import_no_more_than_they_need(modules: str, unused: str) -> None:
-    code = "import sys; import {}; print(*sys.modules)"
-    named = ", ".join(f"digitlab.{module}" for module in modules.split())
-    command = [sys.executable, "-c", code.format(named)]
+@pytest.mark.parametrize("command", UNUSED)
+def test_commands_import_no_more_than_they_need(command: str, finished: Path) -> None:
+    given = {
+        "predict": ["digit.png"],
+        "report": ["smoke"],
+        "compare": ["smoke/0", "smoke/champion"],
+        "sweep": WHOLE,
+        "audit": ["smoke"],
+        "show": ["smoke"],
+    }
+    code = (
+        "import sys; from digitlab.cli import main; from digitlab.workers import processes; "
+        "processes.preload = None; status = main(sys.argv[1:]); print(); print(*sys.modules); "
+        "sys.exit(status)"  # no process is there to fork workers from: none is needed
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, *given.get(command, [])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment_of(finished),
+        cwd=finished,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(UNUSED[command].split()) & set(done.stdout.splitlines()[-1].split()) == set()
+
+
+def test_garbage_is_searched_for_seldom_and_not_at_the_end() -> None:
+    """Both take a good part of the time of a short command."""
+    code = "import gc, sys; from digitlab.__main__ import main; usual = gc.get_threshold()[0]; "
+    code += "main(); print(gc.get_threshold()[0] > usual, gc.get_freeze_count() > 0)"
+    command = [sys.executable, "-c", code, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert set(unused.split()) & set(done.stdout.split()) == set()
+    assert done.stdout.splitlines()[-1] == "True True"
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

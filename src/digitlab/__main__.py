@@ -7,7 +7,7 @@ from digitlab.base.stop import end_imports_quietly
 
 # New objects between two collections of garbage. Python's own number, 700, makes it search through
 # all that is being imported hundreds of times: an eighth of the time that most commands take.
-_COLLECTION_INTERVAL = 50_000
+_COLLECTION_INTERVAL = 10_000
 
 
 def main() -> int:

@@ -20,8 +20,14 @@ from digitlab.config.compose import compose
 from digitlab.study import driver
 
 
+def is_published(lab: Path, *overrides: str) -> bool:
+    return driver.is_published(compose("sweep", [*TINY, *overrides])[0].config, lab)
+
+
 def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep) -> None:
     study = ("study.confirm=2", "study.final_seeds=2")
+    assert not is_published(lab, *study)
+    assert not (lab / "optuna.db").exists()
     parent = run_sweep(*study, published=True)
     assert parent.wait() == 0
     assert_whole(lab, 3)
@@ -31,6 +37,10 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     before = results_of(lab)
     earlier = runs_of(lab, kind="champion")[0]
 
+    assert is_published(lab, *study)
+    assert not is_published(lab, *study, "study.trials=4")
+    assert not is_published(lab, *study, "study.margin=0.01")
+    assert not is_published(lab, *study, "study.name=other")
     assert run_sweep(*study, published=True).wait() == 0
     assert "study smoke is complete: 3 trials" in parent.log.read_text()
 
