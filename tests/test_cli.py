@@ -128,6 +128,12 @@ def test_garbage_is_searched_for_seldom_and_not_at_the_end() -> None:
     assert done.stdout.splitlines()[-1] == "True True"
 
 
+@pytest.mark.slow
+def test_training_prints_nothing_of_what_it_leaves_in_memory(tmp_path: Path) -> None:
+    done = digitlab("train", *SMALL, "trainer.epochs=1", lab=copy_digits(tmp_path / "lab"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"digitlab {version('digitlab')}\n"
