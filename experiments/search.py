@@ -1,6 +1,8 @@
 """Compare ways to search on recorded tables: figures of experiments/search.md.
 
-    python experiments/search.py [REPLICATIONS [TABLE...]]     # 200, on all tables
+    python experiments/search.py [--slow] [REPLICATIONS [TABLE...]]    # 200, on all tables
+
+`--slow` adds GP, which takes most of the time.
 
 A replication is a study on a virtual clock: two workers, each trial as long as it was measured to
 take. The study sees one seed and one half of the validation images; the best are confirmed and the
@@ -87,6 +89,7 @@ class Policy:
 HALVING = (2, 4, 7)  # those of the default study
 POLICIES = (
     Policy("recipe's own values", is_own=True),
+    Policy("every configuration", budget=1e9),
     Policy("random"),
     Policy("random, twice the budget", budget=2),
     Policy("first tenth of all, then the best", first=1),
@@ -278,6 +281,16 @@ def first_then_best(replication: Replication, policy: Policy) -> list[TrialRow]:
     ]
 
 
+def search(replication: Replication, policy: Policy) -> list[TrialRow]:
+    return VirtualStudy(replication, policy).run()
+
+
+def every(replication: Replication, _: Policy) -> list[TrialRow]:
+    """Train all to the end: no way of searching that sees one seed and these images knows more."""
+    rows = range(len(replication.recorded.rows))
+    return [_trial(replication, row, row, replication.accuracy(row, TENTHS)) for row in rows]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Of one study, in points: of accuracy where nothing else is said."""
@@ -295,8 +308,8 @@ def run(replication: Replication, policy: Policy) -> Outcome:
     if policy.is_own:
         trials = [_trial(replication, 0, recorded.own, replication.accuracy(recorded.own, 10))]
     else:
-        virtual = VirtualStudy(replication, policy)
-        trials = first_then_best(replication, policy) if policy.first else virtual.run()
+        find = every if policy.budget > 1e6 else first_then_best if policy.first else search
+        trials = find(replication, policy)
     own = recorded.rows[recorded.own]
     chosen = candidates(trials, 2, own)
     results: Results = {}
@@ -328,12 +341,12 @@ def _possible(fits: list[Any], replication: Replication) -> list[Any]:
     return [fit for fit in fits if fit.seed <= len(replication.others)]
 
 
-def compare(name: str, replications: int, say: Callable[[str], None]) -> None:
+def compare(name: str, replications: int, is_slow: bool, say: Callable[[str], None]) -> None:
     """Print a table's rows: policies, by mean regret."""
     recorded = Recorded(name)
     lots = [Replication(recorded, number) for number in range(replications)]
     found = {}
-    for policy in POLICIES:
+    for policy in (one for one in POLICIES if is_slow or not one.slow):
         some = lots[: max(10, replications // 5)] if policy.slow else lots
         found[policy.name] = [run(lot, policy) for lot in some]
     reference = [one.regret for one in found[REFERENCE]]
@@ -359,9 +372,11 @@ def _figures(outcomes: list[Outcome], reference: list[float]) -> Iterator[str]:
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    for name in sys.argv[2:] or SPACES:
-        compare(name, count, lambda line: print(f"| {line} |", flush=True))
+    words = [word for word in sys.argv[1:] if word != "--slow"]
+    count = int(words[0]) if words else 200
+    for name in words[1:] or SPACES:
+        is_slow = "--slow" in sys.argv
+        compare(name, count, is_slow, lambda line: print(f"| {line} |", flush=True))
         print()
 
 
