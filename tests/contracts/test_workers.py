@@ -38,6 +38,7 @@ from digitlab.workers.base import (
     Progress,
     Ready,
     Rung,
+    Snapshot,
     Started,
     Stopped,
     WorkerSetup,
@@ -183,10 +184,13 @@ def test_events_of_a_job_come_in_order_and_its_result_is_that_of_a_fit(
     machine = first(workers, Ready)[0].machine  # type: ignore[union-attr]
     assert machine["pid"] != os.getpid() or kind == "inline"
     assert workers.idle() == [0]
-    events = train(workers, Job(tiny(), (0.2, 0.7)))
+    # Five steps make an epoch.
+    events = train(workers, Job(tiny(), (0.2, 0.7), (0, 3, 10)))
     assert events[0] == Progress(0.0)
     kinds = [type(event) for event in events if not isinstance(event, Progress)]
-    assert kinds == [Started, Rung, Epoch, Rung, Epoch, Finished]
+    assert kinds == [Started, Snapshot, Rung, Snapshot, Epoch, Rung, Snapshot, Epoch, Finished]
+    snapshots = [event for event in events if isinstance(event, Snapshot)]
+    assert [snapshot.step for snapshot in snapshots] == [0, 3, 10]
     assert [event.index for event in events if isinstance(event, Rung)] == [0, 1]
     assert [event.epoch for event in events if isinstance(event, Epoch)] == [1, 2]
     assert workers.idle() == [0]
@@ -197,6 +201,8 @@ def test_events_of_a_job_come_in_order_and_its_result_is_that_of_a_fit(
     assert finished.files.keys() == expected.keys()
     for name in expected:  # of safetensors, the tensors: the order in their header is any
         assert tensors(finished.files, name) == tensors(expected, name)
+    last = {"weights.safetensors": snapshots[-1].weights}
+    assert tensors(last, "weights.safetensors") == tensors(expected, "weights.safetensors")
     assert finished.data_sha256 == alone.data_sha256
     assert finished.environment["numerics"] == alone.numerics
     assert finished.metrics["val_accuracy"] == alone.metrics["val_accuracy"]
@@ -232,6 +238,25 @@ def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
     workers.answer(0, Decision.proceed)
     assert isinstance(first(workers, End)[-1], Stopped)
     assert isinstance(train(workers, Job(tiny()))[-1], Finished)
+
+
+@every_kind
+def test_a_paused_job_reports_nothing_until_it_is_to_proceed(kind: str, make: Make) -> None:
+    workers = make(kind)
+    first(workers, Ready)
+    workers.submit(0, Job(tiny("trainer.epochs=40")))
+    workers.answer(0, Decision.pause)
+    first(workers, Progress)  # it obeys at its next batch, which comes after this report
+    while workers.events(1.0):
+        continue
+    workers.answer(0, Decision.proceed)
+    epochs = [event for event in first(workers, End) if isinstance(event, Epoch)]
+    assert [event.epoch for event in epochs] == list(range(1, 41))
+    workers.submit(0, Job(tiny("trainer.epochs=1000")))
+    workers.answer(0, Decision.pause)
+    first(workers, Progress)
+    workers.cancel(0)
+    assert isinstance(first(workers, End)[-1], Stopped)
 
 
 @every_kind

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import IMAGES, STEPS, Listener, configure, in_thread
 
 from digitlab.networks.table import build_network
@@ -17,6 +18,7 @@ def test_an_observer_that_overrides_nothing_receives_everything() -> None:
     observer.started({})
     observer.batch(0.5)
     observer.rung(0.5, 0.9)
+    observer.snapshot(0, torch.nn.Identity())
     observer.epoch(1, {})
 
 

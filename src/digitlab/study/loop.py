@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from digitlab.base.stop import StopSignal
 from digitlab.records.record import RunRecorder
 from digitlab.workers.base import (
     Decision,
@@ -18,6 +17,7 @@ from digitlab.workers.base import (
     Progress,
     Refused,
     Rung,
+    Snapshot,
     Started,
     Stopped,
     Workers,
@@ -35,6 +35,7 @@ class Task:
     recorder: RunRecorder
     should_prune: Callable[[int, float], bool] = lambda _rung, _accuracy: False
     on_epoch: Callable[[int, Mapping[str, float]], None] = lambda _epoch, _metrics: None
+    on_snapshot: Callable[[Snapshot], None] = lambda _: None
     time_limit_s: float = 0.0  # 0 is none
     about: Any = None  # of whoever submitted it
     submitted: float = 0.0  # monotonic seconds
@@ -64,13 +65,14 @@ class JobLoop:
     def __init__(
         self,
         workers: Workers,
-        stop: StopSignal,
+        stop: Callable[[], bool],
         tick: Callable[["JobLoop"], None] = lambda _: None,
         refused: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Create a loop that runs nothing yet.
 
         Args:
+            stop: whether the tasks that run are to end, and no other is to start.
             tick: called in each iteration of the loop, at least five times a second.
             refused: receives the reason why a worker cannot serve; the others go on.
         """
@@ -129,6 +131,8 @@ class JobLoop:
                 task.fraction = fraction
             case Rung(index, accuracy):
                 self._answer(worker, task, index, accuracy)
+            case Snapshot():
+                task.on_snapshot(event)
             case Epoch(epoch, metrics):
                 task.metrics |= metrics
                 task.accuracy = metrics.get("val_accuracy", task.accuracy)

@@ -6,7 +6,7 @@ does not matter any more; the weights are the same, bit for bit.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -43,6 +43,7 @@ class BlockModule(DigitModule):
         super().__init__(config, steps)
         self.automatic_optimization = False
         self.steps_done = 0
+        self.after_step: Callable[[BlockModule], None] = lambda _: None
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -58,13 +59,14 @@ class BlockModule(DigitModule):
             self.trainer.lr_scheduler_configs[0].scheduler.step()  # type: ignore[call-arg]
             losses.append(loss * len(logits))
             outputs.append(logits)
+            self.steps_done += 1
+            self.after_step(self)
         labels = torch.cat([labels for _, labels in block])
         total = float(torch.stack(losses).sum())
         self.refuse_divergence(total)
         self.loss_sum += total
         self.correct += int((torch.cat(outputs).argmax(1) == labels).sum())
         self.seen += len(labels)
-        self.steps_done += len(block)
 
     def take_step(self, batch: Batch) -> Batch:
         """Change the weights by one batch; return its mean loss and its logits (N, 10)."""

@@ -56,12 +56,20 @@ class FitResult:
 
 
 def fit(
-    config: Config, lab: Path, observer: TrainingObserver, rungs: Sequence[float] = ()
+    config: Config,
+    lab: Path,
+    observer: TrainingObserver,
+    rungs: Sequence[float] = (),
+    snapshots: Sequence[int] = (),
 ) -> FitResult:
     """Train a configuration from its seed and measure it.
 
     The same configuration on the same machine with the same thread count gives the same bits, in
-    whichever thread of the process it is called.
+    whichever thread of the process it is called; so it does whatever is observed.
+
+    Args:
+        rungs: fractions of the schedule at which the observer receives the validation accuracy.
+        snapshots: steps after which it receives the network; 0 is before the first one.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -79,7 +87,8 @@ def fit(
     flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
     observer.started({"model_parameters": parameters, "training_flops": flops})
-    reporter = _Reporter(data, observer, rungs)
+    reporter = _Reporter(data, observer, rungs, snapshots)
+    module.after_step = reporter.after_step
     _train(config, device, module.to(device), Blocks(batches), reporter)
     if config.data.evaluate_on is EvaluateOn.test:
         data.setup("test")
@@ -169,10 +178,15 @@ class _Reporter(pl.Callback):
     """Reports blocks, rungs and epochs to the observer, and measures at the latter two."""
 
     def __init__(
-        self, data: DigitsData, observer: TrainingObserver, rungs: Sequence[float]
+        self,
+        data: DigitsData,
+        observer: TrainingObserver,
+        rungs: Sequence[float],
+        snapshots: Sequence[int],
     ) -> None:
         self.validation, self.config = data.validation, data.config.data
         self.observer, self.rungs = observer, sorted(rungs)
+        self.snapshots = frozenset(snapshots)
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
         self.film: list[Frame] = []
@@ -187,11 +201,16 @@ class _Reporter(pl.Callback):
             images, labels = self.validation
             shown = evaluate(module.learned, images[one_of_each(labels)], self.config)
             self._add_frame(0, module.learned, shown)
+        self.after_step(module)
 
     def _add_frame(self, epoch: int, network: nn.Module, logits: Tensor) -> None:
         filters = next((p for p in network.parameters() if p.ndim == 4), torch.empty(0, 1, 1, 1))
         probabilities, mean = logits.softmax(1).cpu(), filters.detach().mean(1)
         self.film.append(Frame(epoch, probabilities, mean.cpu().clone()))
+
+    def after_step(self, module: BlockModule) -> None:
+        if module.steps_done in self.snapshots:
+            self.observer.snapshot(module.steps_done, module.learned)
 
     def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
         fraction = module.steps_done / module.steps

@@ -1,6 +1,10 @@
 """What a fit reports while it trains."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class StopTraining(Exception):
@@ -18,6 +22,9 @@ class TrainingObserver:
 
     def rung(self, rung: float, accuracy: float) -> None:
         """Receive the validation accuracy at a requested fraction of the schedule."""
+
+    def snapshot(self, step: int, network: "nn.Module") -> None:
+        """Receive the network after a number of steps that the fit was asked to show."""
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of an epoch; epochs are counted from 1."""

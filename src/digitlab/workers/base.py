@@ -24,13 +24,19 @@ class Job:
 
     config: Config
     rungs: tuple[float, ...] = ()
+    snapshots: tuple[int, ...] = ()  # steps after which the driver gets the weights
 
 
 class Decision(StrEnum):
-    """What the driver decides at a rung. A worker obeys `stop` at any other batch, too."""
+    """What the driver decides at a rung. A worker obeys `stop` at any other batch, too.
+
+    `pause` holds a worker at a batch until the driver decides to proceed; at a rung it has no
+    effect.
+    """
 
     proceed = "proceed"
     stop = "stop"
+    pause = "pause"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,14 @@ class Rung:
 
     index: int
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The weights after a number of steps, as a safetensors file."""
+
+    step: int
+    weights: bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ class Lost:
 
 
 End = Finished | Stopped | Failed | Lost
-Event = Ready | Refused | Started | Progress | Rung | Epoch | End
+Event = Ready | Refused | Started | Progress | Rung | Snapshot | Epoch | End
 Order = Job | Decision
 
 
@@ -175,7 +189,7 @@ class Workers(ABC):
 
     @abstractmethod
     def answer(self, worker: int, decision: Decision) -> None:
-        """Send the decision at the rung that the worker waits at."""
+        """Send the decision at the rung that the worker waits at, or one for its next batch."""
 
     @abstractmethod
     def events(self, timeout_s: float) -> list[tuple[int, Event]]:

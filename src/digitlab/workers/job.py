@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import safetensors.torch
+from torch import nn
+
 from digitlab.base import faults
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
@@ -30,6 +33,7 @@ from digitlab.workers.base import (
     Ready,
     Refused,
     Rung,
+    Snapshot,
     Started,
     Stopped,
     WorkerSetup,
@@ -85,7 +89,7 @@ def _run(
     try:
         observer.report(0.0)  # from here on, a death of this process counts against the job
         faults.point("job.started")
-        result = fit(job.config, setup.lab, observer, job.rungs)
+        result = fit(job.config, setup.lab, observer, job.rungs, job.snapshots)
         files = output_files(result)
         faults.point("job.finished")
     except StopTraining:
@@ -119,21 +123,30 @@ class _JobObserver(TrainingObserver):
     def batch(self, fraction: float) -> None:
         faults.point("job.batch")
         while self.channel.poll():
-            self._obey(*self.channel.recv())
+            if self._decision() is Decision.pause:
+                self._wait()
         self.report(fraction)
 
     def rung(self, rung: float, accuracy: float) -> None:
         faults.point("job.rung")
         self.channel.send(Rung(self.rungs, accuracy))
         self.rungs += 1
-        while not self._obey(*self.channel.recv()):
-            continue
+        self._wait()
+
+    def snapshot(self, step: int, network: nn.Module) -> None:
+        weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+        self.channel.send(Snapshot(step, safetensors.torch.save(weights)))
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self.channel.send(Epoch(epoch, dict(metrics)))
 
-    def _obey(self, number: int, order: Order) -> bool:
-        """End this job if the order is to stop; return whether it is to proceed."""
+    def _wait(self) -> None:
+        while self._decision() is not Decision.proceed:
+            continue
+
+    def _decision(self) -> Order | None:
+        """Return the next order, None if it is of an earlier job; end this job if it is to stop."""
+        number, order = self.channel.recv()
         if number == self.number and order is Decision.stop:
             raise StopTraining
-        return number == self.number and order is Decision.proceed
+        return order if number == self.number else None
