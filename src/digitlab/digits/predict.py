@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from digitlab.base.errors import UserError, require, visible
 from digitlab.base.files import write_output
+from digitlab.config.types import Config
 from digitlab.digits.calibration import load_calibration
 from digitlab.digits.decode import MAX_FILE_BYTES, Grey, decode, is_image, read_image
 from digitlab.digits.prepare import Prepared, prepare
@@ -77,6 +78,26 @@ class DigitReader:
             problem = found.problem or (_UNLIKE if far[i] else "")
             answers.append(_answer(path, problem, probabilities[i], raw[i], unsure[i]))
         return answers
+
+
+@dataclass(frozen=True)
+class UncalibratedReader:
+    """A network that has no calibration, since it still learns: its own probabilities are given."""
+
+    network: nn.Module
+    config: Config
+
+    def answer(self, prepared: Sequence[tuple[str, Prepared]]) -> list[Answer]:
+        """As `DigitReader`; unsure is what is less probable than not."""
+        images = torch.from_numpy(np.stack([p.image for _, p in prepared]))[:, None]
+        raw = evaluate(self.network, images, self.config.data).softmax(1)
+        return [
+            _answer(path, found.problem, raw[i], raw[i], bool(raw[i].max() < 0.5))
+            for i, (path, found) in enumerate(prepared)
+        ]
+
+
+ImageReader = DigitReader | UncalibratedReader
 
 
 def _answer(path: str, problem: str, probabilities: Tensor, raw: Tensor, is_unsure: bool) -> Answer:

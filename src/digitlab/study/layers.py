@@ -1,4 +1,4 @@
-"""The layers of a network, in a table for a person."""
+"""The layers of a network, in rows and in a table for a person."""
 
 from typing import Any
 
@@ -13,20 +13,30 @@ from digitlab.networks.table import build_network
 
 def layers_table(config: ModelConfig) -> Table:
     """Return each layer's kind, output for one image, and number of parameters."""
-    network, rows, total = build_network(config).eval(), [], 0
+    found = layer_rows(config)
+    rows = [[kind, shape, f"{count:,}"] for kind, shape, count in found]
+    total = sum(count for _, _, count in found)
+    return table("", ["layer", "output", "parameters"], [*rows, ["all", "", f"{total:,}"]])
+
+
+def layer_rows(config: ModelConfig, device: str = "cpu") -> list[tuple[str, str, int]]:
+    """Return each layer's kind, output for one image, and number of parameters.
+
+    On the device `meta` a network of any size is built at once, without memory.
+    """
+    rows: list[tuple[str, str, int]] = []
 
     def note(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal total
         count = sum(parameter.numel() for parameter in layer.parameters())
-        rows.append([_kind(layer), "x".join(map(str, output.shape[1:])), f"{count:,}"])
-        total += count
+        rows.append((_kind(layer), "x".join(map(str, output.shape[1:])), count))
 
-    for module in network.modules():
-        if not list(module.children()):
-            module.register_forward_hook(note)
-    with torch.no_grad():
+    with torch.device(device), torch.no_grad():
+        network = build_network(config).eval()
+        for module in network.modules():
+            if not list(module.children()):
+                module.register_forward_hook(note)
         network(torch.zeros(1, 1, 28, 28))
-    return table("", ["layer", "output", "parameters"], [*rows, ["all", "", f"{total:,}"]])
+    return rows
 
 
 def _kind(layer: nn.Module) -> str:
