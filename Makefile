@@ -1,7 +1,7 @@
 # Every target installs what it needs first, from the lock, and does nothing twice.
 # EXPERIMENT= names a recipe in experiments/, ARGS= passes Hydra overrides through.
 .DEFAULT_GOAL := help
-.PHONY: help setup data train sweep audit report predict draw ui dashboard reproduce compare bench check test clean
+.PHONY: help setup data train sweep audit report predict draw play ui dashboard reproduce compare bench check test clean
 SHELL := /bin/bash
 # So that the commands that digitlab prints are those of make.
 export DIGITLAB_CALLER := make
@@ -69,6 +69,10 @@ predict: $(STAMP) ## which digit an image shows, or the images of a folder (IMAG
 draw: PORT = 8000
 draw: $(STAMP) ## draw a digit on a page, and see what the network reads (PORT=)
 	@$(BIN)/digitlab draw --port $(PORT) $(ARGS)
+
+play: PORT = 8000
+play: $(STAMP) ## change a network's layers on a page, train it and watch it learn (PORT=)
+	@$(BIN)/digitlab play --port $(PORT) $(ARGS)
 
 ui: $(STAMP) ## open MLflow's pages on 127.0.0.1 (PORT=)
 	@$(BIN)/digitlab ui --port $(PORT) $(ARGS)

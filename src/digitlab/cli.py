@@ -333,6 +333,10 @@ def _add_digits(builder: _Builder) -> None:
 def _add_pages(builder: _Builder) -> None:
     draw = "a page to draw digits on and see them read"
     builder.add_reader("draw", commands.draw, draw, _WITH, _port(8000), _OPEN)
+    play = "a page to change a network's layers, train it and watch it learn"
+    added = builder.add("play", commands.play, play, _port(8000), _OPEN)
+    override = "KEY=VALUE or GROUP=OPTION to start from (default: experiments=seed)"
+    added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=override)
     ui = "open MLflow's pages on the lab's records"
     builder.add("ui", commands.ui, ui, _port(5000), _OPEN)
     dashboard = "open Optuna's pages on the lab's studies"

@@ -273,10 +273,21 @@ def evaluate(options: Namespace) -> int:
 
 
 def draw(options: Namespace) -> int:
-    from digitlab.pages.draw import draw as serve
+    from digitlab.pages.play import draw as serve
 
     _open_later(options)
     return serve(options.run, lab_folder(), options.port, options.stores)
+
+
+def play(options: Namespace) -> int:
+    from digitlab.workers.processes import preload
+
+    lab = lab_folder()  # whose .env the worker inherits
+    preload()  # beside the parent's own imports
+    from digitlab.pages.play import play as serve
+
+    _open_later(options)
+    return serve(options.overrides, lab, options.port)
 
 
 def ui(options: Namespace) -> int:

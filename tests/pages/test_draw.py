@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,7 +33,9 @@ from serving import COMMAND, HOST, environment_of, free_port
 from digitlab.config.compose import compose
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.digits.predict import DigitReader
-from digitlab.pages import draw
+from digitlab.pages import draw, play
+from digitlab.pages import server as serving_page
+from digitlab.pages.server import PageServer
 from digitlab.records.record import open_tracker
 from digitlab.records.tracker import NewRun, Tracker, now_ms
 
@@ -95,7 +96,7 @@ def reported(body: bytes) -> Any:
 
 @contextmanager
 def served(app: FastAPI, port: int) -> Iterator[None]:
-    server = uvicorn.Server(draw.serving(app, port))
+    server = PageServer(app, port)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -288,7 +289,7 @@ def test_page_tells_while_drawing_what_the_network_sees_and_why(paper: Paper) ->
     paper.settle()
     assert paper.digit == "1"  # the button is still down
     page.mouse.up()
-    shares = page.locator("progress").evaluate_all("bars => bars.map(bar => bar.value)")
+    shares = page.locator("#bars progress").evaluate_all("bars => bars.map(bar => bar.value)")
     assert len(shares) == 10
     assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert shares.index(max(shares)) == 1
@@ -307,7 +308,7 @@ def test_page_tells_while_drawing_what_the_network_sees_and_why(paper: Paper) ->
     paper.clear()
     assert (paper.answer, max(paper.seen())) == ("Draw a digit, or drop an image.", 0)
     assert not page.locator("#layers").is_visible()
-    assert page.locator("progress").evaluate_all("bars => bars.every(bar => bar.value === 0)")
+    assert page.locator("#bars progress").evaluate_all("bars => bars.every(bar => bar.value === 0)")
 
 
 def test_undo_takes_one_stroke_back_and_clear_takes_all(paper: Paper) -> None:
@@ -347,11 +348,16 @@ def test_strokes_are_as_wide_as_they_are_set(paper: Paper) -> None:
         assert ink == pytest.approx(width * 0.6 * 280 + math.pi * width**2 / 4, rel=0.1)
 
 
+DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+
+
 def test_another_run_can_be_chosen(paper: Paper) -> None:
     runs = paper.page.get_by_role("combobox", name="Network")
     names = runs.locator("option").all_inner_texts()
-    assert re.fullmatch(r"read-seed-0 \(champion, \d\d\.\d %\)", names[0]), names
-    assert re.fullmatch(r"hasty-seed-0 \(train, \d\d\.\d %\)", names[1]), names
+    assert re.fullmatch(rf"read-seed-0, \d\d\.\d %, {DATE}", names[0]), names
+    assert re.fullmatch(rf"hasty-seed-0, \d\d\.\d %, {DATE}", names[1]), names
+    groups = runs.locator("optgroup").evaluate_all("all => all.map(one => one.label)")
+    assert groups == ["champions", "single runs"]
     paper.draw(DIGITS[3])
     assert paper.page.locator("#layers h2").count() == 3
     runs.select_option(index=1)
@@ -745,7 +751,7 @@ def test_bodies_that_are_too_long_are_refused(server: Server, lab: Lab) -> None:
 def test_body_that_does_not_come_is_given_up(
     server: Server, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draw, "_SECONDS", 0.5)
+    monkeypatch.setattr(serving_page, "SECONDS", 0.5)
     head = (
         f"POST /predict?run={lab.read} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
     )
@@ -845,7 +851,7 @@ def test_few_networks_are_kept_and_the_last_used_among_them(lab: Lab) -> None:
         return kept
 
     kept = DigitReader(lab.tracker, lab.hasty, lab.folder)
-    runs = [draw.ListedRun(name, name, "train", None) for name in names]
+    runs = [draw.ListedRun(name, name, "train", None, "") for name in names]
     server = Server(free_port(), lab)
     with served(draw.application(lambda: runs, load), server.port):
         for i in (0, 1, 2, 3, 0, 4, 0, 1):
@@ -876,7 +882,7 @@ def test_command_serves_the_champion_until_ctrl_c(lab: Lab, tmp_path: Path) -> N
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.2", port), timeout=5)
         with pytest.raises(draw.UserError, match=f"--port={port} is taken"):
-            draw.draw("champion", lab.folder, port)
+            play.draw("champion", lab.folder, port)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     finally:
@@ -887,4 +893,4 @@ def test_command_serves_the_champion_until_ctrl_c(lab: Lab, tmp_path: Path) -> N
 
 def test_unknown_run_is_reported_in_a_line(lab: Lab) -> None:
     with pytest.raises(draw.UserError, match=r"raed-seed-0: no such run, did you mean read-seed-0"):
-        draw.draw("raed-seed-0", lab.folder, free_port())
+        play.draw("raed-seed-0", lab.folder, free_port())

@@ -15,7 +15,7 @@ _RECIPE, _STORAGE = "experiments=", "study.storage="
 _STORES = re.compile(rf"(tracking(\.\w+)?=|{re.escape(_STORAGE)})")
 # What a target takes in a variable of its own, beside ARGS.
 _VARIABLES = {"reproduce": "RUN", "compare": "RUNS", "predict": "IMAGE"}
-_TARGETS = ("train", "sweep", "audit", "report", "draw", "ui", "dashboard", *_VARIABLES)
+_TARGETS = ("train", "sweep", "audit", "report", "draw", "play", "ui", "dashboard", *_VARIABLES)
 
 
 def command(name: str, *words: str) -> str:
