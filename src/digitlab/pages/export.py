@@ -21,8 +21,9 @@ def save_page(network: nn.Module, config: Config, title: str) -> str:
     Raises:
         UserError: the network computes something that the page does not know.
     """
+    image = torch.zeros(1, 1, 28, 28)
     with torch.no_grad(), _Operations() as seen:
-        network.eval()(torch.zeros(1, 1, 28, 28))
+        network.eval()(image)
     weights = torch.cat([tensor.detach().float().flatten() for tensor in seen.tensors])
     network_text = json.dumps({
         "title": title, "mean": config.data.mean, "std": config.data.std, "steps": seen.steps,

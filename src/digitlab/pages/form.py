@@ -41,13 +41,13 @@ class Form:
         fields = [_field(key, known[key]) for key in (*LAYERS, *_FIELDS)]
         return {"fields": fields, "values": values_of(self.base.config), "is_fixed": self.is_fixed}
 
-    def compose(self, values: Mapping[str, Any], is_recipe: bool) -> Composed:
+    def compose(self, values: Mapping[str, Any], is_fixed: bool) -> Composed:
         """Return what the values of the form configure; the recipe's own network if asked for.
 
         Raises:
             UserError: a value is unknown or does not fit.
         """
-        base = self.recipe if is_recipe else self.base
+        base = self.recipe if is_fixed else self.base
         usual, known = flat(config_to_plain(base.config)), (*LAYERS, *_FIELDS)
         for key in values:
             if key not in known:
@@ -56,15 +56,16 @@ class Form:
         changed = {key: v for key, v in short.items() if v != _short(key, usual[key])}
         config = with_values(base.config, changed)
         words = (f"{key}={_word(value)}" for key, value in changed.items())
-        return Composed(config, (*base.overrides, *words))
+        kept = (text for text in base.overrides if text.partition("=")[0] not in changed)
+        return Composed(config, (*kept, *words))
 
-    def check(self, values: Mapping[str, Any], is_recipe: bool) -> dict[str, Any]:
+    def check(self, values: Mapping[str, Any], is_fixed: bool) -> dict[str, Any]:
         """Return the layers of what is configured, and the command that trains it.
 
         Raises:
             UserError: as `compose`, or the network is too large for a page.
         """
-        composed = self.compose(values, is_recipe)
+        composed = self.compose(values, is_fixed)
         rows = layer_rows(composed.config.model, "meta")
         parameters = sum(count for _, _, count in rows)
         if parameters > _MOST_PARAMETERS:

@@ -95,11 +95,9 @@ _SAME = ("data.name", "data.evaluate_on", "data.validation_images", "data.split_
 
 
 def _changes(before: dict[str, str], after: dict[str, str]) -> str:
-    """Return the settings that differ, as `epochs 3 -> 5`."""
-    keys = [
-        key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
-    ]
-    return ", ".join(
-        f"{key.rpartition('.')[2]} {before.get(key, 'none')} -> {after.get(key, 'none')}"
-        for key in keys
-    )
+    """Return the settings that differ, as `epochs 3 -> 5`; of another network, its widths alone."""
+    keys = [key for key in sorted(before.keys() & after.keys()) if before[key] != after[key]]
+    texts = [f"{key.rpartition('.')[2]} {before[key]} -> {after[key]}" for key in keys]
+    if "model.widths" in after and "model.widths" not in before:
+        texts.append(f"widths {after['model.widths']}")
+    return ", ".join(texts)

@@ -9,6 +9,7 @@ from typing import Any
 
 from digitlab.base.errors import UserError, require
 from digitlab.config.compose import Composed, compose
+from digitlab.networks.settings import ConvnetConfig
 from digitlab.pages.events import EventLog
 from digitlab.pages.form import values_of
 
@@ -41,6 +42,23 @@ def ranges(values: Mapping[str, Any], ticked: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def search_words(
+    composed: Composed, space: Mapping[str, str], minutes: float, name: str
+) -> list[str]:
+    """Return what `digitlab sweep` is called with; UserError where widths cannot be searched."""
+    if "model.widths" in space and isinstance(composed.config.model, ConvnetConfig):
+        model = composed.config.model
+        if max(map(len, (model.kernel_sizes, model.strides, model.pools))) > 1:
+            raise UserError(
+                "widths cannot be searched while layers differ in kernel, stride or pool: they "
+                "must be the same in all. Give all layers the same, or leave widths as they are."
+            )
+    # A key that is given one value leaves the space.
+    kept = [text for text in composed.overrides if text.partition("=")[0] not in space]
+    ranged = [f"{key}={text}" for key, text in space.items()]
+    return [*kept, *_WORDS, f"study.name={name}", f"study.minutes={minutes:g}", *ranged]
+
+
 class PageSearch:
     """`digitlab sweep` for as many minutes as are given; its trials are runs of the lab."""
 
@@ -57,8 +75,7 @@ class PageSearch:
         require(0 < minutes <= 60, f"minutes={minutes:g}", "a number > 0 and <= 60")
         require(bool(ticked), "a search over nothing", "over one ticked field or more")
         space = ranges(values_of(composed.config), ticked)
-        words = [*composed.overrides, *_WORDS, f"study.name={name}", f"study.minutes={minutes}"]
-        words += [f"{key}={text}" for key, text in space.items()]
+        words = search_words(composed, space, minutes, name)
         compose("sweep", words)  # what it refuses is refused here
         command = [sys.executable, "-m", "digitlab", "sweep", *words]
         self._process = subprocess.Popen(
@@ -70,10 +87,11 @@ class PageSearch:
     def _follow(self, process: "subprocess.Popen[bytes]", name: str) -> None:
         assert process.stdout is not None
         last = ""
-        for line in process.stdout:
-            last = line.decode(errors="replace").strip() or last
-            self.log.publish("search", name=name, state="running", text=last)
-        status = process.wait()
+        with process:
+            for line in process.stdout:
+                last = line.decode(errors="replace").strip() or last
+                self.log.publish("search", name=name, state="running", text=last)
+        status = process.returncode
         self._process = None
         state = "finished" if status == 0 else "interrupted" if status == 130 else "failed"
         self.log.publish("search", name=name, state=state, text=last)
