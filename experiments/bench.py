@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_driver import driver, trial
+from bench_play import play
 from bench_programs import article, commands, conventional, draw, start
 from bench_tools import OWN_STORES, Figure, leave_stores, own_lab, timed
 
@@ -114,6 +115,7 @@ PARTS: dict[str, Callable[[Path, int], list[Figure]]] = {
     "article": article,
     "conventional": conventional,
     "draw": draw,
+    "play": play,
 }
 
 

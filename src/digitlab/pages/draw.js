@@ -1,7 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const paper = $("paper"), ink = paper.getContext("2d"), SIDE = paper.width;
-const GONE = "The server does not answer: start it again with `make draw`.";
+const GONE = "The server does not answer: start it again.";
 const MOST = 8 * 2 ** 20;  // bytes that the server takes
 const READ = /^image\/(png|jpeg|webp|bmp|tiff|gif)$/;  // by the server
 const actions = [];  // strokes {width, points} and images {file, bitmap}, the oldest first

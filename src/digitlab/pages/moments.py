@@ -14,6 +14,7 @@ from torch import Tensor
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config
+from digitlab.data.datamodule import Labelled
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.explain import activations
 from digitlab.digits.predict import UncalibratedReader
@@ -24,7 +25,6 @@ from digitlab.training.evaluate import evaluate
 SHOWN_IMAGES = 1000  # of the validation set, the same at each moment
 _MOST_BYTES = 2**29  # of weights: the oldest moments give way
 _LAST = 10  # digits that are shown
-Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28) and int64 (N,)
 
 
 def moments_of(steps: int, epoch: int) -> tuple[int, ...]:

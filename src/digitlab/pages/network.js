@@ -3,7 +3,7 @@
 const lesson = new Map();  // runs of this server by number: {number, name, state, steps, moments, epochs}
 const isPlay = () => document.body.dataset.view === "play";
 const SEARCHED = ["model.widths", "model.hidden", "model.batch_norm", "model.dropout", "optim.learning_rate", "trainer.epochs"];
-const wordsOf = (key) => key.split(".").at(-1).replaceAll("_", " ").replace(/s$/, key.startsWith("model.") ? "" : "s");
+const wordsOf = (key) => key === "optim.name" ? "optimizer" : key.split(".").at(-1).replaceAll("_", " ").replace(/s$/, key.startsWith("model.") ? "" : "s");
 let isValid = false, isBusy = false;  // what the form says can be trained; something trains
 let form = null, values = {}, isFixed = false, checked = 0;
 

@@ -93,8 +93,9 @@ class PageSearch:
                 self.log.publish("search", name=name, state="running", text=last)
         status = process.returncode
         self._process = None
-        state = "finished" if status == 0 else "interrupted" if status == 130 else "failed"
-        self.log.publish("search", name=name, state=state, text=last)
+        state = {0: "finished", 130: "interrupted"}.get(status, "failed")
+        text = "is finished: its trials are in the list" if status == 0 else last
+        self.log.publish("search", name=name, state=state, text=text)
         self.log.publish("free")
 
     def stop(self) -> None:

@@ -12,10 +12,10 @@ from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, first_line
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, DataConfig
-from digitlab.data.datamodule import DigitsData
+from digitlab.data.datamodule import DigitsData, Labelled
 from digitlab.data.datasets import cache_training_digits
 from digitlab.pages.events import EventLog
-from digitlab.pages.moments import SHOWN_IMAGES, Labelled, Moments, moments_of
+from digitlab.pages.moments import SHOWN_IMAGES, Moments, moments_of
 from digitlab.records.record import Identity, Records, RunRecorder
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.run import name_of
@@ -61,7 +61,7 @@ class PageTrainer:
         self._running: PageRun | None = None
         self._count = 0
         self._wanted: queue.Queue[PageRun | None] = queue.Queue()
-        self._is_told_paused = False
+        self._is_pause_sent = False
         self._next_report = 0.0
         self._paused_at = 0.0  # monotonic seconds
         cache_training_digits()
@@ -138,8 +138,8 @@ class PageTrainer:
         run = self._running
         for worker, task in loop.running.items() if run else ():
             assert run is not None
-            if run.is_paused != self._is_told_paused:
-                self._is_told_paused = run.is_paused
+            if run.is_paused != self._is_pause_sent:
+                self._is_pause_sent = run.is_paused
                 loop.workers.answer(worker, Decision.pause if run.is_paused else Decision.proceed)
                 self._publish(run, "paused" if run.is_paused else "training")
                 if run.is_paused:
@@ -158,7 +158,7 @@ class PageTrainer:
         identity = Identity(run.name, "train", tags, None, run.composed.overrides, self.environment)
         recorder = RunRecorder(self.records.outbox, config, identity)
         job = Job(config, (), moments_of(steps, epoch))
-        self._is_told_paused = False
+        self._is_pause_sent = False
         endings: list[Ending] = []
 
         def ended(_: Task, ending: Ending) -> None:

@@ -12,7 +12,7 @@ function momentOf(run) {  // where the slider stands, or the last one before tha
 }
 
 function receive(event) {
-  if (event.kind === "session") { lesson.clear(); watched = null; return; }
+  if (event.kind === "session") { lesson.clear(); watched = null; enableTraining(false); return; }
   if (event.kind === "free") { enableTraining(false); showLadder(); listRuns(); return; }
   if (event.kind === "search") { setText("searched", `${event.name}: ${event.text}`); if (event.state === "running") enableTraining(true); showLadder(); return; }
   if (!lesson.has(event.run)) lesson.set(event.run, { number: event.run, moments: [], epochs: [] });
