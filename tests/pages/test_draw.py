@@ -410,6 +410,78 @@ def test_images_of_ones_own_are_read(paper: Paper, lab: Lab, way: str) -> None:
     assert not error.is_visible()
 
 
+def choose(paper: Paper, content: bytes, kind: str) -> None:
+    """Give a picture as a file, and wait for its answer."""
+    asked = paper.explained()
+    file = {"name": "digit", "mimeType": kind, "buffer": content}
+    paper.page.locator("#file").set_input_files(file)  # type: ignore[arg-type]
+    deadline = time.monotonic() + 30
+    while paper.explained() == asked:
+        assert time.monotonic() < deadline
+        paper.page.wait_for_timeout(20)
+    paper.settle()
+
+
+def test_a_picture_that_only_the_browser_reads_is_sent_as_it_sees_it(
+    paper: Paper, server: Server, lab: Lab
+) -> None:
+    photo = png(large(2, lab), "AVIF", quality=90)
+    status, _, _ = server.ask("POST", "/predict", photo, Content_Type="image/avif")
+    assert status == 400
+    choose(paper, photo, "image/avif")
+    assert paper.digit == "2"
+    assert not paper.page.get_by_role("alert").is_visible()
+
+
+def test_a_network_that_cannot_be_loaded_leaves_the_picture(browser: Browser, lab: Lab) -> None:
+    def load(run: str) -> DigitReader:
+        if not is_back:
+            raise draw.UserError("its data are gone: they must be there. Fetch them.")
+        return DigitReader(lab.tracker, run, lab.folder)
+
+    is_back = False
+    server = Server(free_port(), lab)
+    with served(of(lab, load), server.port), opened(browser, server) as paper:
+        choose(paper, png(large(7, lab)), "image/png")
+        assert "its data are gone" in paper.page.get_by_role("alert").inner_text()
+        assert paper.ink() > 500
+        is_back = True
+        paper.page.get_by_role("combobox", name="Network").select_option(index=1)
+        paper.page.get_by_role("combobox", name="Network").select_option(index=0)
+        paper.settle()
+        assert paper.digit == "7"
+
+
+def test_what_is_not_sure_has_no_probability_that_says_otherwise(paper: Paper) -> None:
+    paper.draw(DIGITS[0])
+    assert re.match(r"probability (> )?\d", paper.page.locator("#sure").inner_text())
+    odd = "show({...last, status: 'unsure', message: 'not sure: perhaps 0', probability: 0.9997})"
+    answer = {"digit": 0, "probabilities": [1, *[0] * 9], "attribution": [], "layers": []}
+    paper.page.evaluate(f"(last) => {odd}", answer)
+    assert paper.answer == "not sure: perhaps 0"
+    assert paper.page.locator("#sure").inner_text() == (
+        "unlike the digits that the network learned from"
+    )
+
+
+def test_backspace_clears_too_and_an_answer_is_read_aloud_when_the_pen_is_lifted(
+    paper: Paper,
+) -> None:
+    page, live = paper.page, "document.getElementById('answer').ariaLive"
+    box = page.locator("#paper").bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 0.8 * box["height"], steps=5)
+    assert page.evaluate(live) == "off"
+    page.mouse.up()
+    paper.settle()
+    assert page.evaluate(live) == "polite"
+    page.keyboard.press("Backspace")
+    paper.settle()
+    assert paper.ink() == 0
+
+
 @pytest.mark.long
 def test_large_photo_is_sent_smaller(paper: Paper, lab: Lab) -> None:
     rng = np.random.default_rng(0)
