@@ -25,7 +25,7 @@ class EvaluateOn(StrEnum):
 Optimizer = StrEnum("Optimizer", "adamw adam sgd")
 Schedule = StrEnum("Schedule", "onecycle cosine constant")
 Sampler = StrEnum("Sampler", "tpe gp random grid")
-Pruner = StrEnum("Pruner", "none median halving hyperband")
+Pruner = StrEnum("Pruner", "none median halving hyperband screening")
 TrackerName = StrEnum("TrackerName", "mlflow none")
 
 
@@ -143,6 +143,9 @@ class StudyConfig:
     rungs: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         description="Fractions of a trial's own schedule at which it may be pruned."
     )
+    finish: Positive = Field(
+        description="Best screened trials that are trained to the end, of study.trials."
+    )
     audit_pruning: Count = Field(description="Pruned trials that are trained to the end after all.")
     confirm: Positive = Field(
         description="Best trials to train again on new seeds, beside the recipe's own; 1 is none."
@@ -168,6 +171,8 @@ class StudyConfig:
                 f"study.pruner={self.pruner} with study.rungs=[] never prunes: give a rung, or "
                 "study.pruner=none."
             )
+        if self.pruner is Pruner.screening:
+            self._check_screening()
         if self.fork_from is not None and self.sampler is Sampler.grid:
             raise UserError(
                 f"study.fork_from={self.fork_from} with study.sampler=grid is invalid: a grid "
@@ -184,6 +189,28 @@ class StudyConfig:
                 "takes trials from another one. Name that."
             )
         return self
+
+    def _check_screening(self) -> None:
+        if len(self.rungs) != 1:
+            raise UserError(
+                f"study.pruner=screening with study.rungs={self.rungs} is invalid: all screened "
+                "trials end at the same rung. Give one, such as study.rungs=[0.1]."
+            )
+        if self.finish >= self.trials:
+            raise UserError(
+                f"study.finish={self.finish} with study.trials={self.trials} is invalid: with "
+                "study.pruner=screening it must be < study.trials. Lower it, or raise study.trials."
+            )
+        if self.sampler is Sampler.grid:
+            raise UserError(
+                "study.pruner=screening with study.sampler=grid is invalid: a grid visits each of "
+                "its points once, and the best are trained again. Use another sampler."
+            )
+        if self.patience:
+            raise UserError(
+                f"study.patience={self.patience} with study.pruner=screening is invalid: it would "
+                "end the study before the best are trained to the end. Set study.patience=0."
+            )
 
 
 @dataclass(config=STRICT)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
-from digitlab.config.types import Config, TrackerName
+from digitlab.config.types import Config, Pruner, TrackerName
 from digitlab.records.outbox import Outbox
 from digitlab.records.tracker import NewRun, NoTracker, Tracker
 
@@ -42,6 +42,11 @@ class Records:
 _PRUNED = (
     "Pruned: stopped early on purpose, since other trials were better at this point. MLflow shows "
     "such a run as killed, in red, since it has no status of its own for it."
+)
+_SCREENED = (
+    "Pruned: stopped early on purpose, as all trials are at first. The best of them are trained to "
+    "the end by later trials. MLflow shows such a run as killed, in red, since it has no status of "
+    "its own for it."
 )
 
 
@@ -88,6 +93,7 @@ class RunRecorder:
         self.name, self.environment = identity.name, dict(identity.environment)
         self.last_step = config.trainer.epochs
         self.is_ended = False
+        self._is_screened = config.study.pruner is Pruner.screening
         self._digests: dict[str, str] = {}  # SHA-256 by path of an artifact
         self._logged: dict[tuple[str, int], float] = {}  # by name of a metric, and step
         tags = {
@@ -174,7 +180,8 @@ class RunRecorder:
         self._note(new, self.last_step)
         tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
         if state == "pruned":  # MLflow has one word for it and for what was killed
-            tags |= {"mlflow.runName": f"{self.name} (pruned)", "mlflow.note.content": _PRUNED}
+            text = _SCREENED if self._is_screened else _PRUNED
+            tags |= {"mlflow.runName": f"{self.name} (pruned)", "mlflow.note.content": text}
         if state == "finished":
             sums = "".join(f"{sha}  {path}\n" for path, sha in sorted(self._digests.items()))
             self.spool.add_files({SUMS: sums.encode()})

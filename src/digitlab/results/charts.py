@@ -20,6 +20,7 @@ from optuna.visualization import plot_contour, plot_parallel_coordinate, plot_sl
 
 from digitlab.base.statistics import softmax
 from digitlab.config.types import Pruner
+from digitlab.study.samplers import PROMOTED_FROM
 from digitlab.study.summary import short
 from digitlab.study.trials import TrialRow, TrialStore
 
@@ -54,6 +55,7 @@ class _Trials:
 
     Where trials were pruned the few that finished show little of the hyperparameters, and a last
     accuracy does not compare with one at a rung: the first rung's is the measure, which all have.
+    A trial that trains a screened one to the end is left out there: it would count twice.
     """
 
     def __init__(self, store: TrialStore, rows: Sequence[TrialRow], epochs: int) -> None:
@@ -62,12 +64,16 @@ class _Trials:
         pruning = store.config.pruner is not Pruner.none
         rung = f"accuracy at {store.config.rungs[0]:g} of the steps (%)" if pruning else ""
         self.measure = rung or _ACCURACY
+        self.why_pruned = "were behind others at the same fraction of their training."
+        if store.config.pruner is Pruner.screening:
+            self.why_pruned = "were screened: later trials train the best of them to the end."
         self.study, lines = optuna.create_study(direction="maximize"), []
         stored = store.study.get_trials(deepcopy=False)
         for trial, row in zip(stored, rows, strict=False):  # more may have started meanwhile
             metrics = row.notes.get("metrics", {})
             finished = row.value if row.state == "finished" else None
             value = trial.intermediate_values.get(0) if pruning else finished
+            value = None if PROMOTED_FROM in row.notes else value
             params = {label: row.values.get(key) for key, label in labels.items()}
             params = {k: short(v) if isinstance(v, list) else v for k, v in params.items()}
             line = {"trial": row.number, "outcome": row.state, **params}
@@ -188,7 +194,7 @@ def _curves(trials: _Trials) -> _Drawn:
     data = data.dropna()
     pruned = sum(row.state == "pruned" for row in trials.rows)
     message = f"{pruned} of {len(trials.rows)} trials were pruned (dotted lines), as they "
-    message += "were behind others at the same fraction of their training."
+    message += trials.why_pruned
     return message if pruned else "Each line is a trial; none was pruned.", figure, data
 
 

@@ -10,7 +10,7 @@ from digitlab.base.choice import NOTHING_CHOSEN, Choice, choose, read_right
 from digitlab.base.statistics import accuracy_interval, estimate
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
-from digitlab.study.trials import TrialRow, best_first
+from digitlab.study.trials import TrialRow, best_first, promotable
 
 # Seeds of the confirmation and of the final fits, counted from the trials' own seed, so that no
 # fit that selects shares a seed with one that is reported.
@@ -90,8 +90,11 @@ def confirm_fits(
 
 
 def unpruned_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
-    """Return the pruned trials that were closest to going on, to be trained to the end."""
-    best = best_first(rows, "pruned")[: config.study.audit_pruning]
+    """Return the pruned trials that were closest to going on, to be trained to the end.
+
+    Those whose values another trial has trained to the end are left out.
+    """
+    best = promotable(rows)[: config.study.audit_pruning]
     return [_fit(config, row, "unpruned", 0) for row in best]
 
 

@@ -8,10 +8,11 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config, Pruner, Sampler, StudyConfig
+from digitlab.study.mirror import RESULT
 from digitlab.study.space import Hyperparameter, first_values, read_space
 
 
@@ -76,6 +77,8 @@ def build_pruner(config: StudyConfig) -> BasePruner:
         return HalvingPruner(brackets=1)
     if config.pruner is Pruner.hyperband:
         return HalvingPruner(brackets=len(config.rungs) + 1)
+    if config.pruner is Pruner.screening:
+        return ScreeningPruner(config.trials - config.finish, config.count_failed)
     return NopPruner()
 
 
@@ -108,3 +111,29 @@ class HalvingPruner(BasePruner):
         ]
         kept = sorted(reached, reverse=True)[: max(1, len(reached) // self.eta)]
         return trial.intermediate_values[rung] < kept[-1]
+
+
+PROMOTED_FROM = "promoted_from"  # noted of a trial: whose values it trains to the end
+
+
+class ScreeningPruner(BasePruner):
+    """Screening (after Egele et al. 2023): the first trials end at the rung, good or bad.
+
+    The trials after them train the best of these to the end. A trial that was promoted stays so
+    where the study is extended, whatever its number.
+    """
+
+    def __init__(self, screened: int, count_failed: bool) -> None:
+        """Args: screened: trials; `count_failed`: whether those that failed are among them."""
+        self.screened, self.count_failed = screened, count_failed
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        if trial.last_step is None or PROMOTED_FROM in trial.user_attrs.get(RESULT, {}):
+            return False
+        return self.is_screened(study, trial.number)
+
+    def is_screened(self, study: optuna.Study, number: int) -> bool:
+        """Return whether the trial of that number, which may not exist yet, is screened."""
+        earlier = study.get_trials(deepcopy=False)[:number]
+        failed = sum(one.state is TrialState.FAIL for one in earlier)
+        return len(earlier) - (0 if self.count_failed else failed) < self.screened

@@ -5,7 +5,7 @@ from typing import Any
 
 from digitlab.base.errors import UserError, nearest
 from digitlab.config.recorded import with_values
-from digitlab.config.types import Config, Pruner
+from digitlab.config.types import Config, Pruner, StudyConfig
 from digitlab.study.fingerprint import fitting_trials
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
@@ -28,7 +28,7 @@ class TrialSearch:
         ended = sum(row.is_ended for row in rows)
         total, name = self.study.trials, self.study.name
         if not ended:
-            self._say(f"study {name}: {total} trials over {', '.join(self.study.space)}")
+            self._say(_plan_text(self.study))
             if self.store.own not in self.store.begin:
                 self._say(f"the recipe's own values are not in the space: {self.store.own}")
         elif not self.store.is_full(total):
@@ -85,8 +85,8 @@ class TrialSearch:
         rungs = tuple(self.study.rungs if self.study.pruner is not Pruner.none else ())
 
         def should_prune(rung: int, accuracy: float) -> bool:
-            is_bad = self.store.report(row.number, rung, accuracy)
-            return is_bad and row.values != self.store.own  # which the search is compared with
+            is_pruned = self.store.report(row.number, rung, accuracy)
+            return is_pruned and row.values != self.store.own  # which the search is compared with
 
         return Task(
             f"trial {row.number}",
@@ -163,6 +163,16 @@ class TrialSearch:
                 self.store.add(trial.values, trial.value or 0.0, trial.notes)
         self.store.note("forked", True)
         self._say(f"{len(fitting)} trials taken over from study {other}")
+
+
+def _plan_text(study: StudyConfig) -> str:
+    text = f"study {study.name}: {study.trials} trials over {', '.join(study.space)}"
+    if study.pruner is Pruner.screening:
+        text += (
+            f"; the first {study.trials - study.finish} end at {study.rungs[0]:g} of their "
+            f"schedule, then the best {study.finish} of them are trained to the end"
+        )
+    return text
 
 
 def _since_best(rows: list[TrialRow]) -> int:

@@ -12,6 +12,7 @@ from digitlab.base.statistics import Interval
 from digitlab.config.compose import store_words
 from digitlab.config.types import Config, StudyConfig
 from digitlab.study.champion import Results
+from digitlab.study.samplers import PROMOTED_FROM
 from digitlab.study.trials import TrialRow, best_first
 
 _SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
@@ -62,15 +63,21 @@ def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
     pruned = [row for row in rows if row.state == "pruned"]
     if not pruned:
         return "no trial was pruned"
+    promoted = {row.notes[PROMOTED_FROM] for row in rows if PROMOTED_FROM in row.notes}
     saved = spent = 0.0
     for row in rows:
         metrics = row.notes.get("metrics", {})
         # A trial that was taken over has spent nothing here.
         seconds = 0.0 if "taken_from" in row.notes else metrics.get("seconds", 0.0)
         spent += seconds
-        if row.state == "pruned" and metrics.get("rung"):
+        if row.number in promoted:  # what it trained was trained again
+            saved -= seconds
+        elif row.state == "pruned" and metrics.get("rung"):
             saved += seconds * (1 / metrics["rung"] - 1)
+    saved = max(saved, 0.0)
     text = f"pruning saved about {saved:.0f} s of {saved + spent:.0f} s of training"
+    if promoted:
+        text += f"; the best {len(promoted)} of {len(pruned)} pruned trials were trained to the end"
     if unpruned:
         best = max((row.value or 0.0 for row in rows if row.state == "finished"), default=0.0)
         better = [key for key, metrics in unpruned.items() if metrics["val_accuracy"] > best]

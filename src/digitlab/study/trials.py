@@ -15,7 +15,14 @@ from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
-from digitlab.study.samplers import build_pruner, build_sampler, count_points, searched_space
+from digitlab.study.samplers import (
+    PROMOTED_FROM,
+    ScreeningPruner,
+    build_pruner,
+    build_sampler,
+    count_points,
+    searched_space,
+)
 from digitlab.study.space import Hyperparameter, first_values, own_values
 from digitlab.study.storage import open_storage, refuse_deleted, study_names, study_notes
 
@@ -52,6 +59,12 @@ def best_first(rows: Sequence[TrialRow], state: str = "finished") -> list[TrialR
     """Return the trials of a state, best first; of equal ones the earlier first."""
     ended = [row for row in rows if row.state == state and row.value is not None]
     return sorted(ended, key=lambda row: (-(row.value or 0.0), row.number))
+
+
+def promotable(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Return the pruned trials whose values no trial has been given to train to the end."""
+    others = [row.values for row in rows if row.state != "pruned"]
+    return [row for row in best_first(rows, "pruned") if row.values not in others]
 
 
 def _row_of(space: Sequence[Hyperparameter], trial: FrozenTrial) -> TrialRow:
@@ -116,13 +129,13 @@ class TrialStore:
     def ask(self) -> TrialRow:
         """Insert the next trial, running, with all its values in one write.
 
-        They are the first of `begin` that no trial has; then the sampler draws them.
+        The sampler draws those that are not given.
         """
-        begin = self.begin if self.config.sampler is not Sampler.grid else []
-        for values in begin:
-            if all(row.values != values for row in self._rows):
-                faults.point("trial.drawn")
-                return self._insert(TrialState.RUNNING, values)
+        given = _given_values(self)
+        if given is not None:
+            faults.point("trial.drawn")
+            values, attributes = given
+            return self._insert(TrialState.RUNNING, values, attributes=attributes)
         study = self.mirror.study
         study.sampler = build_sampler(self.config, self.space, len(self._rows))
         study.ask({one.name: one.distribution for one in self.space})
@@ -214,6 +227,23 @@ class TrialStore:
         same = (other for other in self._rows if other.values == row.values)
         finished = (other for other in same if other.state == "finished")
         return next(finished, None) if self._is_finite else None
+
+
+def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]] | None:
+    """Return the values of the next trial, and its attributes; None where a sampler draws them.
+
+    After the screened trials they are those of the best of these that no trial has been given to
+    train to the end. Else they are the first of `begin` that no trial has.
+    """
+    rows, pruner = store.rows(), store.pruner
+    if isinstance(pruner, ScreeningPruner) and not pruner.is_screened(store.study, len(rows)):
+        for best in promotable(rows):
+            return best.values, {RESULT: {PROMOTED_FROM: best.number}}
+    if store.config.sampler is not Sampler.grid:
+        for values in store.begin:
+            if all(row.values != values for row in rows):
+                return values, {}
+    return None
 
 
 def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialStore, Config]:
