@@ -295,24 +295,31 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
     rungs = [n / 100 for n in sorted(draw(st.sets(st.integers(1, 99), max_size=4)))]
     sampler = draw(st.sampled_from(limits.Sampler))
     others = [None, "a-study-of-before"]
+    pruner = draw(st.sampled_from(limits.Pruner)) if rungs else limits.Pruner.none
+    is_screening = pruner is limits.Pruner.screening
+    if is_screening:
+        rungs = rungs[:1]
+        sampler = draw(st.sampled_from([s for s in limits.Sampler if s != "grid"]))
+    finish = draw(COUNTS)
     return limits.StudyConfig(
         name=draw(NAMES),
         storage=draw(st.none() | NAMES),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
         fork_from=draw(st.sampled_from(others[: 1 if sampler == "grid" else 2])),
         begin_with=draw(BEGIN) if sampler is not limits.Sampler.grid else [],
-        trials=draw(COUNTS),
+        trials=draw(COUNTS) + (finish if is_screening else 0),
         workers=draw(st.integers(0, 64)),
         minutes=draw(fractions(0, 1e6)),
-        patience=draw(st.integers(0, 100)),
+        patience=0 if is_screening else draw(st.integers(0, 100)),
         trial_minutes=draw(fractions(0, 1e6)),
         retries=draw(st.integers(0, 9)),
         count_failed=draw(st.booleans()),
         sampler=sampler,
         startup_trials=draw(COUNTS),
         seed=draw(st.integers(0, 2**31)),
-        pruner=draw(st.sampled_from(limits.Pruner)) if rungs else limits.Pruner.none,
+        pruner=pruner,
         rungs=rungs,
+        finish=finish,
         audit_pruning=draw(st.integers(0, 9)),
         confirm=draw(COUNTS),
         confirm_fits=draw(st.integers(0, 1000)),

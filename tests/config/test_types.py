@@ -129,6 +129,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
         [[], [0.5], [0.001, 0.999]],
         [[0.0], [1.0], [0.5, 0.5], [0.5, 0.2], [0.101, 0.104], [NAN]],
     ),
+    "study.finish": ([1, 1000], [0, -1]),
     "study.audit_pruning": ([0], [-1]),
     "study.confirm": ([1], [0]),
     "study.confirm_fits": ([0, 1000], [-1, 1001]),
@@ -224,6 +225,31 @@ def test_a_pruner_without_rungs_is_refused_by_both_names(config: Config, pruner:
     message = refusal(config, {"study.pruner": pruner, "study.rungs": []})
     assert f"study.pruner={pruner}" in message
     assert "study.rungs=[]" in message
+
+
+SCREENING = {
+    "study.pruner": "screening",
+    "study.rungs": [0.1],
+    "study.trials": 40,
+    "study.finish": 39,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"study.rungs": [0.1, 0.3]}, "study.pruner=screening with study.rungs=[0.1, 0.3]"),
+        ({"study.finish": 40}, "study.finish=40 with study.trials=40"),
+        ({"study.sampler": "grid"}, "study.pruner=screening with study.sampler=grid"),
+        ({"study.patience": 5}, "study.patience=5 with study.pruner=screening"),
+    ],
+)
+def test_what_contradicts_screening_is_refused_by_both_names(
+    config: Config, given: dict[str, Any], expected: str
+) -> None:
+    assert with_values(config, SCREENING).study.finish == 39
+    assert refusal(config, SCREENING | given).startswith(f"{expected} is invalid: ")
+    with_values(config, SCREENING | given | {"study.pruner": "median"})
 
 
 def test_values_of_another_network_are_refused_by_both_names(config: Config) -> None:

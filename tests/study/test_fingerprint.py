@@ -76,6 +76,7 @@ def test_settings_that_no_result_depends_on_may_change(lab: Path, config: Config
     study = replace(
         config.study,
         trials=99,
+        finish=9,
         workers=3,
         minutes=5,
         patience=4,

@@ -5,11 +5,11 @@ from dataclasses import replace
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from studies import open_store
 
 from digitlab.base.errors import UserError
-from digitlab.study.samplers import HalvingPruner, build_sampler, count_points
+from digitlab.study.samplers import HalvingPruner, ScreeningPruner, build_sampler, count_points
 
 
 def study_of(*curves: list[float]) -> optuna.Study:
@@ -50,6 +50,37 @@ def test_brackets_compete_among_themselves_and_start_one_rung_later_each() -> No
 
 def test_a_trial_before_its_first_rung_goes_on() -> None:
     assert pruned(1, [], [0.5]) == []
+
+
+def screened(pruner: ScreeningPruner, *trials: FrozenTrial) -> list[int]:
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(trials)
+    return [trial.number for trial in study.trials if pruner.prune(study, trial)]
+
+
+def trial_of(
+    accuracy: float, state: TrialState = TrialState.RUNNING, **notes: object
+) -> FrozenTrial:
+    values, attributes = {0: accuracy}, {"result": notes}
+    return create_trial(state=state, intermediate_values=values, user_attrs=attributes)
+
+
+def test_the_first_trials_are_screened_whatever_their_accuracy() -> None:
+    trials = [trial_of(accuracy) for accuracy in (0.9, 0.1, 0.8, 0.1)]
+    assert screened(ScreeningPruner(2, True), *trials) == [0, 1]
+    before = create_trial(state=TrialState.RUNNING)  # its first rung
+    assert screened(ScreeningPruner(2, True), before) == []
+
+
+def test_failed_trials_are_screened_trials_only_where_they_count() -> None:
+    trials = [trial_of(0.5), trial_of(0.5, TrialState.FAIL), trial_of(0.5), trial_of(0.5)]
+    assert screened(ScreeningPruner(2, True), *trials) == [0, 1]
+    assert screened(ScreeningPruner(2, False), *trials) == [0, 1, 2]
+
+
+def test_a_promoted_trial_is_never_pruned() -> None:
+    trials = [trial_of(0.5), trial_of(0.5, promoted_from=0), trial_of(0.5)]
+    assert screened(ScreeningPruner(3, True), *trials) == [0, 2]
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])

@@ -9,7 +9,7 @@ from studies import open_store
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError
-from digitlab.study.trials import TrialStore, load_study
+from digitlab.study.trials import TrialRow, TrialStore, load_study
 
 Open = Callable[..., TrialStore]
 
@@ -108,6 +108,90 @@ def test_a_pruner_sees_values_up_to_the_reported_rung_only(open_again: Open) -> 
     assert store.report(0, 0, 0.9) is False  # the best of all at rung 0
     assert store.rows()[0].value == 0.9
     assert store.report(0, 1, 0.1) is True
+
+
+SCREENING = (
+    "study.pruner=screening",
+    "study.rungs=[0.1]",
+    "study.sampler=random",
+    "study.trials=6",
+    "study.finish=2",
+)
+
+
+def screen(store: TrialStore, accuracy: float) -> TrialRow:
+    """Run the next trial as a driver does: to its rung, and to the end if it goes on."""
+    row = store.ask()
+    if store.report(row.number, 0, accuracy) and row.values != store.own:
+        return store.tell(row.number, "pruned", accuracy, {"metrics": {}})
+    return store.tell(row.number, "finished", accuracy, {"metrics": {}})
+
+
+ACCURACIES = (0.9, 0.3, 0.5, 0.4)  # the first are those of the recipe's own values
+
+
+def test_the_last_trials_have_the_values_of_the_best_screened_ones(open_again: Open) -> None:
+    store = open_again(*SCREENING)
+    rows = [screen(store, accuracy) for accuracy in (*ACCURACIES, 0.1, 0.1)]
+    assert [row.state for row in rows] == ["finished", *["pruned"] * 3, *["finished"] * 2]
+    assert [row.values for row in rows[4:]] == [rows[2].values, rows[3].values]
+    assert [row.notes["promoted_from"] for row in rows[4:]] == [2, 3]
+    assert open_again(*SCREENING).rows() == rows
+
+
+def test_screening_goes_on_from_the_store_alone(open_again: Open) -> None:
+    whole = open_again(*SCREENING)
+    accuracies = (*ACCURACIES, 0.1, 0.1)
+    rows = [screen(whole, accuracy) for accuracy in accuracies]
+    for accuracy in accuracies:  # a driver for each trial
+        screen(open_again(*SCREENING, "study.name=b"), accuracy)
+    assert open_again(*SCREENING, "study.name=b").rows() == rows
+
+
+def test_an_extended_study_screens_and_finishes_more(open_again: Open) -> None:
+    store = open_again(*SCREENING)
+    for accuracy in (*ACCURACIES, 0.1):
+        screen(store, accuracy)
+    promoted = store.ask()
+    store.requeue(promoted.number, is_charged=False, reason="it was stopped")
+    store = open_again(*SCREENING, "study.trials=10")
+    taken = store.take_waiting()
+    assert taken is not None
+    assert store.report(taken.number, 0, 0.4) is False  # though its number is one of the first 8
+    store.tell(taken.number, "finished", 0.4, {"metrics": {}})
+    later = [screen(store, accuracy) for accuracy in (0.2, 0.6, 0.1, 0.1)]
+    assert [row.state for row in later] == ["pruned", "pruned", "finished", "finished"]
+    # The third of the first screened trials was not trained to the end, and is now.
+    assert [row.notes.get("promoted_from") for row in later] == [None, None, 7, 1]
+
+
+def test_where_too_few_were_screened_the_sampler_draws(open_again: Open) -> None:
+    store = open_again(*SCREENING)
+    screen(store, 0.9)
+    for _ in range(2):
+        store.tell(store.ask().number, "failed", None, {"reason": "it raised"})
+    rows = [screen(store, accuracy) for accuracy in (0.4, 0.1, 0.2)]
+    assert [row.state for row in rows] == ["pruned", "finished", "finished"]
+    assert [row.notes.get("promoted_from") for row in rows] == [None, 3, None]
+    assert all(rows[2].values != row.values for row in store.rows()[:5])
+
+
+def test_a_promoted_trial_that_failed_is_not_promoted_again(open_again: Open) -> None:
+    store = open_again(*SCREENING)
+    for accuracy in ACCURACIES:
+        screen(store, accuracy)
+    store.tell(store.ask().number, "failed", None, {"reason": "it raised"})
+    assert screen(store, 0.1).notes["promoted_from"] == 3
+
+
+def test_screened_trials_with_equal_values_are_promoted_once(open_again: Open) -> None:
+    finite = ("model.hidden=choice(16,32)", "optim.learning_rate=choice(0.003)")
+    store = open_again(*SCREENING, *finite, "study.trials=12")
+    own = {"model.hidden": 64, "optim.learning_rate": 0.01}
+    assert store.own == own  # not in the space
+    rows = [screen(store, 0.1 * store.rows()[-1].number if store.rows() else 0) for _ in range(12)]
+    assert [row.state for row in rows] == [*["pruned"] * 10, *["finished"] * 2]
+    assert {row.values["model.hidden"] for row in rows[10:]} == {16, 32}
 
 
 def test_failed_trials_count_only_where_the_study_says_so(open_again: Open) -> None:
