@@ -395,6 +395,21 @@ def test_study_that_prunes_is_compared_where_all_its_trials_were() -> None:
     assert charts["Parallel coordinates"].figure.data
 
 
+def test_screened_trials_are_shown_once_and_not_called_worse() -> None:
+    screening = ("study.pruner=screening", "study.rungs=[0.3]")
+    study = new_study(*screening, "study.trials=6", "study.finish=2")
+    for accuracy in (0.3, 0.4, 0.5, 0.6):
+        prune(study.store, accuracy)
+    number = study.store.ask().number
+    study.store.report(number, 0, 0.6)
+    study.store.tell(number, "finished", 0.9, {"metrics": METRICS, "curve": [0.9]})
+    charts = {chart.title: chart for chart in study_charts(study.store, 1)}
+    assert sorted(round(y, 6) for y in charts["Slices"].figure.data[0].y) == [30, 40, 50, 60]
+    message = charts["Learning curves"].message
+    assert "4 of 5 trials were pruned (dotted lines), as they were screened" in message
+    assert "behind" not in message
+
+
 def curves(study: Study) -> list[list[tuple[float, float]]]:
     """Each trial's points: an outcome's trials are one trace, with a gap after each."""
     charts = {

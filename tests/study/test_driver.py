@@ -257,6 +257,20 @@ def test_every_sampler_and_pruner_works_with_and_without_a_tracker(lab, run_swee
     assert "test accuracy" in parent.log.read_text()
 
 
+@pytest.mark.slow
+def test_a_promoted_trial_passes_the_rung_of_its_screening_with_the_same_accuracy(
+    lab, run_sweep
+) -> None:
+    study = ("study.pruner=screening", "study.rungs=[0.3]", "study.trials=5", "study.finish=2")
+    assert run_sweep(*study, "study.workers=1").wait() == 0
+    rows = rows_of(lab)
+    assert [row.state for row in rows] == ["finished", *["pruned"] * 2, *["finished"] * 2]
+    for row in rows[3:]:
+        screened = rows[row.notes["promoted_from"]]
+        assert row.notes["metrics"]["rung_accuracy"] == screened.value
+    assert_whole(lab, 5)
+
+
 @pytest.mark.long
 def test_a_trial_left_running_in_optuna_is_settled_from_its_sealed_run(lab, run_sweep) -> None:
     assert run_sweep("study.pruner=none").wait() == 0

@@ -336,6 +336,73 @@ def test_the_recipe_s_own_values_are_never_pruned(lab: Path) -> None:
     assert [row.state for row in rows_of(lab)] == ["finished", "pruned", "pruned", "finished"]
 
 
+SCREENING = (
+    "study.pruner=screening",
+    "study.rungs=[0.1]",
+    "study.sampler=random",
+    "study.trials=7",
+    "study.finish=2",
+)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
+    lab: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    assert lead(lab, train_well, "tracking=none", *SCREENING, count=count)[0] == 0
+    rows = rows_of(lab)
+    assert [row.state for row in rows] == ["finished", *["pruned"] * 4, *["finished"] * 2]
+    for row in rows[5:]:
+        assert row.values == rows[row.notes["promoted_from"]].values
+    if count == 1:  # else the last screened trials have not ended when the first is promoted
+        screened = sorted(row.values["model.hidden"] for row in rows[1:5])
+        assert [row.values["model.hidden"] for row in rows[5:]] == screened[:-3:-1]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the first 5 end at 0.1 of their schedule, then the best 2 of them" in printed
+    assert "the best 2 of 4 pruned trials were trained to the end" in printed
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_screening_that_is_stopped_and_killed_ends_as_without(lab: Path, number: int) -> None:
+    beside = (*SCREENING, "study.name=beside")
+    assert lead(lab, train_well, "tracking=none", *beside)[0] == 0
+    stop, write = stop_at_trial(number)
+    assert lead(lab, write, "tracking=none", *SCREENING, stop=stop)[0] == 130
+    lead_until_killed(lab, train_well, "tracking=none", *SCREENING, point="trial.before_tell")
+    assert lead(lab, train_well, "tracking=none", *SCREENING)[0] == 0
+    assert results_of(lab) == results_of(lab, "beside")
+
+
+def test_a_screened_study_that_has_ended_is_extended(lab: Path) -> None:
+    assert lead(lab, train_well, *SCREENING)[0] == 0
+    before = results_of(lab)
+    more = (*SCREENING, "study.trials=10", "study.audit_pruning=9")
+    assert lead(lab, train_well, *more)[0] == 0
+    assert results_of(lab)[:7] == before
+    rows = rows_of(lab)
+    assert [row.state for row in rows[7:]] == ["pruned", "finished", "finished"]
+    promoted = [row.notes["promoted_from"] for row in rows if "promoted_from" in row.notes]
+    assert len(set(promoted)) == 4
+    # What was trained to the end is not audited.
+    audited = {int(key.split("/")[0]) for key in open_store(lab).notes()["unpruned"]}
+    assert audited == {row.number for row in rows if row.state == "pruned"} - set(promoted)
+    assert problems_of(lab) == []
+    notes = {run.tags["mlflow.note.content"] for run in runs_of(lab, state="pruned")}
+    assert len(notes) == 1
+    assert "as all trials are at first" in notes.pop()
+
+
+def test_equal_values_of_a_finished_trial_are_taken_and_not_screened(lab: Path) -> None:
+    finite = ("model.hidden=choice(16,32,64)", "optim.learning_rate=choice(0.01)")
+    status, jobs = lead(lab, train_well, "tracking=none", *SCREENING, *finite)
+    assert status == 0
+    rows = rows_of(lab)
+    whole = [row.values["model.hidden"] for row in rows if "taken_from" not in row.notes]
+    finished = [row for row in rows if row.state == "finished" and "taken_from" not in row.notes]
+    assert sorted(row.values["model.hidden"] for row in finished) == [16, 32, 64]
+    assert len([job for job in jobs if not is_final(job)]) == len(whole)
+
+
 def test_a_range_may_be_widened_in_a_running_study_and_not_narrowed(lab: Path) -> None:
     study = (*PLAIN, "study.startup_trials=1")
     assert lead(lab, train_well, *study)[0] == 0

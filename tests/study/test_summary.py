@@ -105,3 +105,14 @@ def test_what_pruning_saved_and_whether_it_cost_the_winner() -> None:
     assert better.endswith("1 pruned trials trained to the end: trial 1 would have won")
     worse = pruning_text(rows, {"1/0": {"val_accuracy": 0.8}})
     assert worse.endswith("none of them would have won")
+
+
+def test_what_screening_saved_counts_promoted_trials_as_trained_twice() -> None:
+    rows = [row(n, "pruned", 0.5, seconds=1.0, rung=0.1) for n in range(3)]
+    assert pruning_text(rows, {}) == "pruning saved about 27 s of 30 s of training"
+    promoted = row(3, "finished", 0.9, seconds=10.0)
+    promoted.notes["promoted_from"] = 1
+    assert pruning_text([*rows, promoted], {}) == (
+        "pruning saved about 17 s of 30 s of training; the best 1 of 3 pruned trials were trained "
+        "to the end"
+    )
