@@ -143,7 +143,7 @@ def _article_python(lab: Path) -> Path:
 
 
 def conventional(lab: Path, repeats: int) -> list[Figure]:
-    """The default study against the same one on the usual stack, in turns.
+    """The study of `halving` against the same one on the usual stack, in turns.
 
     A turn of ours is eight trials, from the start of the first to the end of the last; of theirs
     it is two with a pruner and two without, which take most of the time of all that is measured.
@@ -165,9 +165,9 @@ def conventional(lab: Path, repeats: int) -> list[Figure]:
 
 
 def _study_seconds(lab: Path, first: int, total: int) -> float:
-    """Return the seconds of the trials from `first` on, of the default study in its processes."""
+    """Return the seconds of the trials from `first` on, of the recipe `halving` in its processes."""
     few = ["study.confirm=1", "study.final_seeds=1", *OWN_STORES]
-    run([PROGRAM, "sweep", "experiments=default", f"study.trials={total}", *few], lab)
+    run([PROGRAM, "sweep", "experiments=halving", f"study.trials={total}", *few], lab)
     span = "max(julianday(datetime_complete)) - min(julianday(datetime_start))"
     with closing(sqlite3.connect(lab / "optuna.db")) as database:
         [[days]] = database.execute(f"SELECT {span} FROM trials WHERE number >= {first}")  # noqa: S608

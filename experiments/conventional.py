@@ -1,10 +1,10 @@
-"""The default study on the conventional stack: what `make bench` compares with.
+"""The study of the recipe `halving` on the conventional stack: what `make bench` compares with.
 
     python experiments/conventional.py FOLDER TRIALS whole|pruned   # data: FOLDER/MNIST/raw
 
 torchvision's MNIST through a DataLoader, Lightning with its defaults and its MLFlowLogger, Optuna's
 own loop on sqlite, one process: as their tutorials show it. The space, network, batches,
-augmentation, optimizer, schedule and validation set are those of `experiments/default.yaml`.
+augmentation, optimizer, schedule and validation set are those of `experiments/halving.yaml`.
 `pruned` adds Optuna's default pruner after every epoch. A study in FOLDER is continued. Prints the
 seconds of each of the TRIALS as one JSON line.
 """

@@ -86,7 +86,7 @@ class Policy:
     slow: bool = False  # a fifth of the replications
 
 
-HALVING = (2, 4, 7)  # those of the default study
+HALVING = (2, 4, 7)  # those of the recipe `halving`
 POLICIES = (
     Policy("recipe's own values", is_own=True),
     Policy("every configuration", budget=1e9),
@@ -100,7 +100,7 @@ POLICIES = (
     Policy("random, halving at 1/10 and 3/10, eta 4", rungs=(1, 3), eta=4),
     Policy("random, hyperband, eta 3", rungs=HALVING, brackets=4),
     Policy("tpe", sampler="tpe"),
-    Policy("tpe, halving, eta 3 (the default study's)", sampler="tpe", rungs=HALVING),
+    Policy("tpe, halving, eta 3 (recipe halving)", sampler="tpe", rungs=HALVING),
     Policy("tpe, halving, eta 4", sampler="tpe", rungs=HALVING, eta=4),
     Policy("tpe, halving at 1/10 and 3/10, eta 4", sampler="tpe", rungs=(1, 3), eta=4),
     Policy("gp", sampler="gp", slow=True),
