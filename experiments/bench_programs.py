@@ -165,7 +165,7 @@ def conventional(lab: Path, repeats: int) -> list[Figure]:
 
 
 def _study_seconds(lab: Path, first: int, total: int) -> float:
-    """Return the seconds of the trials from `first` on, of the recipe `halving` in its processes."""
+    """Return the seconds of the trials of `halving` from `first` on, in its processes."""
     few = ["study.confirm=1", "study.final_seeds=1", *OWN_STORES]
     run([PROGRAM, "sweep", "experiments=halving", f"study.trials={total}", *few], lab)
     span = "max(julianday(datetime_complete)) - min(julianday(datetime_start))"
