@@ -78,7 +78,7 @@ def play(lab: Path, repeats: int) -> list[Figure]:
     drawings = []
     for digit in load_digits(lab, "mnist", TEST).images[:25]:
         file = io.BytesIO()
-        Image.fromarray(255 - digit.numpy()).resize((280, 280)).save(file, "PNG")
+        Image.fromarray(255 - digit).resize((280, 280)).save(file, "PNG")
         drawings.append(file.getvalue())
     ratios, firsts = [], []
     with _played(lab) as page:

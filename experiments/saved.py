@@ -13,6 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from digitlab.base.paths import lab_folder
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.images import as_tensors
 from digitlab.pages.export import save_page
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.training.evaluate import evaluate
@@ -21,7 +22,7 @@ COUNT = "images => images.map(pixels => [...compute(pixels).at(-1).data])"
 lab = lab_folder()
 row, config, network = load_run(lab_tracker(lab), sys.argv[1])
 text = save_page(network, config, row.name)
-images = load_digits(lab, config.data.name, TEST).images[:, None]
+images, _ = as_tensors(load_digits(lab, config.data.name, TEST))
 expected = evaluate(network, images, config.data)
 with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
     file = Path(folder) / "saved.html"

@@ -492,7 +492,7 @@ def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:
     status, out, err = call("train", "--help")
     assert (status, err) == (0, "")
     assert out.startswith("usage: digitlab train ")
-    for group in ("model        convnet, seed, strided", "optim        adam, adamw, sgd",
+    for group in ("model        convnet, narrow, seed, strided", "optim        adam, adamw, sgd",
                   "digitlab sweep experiments=smoke", "tag(log,interval"):  # fmt: skip
         assert group in out
 

@@ -23,6 +23,7 @@ from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.images import as_tensors
 from digitlab.networks.table import build_network
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
@@ -344,7 +345,7 @@ def test_a_saved_page_computes_what_the_network_does(
             value.normal_()
         elif "running_var" in name:
             value.uniform_(0.5, 2)
-    images = load_digits(lab, "sample", TEST).images[:500, None]
+    images = as_tensors(load_digits(lab, "sample", TEST))[0][:500]
     text = save_page(network.eval(), config, "</script><b>seed & co")
     assert len(text) < 2**20
     assert not re.search(r"https?://|src=|href=", text)

@@ -268,7 +268,7 @@ def test_one_bit_of_one_metric_of_one_epoch_is_not_reproduced(
     call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        job, "fit", lambda config, lab, observer, rungs: fit(config, lab, Nudged(observer), rungs)
+        job, "fit", lambda config, lab, observer, *more: fit(config, lab, Nudged(observer), *more)
     )
     status, out, _ = call("reproduce", recorded.run_id, "--json")
     assert status == 1
