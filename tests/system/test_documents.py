@@ -27,7 +27,13 @@ COMMAND = re.compile(r"(?:make|digitlab) [a-z].*")
 NOT_RUN = ("setup", "test", "bench", "data", "draw", "play", "ui", "dashboard")
 # So that a command takes a second or two; it prints the same lines.
 SMALL = ["data=sample", "data.batch_size=200", "data.images=0"]
-FEW = ["study.trials=2", "study.final_seeds=1", "study.confirm=1", "trainer.epochs=1"]
+FEW = [
+    "study.trials=2",
+    "study.finish=1",
+    "study.final_seeds=1",
+    "study.confirm=1",
+    "trainer.epochs=1",
+]
 FEW += ["model.widths=[4,4,4]"]
 FIRST_LINE = {  # of what each command prints
     "audit": r"\d+ studies, 0 problems",
