@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from conftest import DATA, CallIn, Parent
 from samples import copy_digits
 
@@ -251,6 +252,17 @@ def test_data_that_are_missing_or_too_few_are_refused_before_anything_is_recorde
         assert MlflowTracker(None, "digitlab", folder).find({}) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds CUDA")
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_recorded(
+    lab: Path, call_in: CallIn, command: str
+) -> None:
+    status, _, err = call_in(lab)(command, *SMALL[:-1], "trainer.device=cuda")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("digitlab: trainer.device=cuda is invalid: it must be a device that")
+    assert MlflowTracker(None, "digitlab", lab).find({}) == []
+
+
 def test_full_disk_ends_a_run_in_one_line_and_the_next_ends_its_record(
     lab: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +308,7 @@ def test_killed_run_is_ended_as_interrupted_by_the_next_train(
     assert state_of(lab, "smoke-seed-1") == "finished"
 
 
+@pytest.mark.slow
 def test_killed_run_is_found_by_an_audit_and_ended_by_its_repair(
     lab: Path, call_in: CallIn
 ) -> None:

@@ -14,7 +14,7 @@ from digitlab.base.errors import UserError, first_line
 from digitlab.base.limits import usable_cores
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
-from digitlab.config.types import Config, EvaluateOn, Launcher
+from digitlab.config.types import Config, Device, EvaluateOn, Launcher
 from digitlab.study.champion import (
     Fit,
     Results,
@@ -84,6 +84,7 @@ def sweep(
             "`digitlab train`."
         )
     searched_space(config)  # what it refuses is refused before data are fetched
+    _refuse_missing_device(config)
     stop = StopSignal()
     try:
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
@@ -96,6 +97,14 @@ def sweep(
             f"study {config.study.name}: its storage or the lab cannot be written ({reason}). "
             "Nothing recorded is lost. Repair that, and go on with the same command."
         ) from error
+
+
+def _refuse_missing_device(config: Config) -> None:
+    """Refuse a device that this machine's workers would lack; a Ray node may well have it."""
+    if config.trainer.device is not Device.cpu and config.launcher.name is Launcher.processes:
+        from digitlab.training.device import find_device  # which imports torch
+
+        find_device(config.trainer.device)
 
 
 class StudyDriver:

@@ -16,6 +16,7 @@ from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.records.tracker import Tracker, TrackerAway
 from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
+from digitlab.training.device import find_device
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
 
@@ -43,8 +44,10 @@ class Outcome:
 def run_once(config: Config, identity: Identity, records: Records, lab: Path) -> Outcome:
     """Train `config` in this process, record it, and print a line an epoch.
 
-    Raises UserError, and records nothing, where the data are missing, or not what it asks for.
+    Raises UserError, and records nothing, where the device or the data are missing, or the data are
+    not what it asks for.
     """
+    find_device(config.trainer.device)
     DigitsData(config, lab).setup("fit")
     recorder = RunRecorder(records.outbox, config, identity)
     endings: list[Ending] = []
