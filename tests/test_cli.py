@@ -352,6 +352,7 @@ def test_next_run_is_numbered_and_compared_with_the_one_before(
     assert "parameters: no difference" in out
 
 
+@pytest.mark.slow
 def test_several_runs_at_once_write_nothing_outside_the_lab(call: Call) -> None:
     several = ["--multirun", "trainer.seed=1,2", "tracking=none", "trainer.epochs=1"]
     status, out, _ = call("train", *SMALL, *several)

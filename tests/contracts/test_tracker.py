@@ -14,7 +14,7 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.tracker import LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
 
 
-@pytest.fixture(params=["sqlite", "server"])
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
 def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> MlflowTracker:
     """Each tracker that records, without runs."""
     if request.param == "sqlite":

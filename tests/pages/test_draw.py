@@ -736,6 +736,7 @@ def test_explanation_holds_the_answer_and_its_reasons(server: Server, lab: Lab) 
         assert (maps.min(), maps.max()) == (0, 255)
 
 
+@pytest.mark.slow
 def test_reasons_of_many_at_once_are_not_mixed_up(server: Server, lab: Lab) -> None:
     files = [png(large(digit, lab)) for digit in range(10)]
     alone = [server.predict(file, "explain") for file in files]
@@ -868,6 +869,7 @@ def test_names_that_look_like_paths_open_nothing(server: Server) -> None:
         OPENED.pop()
 
 
+@pytest.mark.slow
 def test_more_than_can_wait_are_sent_away_and_the_others_answered(lab: Lab) -> None:
     may_load = threading.Event()
     loads: list[str] = []

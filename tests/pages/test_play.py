@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CallIn
 from playwright.sync_api import Browser, Page
 from serving import COMMAND, HOST, environment_of, free_port
 
@@ -254,6 +255,7 @@ def test_one_run_at_a_time_pauses_goes_on_and_stops(page_lab: Lab) -> None:
         assert tab.until(lambda e: e.get("run") == 2 and e.get("state") == "finished")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_the_page_goes_on(page_lab: Lab) -> None:
     values = {"optim.name": "sgd", "optim.learning_rate": 10, "model.widths": [64]}
     with Tab(page_lab) as tab:
@@ -265,6 +267,7 @@ def test_a_run_that_diverges_says_so_and_the_page_goes_on(page_lab: Lab) -> None
         tab.until(lambda e: e.get("run") == 2 and e.get("state") == "finished")
 
 
+@pytest.mark.slow
 def test_a_ladder_says_what_was_changed_and_whether_that_is_chance(page_lab: Lab) -> None:
     with Tab(page_lab) as tab:
         for number, epochs in enumerate((1, 4), 1):
@@ -576,11 +579,9 @@ def test_ctrl_c_in_the_middle_of_a_run_ends_clean(lab: Path, tmp_path: Path) -> 
     assert row.tags["digitlab.state"] == "interrupted"
 
 
-def test_a_mistake_is_one_line(lab: Path) -> None:
+def test_a_mistake_is_one_line(lab: Path, call_in: CallIn) -> None:
     for words, reason in ((["trainer.epochs=0"], "trainer.epochs=0 is invalid"),
                           (["data=mnis"], "data=mnis is invalid")):  # fmt: skip
-        done = subprocess.run([*COMMAND, "play", *words], env=environment_of(lab), timeout=100,
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        assert (done.returncode, done.stdout) == (2, "")
-        assert reason in done.stderr
-        assert done.stderr.count("\n") == 1
+        status, out, err = call_in(lab)("play", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert reason in err

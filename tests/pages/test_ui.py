@@ -276,6 +276,7 @@ def test_pages_ask_nothing_of_other_places(looking: Looking) -> None:
 # ---- who may look --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ui_answers_to_this_machine_alone(ui: Server) -> None:
     assert ui.get("/health") == b"OK"
     with pytest.raises(urllib.error.HTTPError) as refused:  # of a page that points its name here
@@ -286,6 +287,7 @@ def test_ui_answers_to_this_machine_alone(ui: Server) -> None:
         ui.get("/health", host=BESIDE)
 
 
+@pytest.mark.slow
 def test_dashboard_shows_the_studies_to_this_machine_alone(lab: Path, tmp_path: Path) -> None:
     with served("dashboard", lab, "/api/studies", tmp_path / "log") as server:
         assert f"http://{HOST}:{server.port}" in server.printed

@@ -194,6 +194,7 @@ def other_label(recorded: Recorded) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_run_on_other_data_is_not_comparable_and_not_trained(
     call: Call, recorded: Recorded
 ) -> None:
@@ -276,6 +277,7 @@ def test_one_bit_of_one_metric_of_one_epoch_is_not_reproduced(
     assert difference.startswith("train_loss of epoch 1 was ")
 
 
+@pytest.mark.slow
 def test_reproduction_that_fails_is_not_reproduced_for_that_reason(
     call: Call, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +312,7 @@ def test_reproduction_that_is_stopped_gives_no_verdict(
     assert recorded.row.tags.get("digitlab.reproduced") == before
 
 
+@pytest.mark.slow
 def test_run_that_did_not_finish_is_not_trained_again(call: Call, recorded: Recorded) -> None:
     row = written(recorded, "unfinished", state="interrupted")
     before = runs(recorded)
@@ -726,6 +729,7 @@ def test_study_with_a_quote_in_its_name_is_no_fault_of_the_tracker(recorded: Rec
 # ---- another run of a recorded configuration -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_config_from_a_run_is_its_own_with_the_overrides(call: Call, recorded: Recorded) -> None:
     before = runs(recorded)
     status, _, err = call("train", "--config-from", recorded.run_id, "model.hidden=24")
@@ -834,6 +838,7 @@ def test_run_in_another_store_is_reproduced_there(call: Call, elsewhere: tuple[s
     assert out.splitlines()[-1].startswith(f"identical: elsewhere ({elsewhere[0]})")
 
 
+@pytest.mark.slow
 def test_file_of_a_run_in_another_store_is_held_to_that_run(
     call: Call, recorded: Recorded, elsewhere: tuple[str, str]
 ) -> None:

@@ -51,6 +51,7 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     assert [run.run_id for run in runs_of(lab, kind="champion")] == [earlier.run_id]
 
 
+@pytest.mark.slow
 def test_the_test_set_is_read_by_final_fits_alone_once_each(lab, run_sweep) -> None:
     parent = run_sweep("study.confirm=2", "study.final_seeds=2", "study.audit_pruning=1")
     assert parent.wait() == 0

@@ -177,6 +177,7 @@ def test_a_sealed_trial_of_a_killed_driver_is_taken_over(lab: Path, point: str) 
     assert problems_of(lab) == []
 
 
+@pytest.mark.slow
 def test_a_sealed_trial_that_another_process_is_to_send_is_waited_for(
     lab: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_trial_that_finishes_in_the_end_has_no_reason(lab: Path) -> None:
     assert all("reason" not in row.notes for row in rows_of(lab))
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_of_a_killed_driver_stays_pruned(lab: Path) -> None:
     def get_worse(job: Job) -> Script:
         yield Rung(0, 0.5 / (1 + len(rows_of(lab))))
@@ -239,6 +241,7 @@ def test_a_pruned_trial_of_a_killed_driver_stays_pruned(lab: Path) -> None:
     assert problems_of(lab) == []
 
 
+@pytest.mark.slow
 def test_a_trial_without_a_seal_is_run_again_with_its_values(lab: Path) -> None:
     study = ("study.trials=1", "study.pruner=none", "study.retries=0")
     lead_until_killed(lab, train_well, *study, point="outbox.appended")
@@ -362,6 +365,7 @@ def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
     assert "the best 2 of 4 pruned trials were trained to the end" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(7))
 def test_screening_that_is_stopped_and_killed_ends_as_without(lab: Path, number: int) -> None:
     beside = (*SCREENING, "study.name=beside")
@@ -373,6 +377,7 @@ def test_screening_that_is_stopped_and_killed_ends_as_without(lab: Path, number:
     assert results_of(lab) == results_of(lab, "beside")
 
 
+@pytest.mark.slow
 def test_a_screened_study_that_has_ended_is_extended(lab: Path) -> None:
     assert lead(lab, train_well, *SCREENING)[0] == 0
     before = results_of(lab)

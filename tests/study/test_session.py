@@ -54,6 +54,7 @@ def finished(lab: Path) -> Path:
     return lab
 
 
+@pytest.mark.slow
 def test_a_name_of_another_labs_study_in_one_tracker_is_refused(lab: Path, tmp_path: Path) -> None:
     shared = (*STUDY, f"tracking.uri=sqlite:///{tmp_path}/shared.db")
     assert lead(lab, train_well, *shared)[0] == 0
@@ -70,6 +71,7 @@ def test_a_name_of_another_labs_study_in_one_tracker_is_refused(lab: Path, tmp_p
     assert lead(lab, train_well, *shared) == (0, [])
 
 
+@pytest.mark.slow
 def test_a_study_whose_optuna_database_is_gone_leaves_its_runs_alone(finished: Path) -> None:
     before = all_runs(finished)
     aside = finished / "aside"
@@ -119,6 +121,7 @@ def test_a_deleted_experiment_is_named_before_any_training(finished: Path) -> No
     assert len(rows_of(finished)) == 2
 
 
+@pytest.mark.slow
 def test_a_deleted_run_of_the_study_is_named_with_the_command_that_restores_it(
     finished: Path,
 ) -> None:
