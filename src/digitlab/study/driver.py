@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,17 @@ from digitlab.base.limits import usable_cores
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, Device, EvaluateOn, Launcher
-from digitlab.study.champion import (
-    Fit,
-    Results,
-    candidates,
-    confirm_fits,
-    final_fits,
-    finished_results,
-    select_champion,
-    summarise,
-    unpruned_fits,
-)
+from digitlab.study.champion import Fit, Results, candidates, finished_results, unpruned_fits
 from digitlab.study.fits import FitPhase
 from digitlab.study.loop import JobLoop
 from digitlab.study.progress import StudyProgress
 from digitlab.study.samplers import searched_space
 from digitlab.study.search import TrialSearch
+from digitlab.study.selection import select_and_test
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.settle import RecordedFits, recorded_fits, settle
 from digitlab.study.storage import STORE_ERRORS, open_storage, study_names, study_notes
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
-from digitlab.study.trials import TrialRow
 from digitlab.workers.base import Workers, WorkerSetup
 
 # Settings that decide on the champion, beside the trials: with others it is chosen again.
@@ -157,7 +146,7 @@ class StudyDriver:
         if summary.get("asked") == asked:
             self.board.say(f"study {self.study.name} is complete: {len(rows)} trials")
         elif not stop():
-            summary = self._champion(best) | {"asked": asked}
+            summary = select_and_test(self.session, best, self._fits) | {"asked": asked}
             if stop():
                 return 130
             self.session.check_lock()
@@ -180,48 +169,6 @@ class StudyDriver:
         overrides = None if self.again else self.session.overrides
         self.board.say(champion_text(self.session.config, summary, overrides))
         return 0
-
-    def _champion(self, best: list[TrialRow]) -> dict[str, Any]:
-        """Select the champion and test it; returns {} when the user stops."""
-        config = self.session.config
-        confirmed: Results = {}
-        while fits := confirm_fits(config, best, confirmed, self.store.own):
-            confirmed |= self._fits("confirm", fits)
-            if self.session.stop():
-                return {}
-        choice = select_champion(config, best, finished_results(confirmed))
-        champion = next((row for row in best if choice and row.number == choice.best), best[0])
-        fits = final_fits(config, champion)
-        looks = self._note_look(fits)
-        finals = self._fits("final", fits)
-        if self.session.stop():
-            return {}
-        tested = finished_results(finals)
-        if not tested:
-            reason = next(iter(finals.values()))["failed"]
-            raise UserError(
-                f"study {self.study.name}: all final fits of its champion, trial "
-                f"{champion.number}, have failed ({reason}). It has no test accuracy: "
-                "start a new study with another study.space."
-            )
-        own = next((row.number for row in best if row.values == self.store.own), None)
-        spent = {"spent": len(confirmed), "budget": self.study.confirm_fits}
-        summary = summarise(config, champion, choice, own, tested)
-        return summary | {"confirm_fits": spent, "looks": looks}
-
-    def _note_look(self, fits: list[Fit]) -> int:
-        """Note in the study's ledger which fits will read the test set; return how many looks.
-
-        It is written before they start: a look that is interrupted is one, and stays the same.
-        """
-        ledger: list[dict[str, Any]] = self.store.notes().get("tested", [])
-        known = {key for look in ledger for key in look["fits"]}
-        new = [fit.key for fit in fits if fit.key not in known]
-        if new:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            ledger = [*ledger, {"when": now, "fits": new, "n": len(new)}]
-            self.store.note("tested", ledger)
-        return len(ledger)
 
     def _fits(self, phase: str, fits: list[Fit]) -> Results:
         run = FitPhase(self.session, phase, self.recorded)
