@@ -66,7 +66,7 @@ def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[int,
 
     def choose(groups: list[Right]) -> tuple[int, bool, Results]:
         results: Results = {}
-        while fits := confirm_fits(config, rows, results, rows[-1].values):
+        while fits := confirm_fits(config, rows, results):
             for fit in fits:
                 misread = np.flatnonzero(~groups[fit.number][fit.seed - 1]).tolist()
                 results[fit.key] = {"images": IMAGES, "misread": misread}

@@ -315,7 +315,7 @@ def run(replication: Replication, policy: Policy) -> Outcome:
     results: Results = {}
     places = {trial.number: recorded.rows.index(trial.values) for trial in chosen}
     config = with_values(recorded.config, {"trainer.seed": 0})
-    while fits := _possible(confirm_fits(config, chosen, results, own), replication):
+    while fits := _possible(confirm_fits(config, chosen, results), replication):
         for fit in fits:
             seed = replication.others[fit.seed - 1]
             right = recorded.right[replication.half, places[fit.number], seed]

@@ -53,7 +53,7 @@ class Run:
 
     run_id: str
     name: str
-    kind: str  # trial, train, confirm, final or reproduction
+    kind: str  # trial, train, confirm, measure, final or reproduction
     state: str  # finished, pruned, failed, interrupted or running
     metrics: dict[str, float]
     lab: Path

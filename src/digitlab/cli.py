@@ -247,7 +247,8 @@ def _options(folders: Sequence[Path]) -> list[str]:
 def _add_studies(builder: _Builder) -> None:
     runs = builder.add_reader("runs", commands.runs, "list runs, the best first", _JSON, _CSV)
     runs.add_argument("--study", metavar="STUDY", help="those of a study")
-    kinds = ["study", "trial", "train", "unpruned", "confirm", "final", "champion", "reproduction"]
+    kinds = ["study", "trial", "unpruned", "confirm", "measure", "final", "champion"]
+    kinds += ["train", "reproduction"]
     runs.add_argument("--kind", choices=kinds, help="those of a kind")
     states = ["running", "finished", "pruned", "failed", "interrupted"]
     runs.add_argument("--state", choices=states, help="those in a state")

@@ -1,13 +1,12 @@
 """Which of several candidates is taken, and whether that is shown."""
 
 import time
-from typing import Any
 
 import numpy as np
 import pytest
 
 from digitlab.base.choice import Choice, choose, describe_choice, note_predictions, read_right
-from digitlab.base.statistics import Interval, accuracy_interval
+from digitlab.base.statistics import Interval, accuracy_difference, accuracy_interval
 
 IMAGES = 10_000
 
@@ -58,7 +57,6 @@ def test_one_fit_each_shows_nothing() -> None:
     choice = decide({1: fits(1, 90), 2: fits(1, 30)})
     assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [2, 1])
     assert choice.interval(1) == Interval(0.991, None, None, 1)
-    assert choice.difference(2, 1).low is None
 
 
 def test_a_lone_candidate_is_taken() -> None:
@@ -90,8 +88,8 @@ def test_more_candidates_need_more_to_be_shown() -> None:
 
 
 def test_images_that_both_misread_do_not_blur_the_difference() -> None:
-    apart = decide({1: fits(3, 60), 2: fits(3, 50, shared=56)}).difference(2, 1)
-    paired = decide({1: fits(3, 60), 2: fits(3, 50)}).difference(2, 1)
+    apart = accuracy_difference([fits(3, 60), fits(3, 50, shared=56)], 1, 0)
+    paired = accuracy_difference([fits(3, 60), fits(3, 50)], 1, 0)
     assert paired.value == pytest.approx(0.001)
     assert apart.value == pytest.approx(0.001)
     assert paired.low is not None
@@ -112,43 +110,49 @@ def test_predictions_are_noted_and_read_back() -> None:
 def test_a_choice_takes_less_than_a_second() -> None:
     groups = {number: fits(5, 50 + number, 20) for number in range(3)}
     started = time.process_time()
-    decide(groups).notes(0.995, 0.0005, 0)
+    decide(groups).notes(0.0005)
     assert time.process_time() - started < 1
 
 
-def notes(choice: Choice, own: int | None, budget: int = 6, **more: Any) -> str:
+def notes(choice: Choice, own: int | None, budget: int = 6, **measured: np.ndarray) -> str:
+    """What is said of a choice; `measured` are fits of the `best` and of `its_own` values."""
     spent = sum(len(group) for group in choice.groups.values())
-    noted = choice.notes(0.997, 0.0005, own) | {"confirm_fits": {"spent": spent, "budget": budget}}
-    return "\n".join(describe_choice(noted | {"trial": choice.best} | more))
+    noted = {"trial": choice.best, "accuracy": 0.997, "own": own}
+    noted |= {"confirm_fits": {"spent": spent, "budget": budget}}
+    if measured:
+        noted |= choice.measure(measured["best"], measured.get("its_own"))
+    return "\n".join(describe_choice(noted | choice.notes(0.0005)))
 
 
 def test_the_text_says_what_was_shown_what_was_saved_and_what_it_was_worth() -> None:
     groups = {1: fits(3, 80), 2: fits(3, 30)}
-    text = notes(decide(groups), own=1, budget=8)
+    text = notes(decide(groups), 1, 8, best=fits(2, 40), its_own=fits(2, 80))
     assert f"candidate 2: validation {accuracy_interval(list(groups.values()), 1)} on new" in text
     assert (
         "the fastest to train within 0.05 points of the best, as shown; 2 of 8 fits saved" in text
     )
-    assert "the search was worth +0.50 points (" in text
-    assert "optimism: +0.00 points" in text
+    assert "validation 99.60 % (99." in text
+    assert "the search was worth +0.40 points (" in text
+    assert "optimism: +0.10 points" in text
     assert "saved" not in notes(decide(groups), own=1)
 
 
 def test_the_text_says_what_was_not_settled_and_how_it_may_be() -> None:
-    text = notes(decide({1: fits(2, 50, 45), 2: fits(2, 46, 45)}), own=1, budget=4)
+    choice = decide({1: fits(2, 50, 45), 2: fits(2, 46, 45)})
+    text = notes(choice, 1, 4, best=fits(2, 46, 45), its_own=fits(2, 50, 45))
     assert "not settled by 4 fits" in text
     assert "study.confirm_fits=8 may settle it" in text
     assert "the search found nothing shown to be better: +0.04 points (-" in text
 
 
 def test_a_champion_with_the_recipe_s_own_values_was_worth_nothing() -> None:
-    text = notes(decide({1: fits(3, 30), 2: fits(3, 80)}), own=1)
-    assert "the search found nothing shown to be better: +0.00 points (n=1)" not in text
-    assert "the recipe's own values (trial 1) won" in text
+    text = notes(decide({1: fits(3, 30), 2: fits(3, 80)}), 1, best=fits(2, 30))
+    assert "the search found nothing better than the recipe's own values (trial 1)" in text
+    assert "points (" not in text
 
 
 def test_single_fits_have_no_interval_in_the_text() -> None:
-    text = notes(decide({1: fits(1, 50), 2: fits(1, 46)}), own=1)
+    text = notes(decide({1: fits(1, 50), 2: fits(1, 46)}), 1, best=fits(1, 46), its_own=fits(1, 50))
     assert "candidate 1: validation 99.50 % (n=1)" in text
     assert "+0.04 points (n=1)" in text
     assert " to " not in text.replace("to be", "")

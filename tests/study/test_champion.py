@@ -16,7 +16,9 @@ from digitlab.study.champion import (
     Results,
     candidates,
     confirm_fits,
+    describe_selection,
     final_fits,
+    measure_fits,
     select_champion,
     summarise,
 )
@@ -158,17 +160,6 @@ def test_a_clear_case_stops_before_the_budget_is_spent(config: Config) -> None:
     assert (choice.best, choice.is_settled) == (1, True)
 
 
-def test_the_recipe_s_own_values_have_two_fits_though_they_are_out(config: Config) -> None:
-    levels = {0: 0.9, 1: 0.99, 2: 0.9895}
-    rows = [row(number, level) for number, level in levels.items()]
-    results: Results = {}
-    rounds = []
-    while fits := confirm_fits(config, rows, results, rows[0].values):
-        rounds.append([each.key for each in fits])
-        results |= {each.key: fit(levels[each.number] - 0.0005 * each.seed) for each in fits}
-    assert rounds[:3] == [["0/1", "1/1", "2/1"], ["1/2", "2/2"], ["0/2"]]
-
-
 @pytest.mark.parametrize("budget", [0, 1, 2, 5])
 def test_the_budget_is_never_exceeded(config: Config, budget: int) -> None:
     study = dataclasses.replace(config.study, confirm_fits=budget)
@@ -194,16 +185,30 @@ def test_candidates_are_confirmed_on_seeds_that_no_other_fit_has(config: Config)
     rounds, _ = race(config, rows, lambda each: scatter[each.seed])
     seeds = {int(key.split("/")[1]) for each in rounds for key in each}
     tested = {job.config.trainer.seed for job in final_fits(config, rows[0])}
+    measured = {job.config.trainer.seed for job in measure_fits(config, rows[0], rows[1])}
     assert seeds == {1, 2, 3}
     assert len(tested) == config.study.final_seeds
+    assert len(measured) == config.study.measure_seeds
     assert not seeds & tested
-    assert config.trainer.seed not in seeds | tested
+    assert not measured & (seeds | tested)
+    assert config.trainer.seed not in seeds | tested | measured
+
+
+def test_the_champion_and_the_recipe_s_own_values_are_measured_alike(config: Config) -> None:
+    champion, own = row(3), row(0)
+    keys = [each.key for each in measure_fits(config, champion, own)]
+    assert keys == ["3/2001", "0/2001", "3/2002", "0/2002"]
+    assert [each.key for each in measure_fits(config, own, own)] == ["0/2001", "0/2002"]
+    assert [each.key for each in measure_fits(config, champion, None)] == ["3/2001", "3/2002"]
+    none = dataclasses.replace(config, study=dataclasses.replace(config.study, measure_seeds=0))
+    assert measure_fits(none, champion, own) == []
 
 
 def test_only_the_final_fits_see_the_test_images(config: Config) -> None:
     rows = [row(0, hidden=33), row(1)]
     for jobs, measured_on in (
         (confirm_fits(config, rows, {}), EvaluateOn.validation),
+        (measure_fits(config, *rows), EvaluateOn.validation),
         (final_fits(config, rows[0]), EvaluateOn.test),
     ):
         for job in jobs:
@@ -225,7 +230,7 @@ def test_test_accuracy_covers_seeds_and_images_and_one_seed_has_no_interval(
     config: Config,
 ) -> None:
     finals = {f"0/{seed}": fit(value) for seed, value in enumerate([0.97, 0.98, 0.975])}
-    summary = summarise(config, row(0), None, None, finals)
+    summary = summarise(row(0), describe_selection(config, None, None, {}), finals)
     tested = read_right(list(finals.values()))
     assert summary["test_accuracy"] == dataclasses.asdict(accuracy_interval([tested], 0))
     assert summary["weights_of"] == "0/0"
@@ -234,17 +239,27 @@ def test_test_accuracy_covers_seeds_and_images_and_one_seed_has_no_interval(
         *("test_accuracy_mean", "test_accuracy_low", "test_accuracy_high"),
         "test_seeds",
     }
-    alone = summarise(config, row(0), None, None, {"0/0": finals["0/0"]})
+    alone = summarise(row(0), {}, {"0/0": finals["0/0"]})
     assert alone["test_accuracy"] == {"mean": 0.97, "low": None, "high": None, "n": 1}
     assert alone["test_errors"] is None
     assert metrics_of(alone) == {"test_accuracy_mean": 0.97, "test_seeds": 1}
 
 
-def test_what_is_noted_of_the_choice_is_what_its_text_needs(config: Config) -> None:
+def test_what_was_lucky_in_the_choice_is_no_part_of_what_it_was_worth(config: Config) -> None:
     rows = [row(0, value=0.992), row(1, value=0.5)]
     choice = choose(rows, {0: [0.99, 0.991], 1: [0.95, 0.951]}, config)
-    summary = summarise(config, rows[0], choice, 1, {"0/1001": fit(0.99)})
-    assert summary["optimism"] == pytest.approx(0.0015)
-    assert summary["gain"]["value"] == pytest.approx(0.04)
-    assert summary["gain"]["low"] > 0.03
-    assert json.loads(json.dumps(summary))["val_accuracy"]["1"]["n"] == 2
+    measured = {
+        "0/2001": fit(0.98),
+        "0/2002": fit(0.981),
+        "1/2001": fit(0.96),
+        "1/2002": fit(0.961),
+    }
+    selection = describe_selection(config, choice, rows[1], measured)
+    assert selection["measured"]["mean"] == pytest.approx(0.9805)
+    assert selection["gain"]["value"] == pytest.approx(0.02)
+    assert selection["gain"]["low"] > 0.01
+    assert json.loads(json.dumps(selection))["val_accuracy"]["1"]["n"] == 2
+    best = {key: one for key, one in measured.items() if key.startswith("0")}
+    assert describe_selection(config, choice, rows[1], best)["gain"] is None
+    assert describe_selection(config, choice, rows[0], best)["own"] == 0
+    assert "measured" not in describe_selection(config, choice, rows[1], {})

@@ -80,7 +80,7 @@ def test_the_race_is_the_same_whoever_trains_and_wherever_it_was_killed(
     assert {key: found["misread"] for key, found in again["confirm"].items()} == {
         key: found["misread"] for key, found in whole["confirm"].items()
     }
-    kept = ("trial", "val_accuracy", "is_settled", "gain", "optimism", "test_accuracy")
+    kept = ("trial", "val_accuracy", "is_settled", "measured", "gain", "test_accuracy")
     assert {k: again["champion"][k] for k in kept} == {k: whole["champion"][k] for k in kept}
     assert len([job for job in jobs if kind_of(job) == "confirm"]) < 8  # some were taken over
 

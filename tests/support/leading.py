@@ -18,10 +18,11 @@ from digitlab.workers.base import Job
 
 
 def kind_of(job: Job) -> str:
-    """Return trial, confirm or final: what a study trains the job for."""
+    """Return trial, confirm, measure or final: what a study trains the job for."""
     if job.config.data.evaluate_on == "test":
         return "final"
-    return "confirm" if job.config.trainer.seed else "trial"
+    seed = job.config.trainer.seed
+    return "measure" if seed > 2000 else "confirm" if seed else "trial"
 
 
 def train_well(job: Job) -> Script:

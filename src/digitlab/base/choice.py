@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from digitlab.base.statistics import LEVEL, Difference, Interval, accuracy_interval, estimate
+from digitlab.base.statistics import (
+    LEVEL,
+    Difference,
+    Interval,
+    accuracy_difference,
+    accuracy_interval,
+    estimate,
+)
 
 Right = NDArray[np.bool_]  # (fits, images): whether each fit reads each image right
 
@@ -27,34 +34,29 @@ class Choice:
         """Return the accuracy of a candidate over seeds and images."""
         return accuracy_interval(list(self.groups.values()), list(self.groups).index(number))
 
-    def difference(self, first: int, second: int) -> Difference:
-        """Return how much better one candidate is than another; a single fit has no interval.
-
-        It is not corrected for the choice of the first: as simulated in experiments/choice.md its
-        coverage is as stated with up to four candidates.
-        """
-        counts = [len(self.groups[number]) for number in (first, second)]
-        value = float(self.groups[first].mean() - self.groups[second].mean())
-        if first == second or min(counts) < 2:
-            return Difference(value, None, None)
-        return Difference(value, *_bounds(self.groups, (1 + LEVEL) / 2)[first, second])
-
-    def notes(self, accuracy: float | None, margin: float, own: int | None) -> dict[str, Any]:
-        """Return what is noted of the choice, as `describe_choice` reads it.
-
-        Args:
-            accuracy: the one that made the best a candidate.
-            own: the candidate with the recipe's own values.
-        """
-        gain = self.difference(self.best, own) if own in self.groups and own is not None else None
+    def notes(self, margin: float) -> dict[str, Any]:
+        """Return what is noted of the choice, as `describe_choice` reads it."""
         return {
             "val_accuracy": {n: asdict(self.interval(n)) for n in self.groups},
             "is_settled": self.is_settled,
             "margin": margin,
-            "optimism": (accuracy or 0.0) - float(self.groups[self.best].mean()),
-            "own": own,
-            "gain": asdict(gain) if gain else None,
         }
+
+    def measure(self, best: Right, own: Right | None) -> dict[str, Any]:
+        """Return what fits on further seeds say of the best, which no choice has made lucky.
+
+        The spread over seeds is estimated from the candidates' fits, too.
+
+        Args:
+            best: of the best candidate.
+            own: of the recipe's own values; None where these are the best, or were not fitted.
+        """
+        groups, place = [*self.groups.values(), best], len(self.groups)
+        gain = None
+        if own is not None:
+            groups.append(own)
+            gain = asdict(accuracy_difference(groups, place, place + 1))
+        return {"measured": asdict(accuracy_interval(groups, place)), "gain": gain}
 
 
 NOTHING_CHOSEN: dict[str, Any] = {"val_accuracy": {}}  # notes where there was nothing to choose
@@ -125,18 +127,27 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
             f"  not settled by {spent} fits: none is shown to be within {margin} of the best, and "
             f"this one has the best mean; study.confirm_fits={2 * budget} may settle it"
         )
-    if notes["gain"]:
-        gain, own = Difference(**notes["gain"]), notes["own"]
-        text = f"{gain} over the recipe's own values (trial {own}), on new seeds"
-        if own == notes["trial"]:
-            text = f"found nothing better: the recipe's own values (trial {own}) won"
-        elif gain.low is None or gain.low > 0:
-            text = f"was worth {text}"
-        else:
-            text = f"found nothing shown to be better: {text}"
-        lines.append(f"  the search {text}")
-    points = f"{100 * notes['optimism']:+.2f} points"
-    return [*lines, f"  optimism: {points}, its trial's accuracy less its mean on new seeds"]
+    return [*lines, *_describe_measure(notes)]
+
+
+def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
+    """Return the champion's accuracy on seeds that selected nothing, and the search's worth."""
+    own, lines = notes["own"], []
+    if "measured" in notes:
+        measured = Interval(**notes["measured"])
+        optimism = 100 * ((notes["accuracy"] or 0.0) - measured.mean)
+        lines.append(f"  validation {measured} on seeds that selected nothing")
+        lines.append(f"    optimism: {optimism:+.2f} points, its trial's accuracy less that")
+    if own == notes["trial"]:
+        lines.append(
+            f"  the search found nothing better than the recipe's own values (trial {own})"
+        )
+    elif notes.get("gain"):
+        gain = Difference(**notes["gain"])
+        is_shown = gain.low is None or gain.low > 0
+        verdict = "was worth" if is_shown else "found nothing shown to be better:"
+        lines.append(f"  the search {verdict} {gain} over the recipe's own values (trial {own})")
+    return lines
 
 
 def note_predictions(predictions: NDArray[Any], labels: NDArray[Any]) -> dict[str, Any]:

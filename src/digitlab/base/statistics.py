@@ -158,6 +158,16 @@ def accuracy_interval(groups: Sequence[NDArray[np.bool_]], place: int) -> Interv
     return Interval(mean, *_wilson(mean, square), n)
 
 
+def accuracy_difference(groups: Sequence[NDArray[np.bool_]], first: int, second: int) -> Difference:
+    """Return how much more accurate a group is than another; a single fit has no interval."""
+    value = float(groups[first].mean() - groups[second].mean())
+    found = estimate(groups, first, second)
+    if found is None or min(len(groups[first]), len(groups[second])) < 2:
+        return Difference(value, None, None)
+    half = found.reach((1 + LEVEL) / 2)
+    return Difference(value, value - half, value + half)
+
+
 def _wilson(share: float, square: float) -> tuple[float, float]:
     """Return the ends of Wilson's interval; `square` is of the quantile, over the cases' number."""
     centre = (share + square / 2) / (1 + square)

@@ -16,6 +16,7 @@ from digitlab.study.trials import TrialRow, best_first, promotable
 # fit that selects shares a seed with one that is reported.
 _CONFIRM_SEEDS = 1
 _FINAL_SEEDS = 1001
+_MEASURE_SEEDS = 2001
 _AT_ONCE = 2  # fits of a round, whoever trains them: how many workers there are decides nothing
 
 
@@ -26,7 +27,7 @@ Results = dict[str, dict[str, Any]]  # by key of a fit: its metrics, or {"failed
 class Fit:
     """One configuration to be trained, because of the trial that it came from."""
 
-    kind: str  # confirm, final or unpruned
+    kind: str  # confirm, measure, final or unpruned
     number: int  # of the trial
     seed: int
     config: Config
@@ -63,14 +64,11 @@ def candidates(
     return chosen
 
 
-def confirm_fits(
-    config: Config, rows: Sequence[TrialRow], results: Results, own: Mapping[str, Any] | None = None
-) -> list[Fit]:
+def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> list[Fit]:
     """Return the next round of the candidates' fits on new seeds; none when all is decided.
 
     First each has one; then those between which it is undecided have one more, two at a time, the
-    least trained first, since that lowers the variance of a difference most. The recipe's `own`
-    values have two in any case: what the search was worth has an interval. A round depends on the
+    least trained first, since that lowers the variance of a difference most. A round depends on the
     results of the earlier rounds alone, so that a driver that was killed comes to the same ones.
     """
     left = config.study.confirm_fits - len(results)
@@ -81,12 +79,20 @@ def confirm_fits(
     if not numbers:
         choice = select_champion(config, rows, finished_results(results))
         numbers = list(choice.undecided) if choice else []
-        once = (r.number for r in rows if r.values == own and counts[r.number] == 1)
-        numbers += [n for n in once if choice and n in choice.groups and n not in numbers]
         numbers = sorted(numbers, key=counts.__getitem__)[:_AT_ONCE]
     values = {row.number: row for row in rows}
     chosen = [(values[number], _CONFIRM_SEEDS + counts[number]) for number in numbers[:left]]
     return [_fit(config, row, "confirm", seed) for row, seed in chosen]
+
+
+def measure_fits(config: Config, champion: TrialRow, own: TrialRow | None) -> list[Fit]:
+    """Return fits of the champion and of the recipe's own values on seeds that selected nothing.
+
+    The candidate that won the confirmation was lucky there: these say what it is worth.
+    """
+    rows = [champion] if own is None or own == champion else [champion, own]
+    seeds = range(config.study.measure_seeds)
+    return [_fit(config, row, "measure", _MEASURE_SEEDS + seed) for seed in seeds for row in rows]
 
 
 def unpruned_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
@@ -136,14 +142,31 @@ def _cost(row: TrialRow) -> float:
     return float(row.notes.get("metrics", {}).get("training_flops", math.inf))
 
 
-def summarise(
-    config: Config, champion: TrialRow, choice: Choice | None, own: int | None, finals: Results
+def describe_selection(
+    config: Config, choice: Choice | None, own: TrialRow | None, measured: Results
 ) -> dict[str, Any]:
-    """Return what the study notes of its champion.
+    """Return what is noted of why a champion was selected, and what it is worth.
 
     Args:
         choice: None where there was nothing to choose between.
-        own: number of the trial with the recipe's own values.
+        own: the trial with the recipe's own values.
+        measured: results of the fits that measure, but for those that failed.
+    """
+    if choice is None:
+        return NOTHING_CHOSEN
+    notes = choice.notes(config.study.margin) | {"own": own and own.number}
+    best = _of(measured, choice.best)
+    others = _of(measured, own.number) if own and own.number != choice.best else []
+    if best:
+        notes |= choice.measure(read_right(best), read_right(others) if others else None)
+    return notes
+
+
+def summarise(champion: TrialRow, selection: Mapping[str, Any], finals: Results) -> dict[str, Any]:
+    """Return what the study notes of its champion.
+
+    Args:
+        selection: as `describe_selection` returns it.
         finals: results of the final fits that did not fail.
     """
     tested = read_right(list(finals.values()))
@@ -151,7 +174,8 @@ def summarise(
     return {
         "trial": champion.number,
         "values": champion.values,
-        **(choice.notes(champion.value, config.study.margin, own) if choice else NOTHING_CHOSEN),
+        "accuracy": champion.value,  # which made it a candidate
+        **selection,
         "test_accuracy": dataclasses.asdict(accuracy_interval([tested], 0)),
         # Standard errors: from the seeds, from the images.
         "test_errors": found and [found.over_seeds**0.5, found.over_images**0.5],

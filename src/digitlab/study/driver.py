@@ -28,7 +28,7 @@ from digitlab.study.summary import champion_text, pruning_text, sweep_command, t
 from digitlab.workers.base import Workers, WorkerSetup
 
 # Settings that decide on the champion, beside the trials: with others it is chosen again.
-_CHOICE_SETTINGS = ("confirm", "confirm_fits", "margin", "final_seeds")
+_CHOICE_SETTINGS = ("confirm", "confirm_fits", "margin", "measure_seeds", "final_seeds")
 
 # Registers and reports a study that has just selected its champion; returns what to note of it.
 Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]

@@ -21,7 +21,7 @@ class FitPhase:
         """Create a phase that has run nothing yet.
 
         Args:
-            phase: confirm, final or unpruned; the name of its results in the study's notes.
+            phase: confirm, measure, final or unpruned; its results stand in the study's notes.
             recorded: what earlier calls have recorded; the attempts of this one are added.
         """
         self.session, self.store = session, session.store

@@ -1,4 +1,4 @@
-"""From the best trials to the champion: confirmed, chosen, tested."""
+"""From the best trials to the champion: confirmed, chosen, measured, tested."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -9,8 +9,10 @@ from digitlab.study.champion import (
     Fit,
     Results,
     confirm_fits,
+    describe_selection,
     final_fits,
     finished_results,
+    measure_fits,
     select_champion,
     summarise,
 )
@@ -30,12 +32,16 @@ def select_and_test(
     """
     config, store = session.config, session.store
     confirmed: Results = {}
-    while fits := confirm_fits(config, best, confirmed, store.own):
+    while fits := confirm_fits(config, best, confirmed):
         confirmed |= run_fits("confirm", fits)
         if session.stop():
             return {}
     choice = select_champion(config, best, finished_results(confirmed))
     champion = next((row for row in best if choice and row.number == choice.best), best[0])
+    own = next((row for row in best if row.values == store.own), None)
+    measured = run_fits("measure", measure_fits(config, champion, own)) if choice else {}
+    if session.stop():
+        return {}
     fits = final_fits(config, champion)
     looks = _note_look(store, fits)
     finals = run_fits("final", fits)
@@ -49,10 +55,9 @@ def select_and_test(
             f"{champion.number}, have failed ({reason}). It has no test accuracy: "
             "start a new study with another study.space."
         )
-    own = next((row.number for row in best if row.values == store.own), None)
+    selection = describe_selection(config, choice, own, finished_results(measured))
     spent = {"spent": len(confirmed), "budget": config.study.confirm_fits}
-    summary = summarise(config, champion, choice, own, tested)
-    return summary | {"confirm_fits": spent, "looks": looks}
+    return summarise(champion, selection, tested) | {"confirm_fits": spent, "looks": looks}
 
 
 def _note_look(store: TrialStore, fits: list[Fit]) -> int:

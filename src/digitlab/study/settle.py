@@ -11,7 +11,7 @@ from digitlab.records.record import Records
 from digitlab.records.tracker import RunRow, Tracker
 from digitlab.study.trials import TrialRow, TrialStore
 
-PHASES = ("unpruned", "confirm", "final")  # of fits, and the kinds of their runs
+PHASES = ("unpruned", "confirm", "measure", "final")  # of fits, and the kinds of their runs
 FitKey = tuple[str, str, str]  # kind, number of the trial, and seed, as they are tagged
 
 
