@@ -11,7 +11,7 @@ from trackers import FILES, LONG, Server
 
 from digitlab.base.errors import UserError
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.tracker import LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
+from digitlab.records.tracker import Dataset, LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
 
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
@@ -65,14 +65,19 @@ def test_run_is_created_once_for_a_key(tracker: Tracker) -> None:
     assert tracker.get(run_id).tags["digitlab.record"] == new.key
 
 
-def test_every_write_can_be_repeated(tracker: Tracker) -> None:
+def test_every_write_can_be_repeated(tracker: MlflowTracker) -> None:
     run_id = create(tracker, "twice")
-    batch = LogBatch({"seed": "3"}, [("loss", 0.5, 1, 1000), ("loss", 0.25, 2, 2000)], {"a": "b"})
+    points = [("loss", 0.5, 1, 1000), ("loss", 0.25, 2, 2000)]
+    used = [Dataset("mnist", "0123abcd", "training"), Dataset("mnist", "4567cdef", "validation")]
+    batch = LogBatch({"seed": "3"}, points, {"a": "b"}, used)
     for _ in range(2):
         tracker.log(run_id, batch)
         tracker.upload(run_id, FILES)
         tracker.end_run(run_id, "finished", 3000)
     assert tracker.history(run_id) == [("loss", 1, 0.5), ("loss", 2, 0.25)]
+    inputs = tracker.client.get_run(run_id).inputs.dataset_inputs
+    listed = [(one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs]
+    assert sorted(listed) == sorted(map(tuple, used))
     row = tracker.get("twice")
     assert (row.params, row.status, row.tags["a"]) == ({"seed": "3"}, "FINISHED", "b")
 

@@ -198,6 +198,27 @@ def test_runs_that_differ_in_the_seed_alone_are_compared(records: Records) -> No
         finish(records, f"seed-{seed}", f"trainer.seed={seed}")
     finish(records, "other", "trainer.seed=3", "optim.learning_rate=0.02")
     assert over_seeds(records.tracker, records.tracker.get("seed-1")) == [0.75, 0.75]
+    first, second, other = (
+        records.tracker.get(name).tags["digitlab.configuration"]
+        for name in ("seed-1", "seed-2", "other")
+    )
+    assert first == second != other  # by which MLflow's pages group them
+
+
+def test_a_finished_run_names_the_images_that_it_used(records: Records) -> None:
+    finish(records, "first")
+    finish(records, "other", "data.split_seed=1")
+    finish(records, "final", "data.evaluate_on=test")
+    assert isinstance(records.tracker, MlflowTracker)
+    used = {}
+    for name in ("first", "other", "final"):
+        run = records.tracker.client.get_run(records.tracker.get(name).run_id)
+        found = [(one.dataset.digest, one.tags[0].value) for one in run.inputs.dataset_inputs]
+        used[name] = {context: digest for digest, context in found}
+    assert used["first"].keys() == used["other"].keys() == {"training", "validation"}
+    assert used["final"].keys() == {"training", "test"}
+    digests = [digest for one in used.values() for digest in one.values()]
+    assert len(set(digests)) == len(digests)
 
 
 def test_folder_is_added_file_by_file(records: Records, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from digitlab.base import faults
 from digitlab.base.files import sync_file_system
 from digitlab.records.spool import Changes, FileSpool, Operation
 from digitlab.records.tracker import (
+    Dataset,
     LogBatch,
     NewRun,
     Tracker,
@@ -203,6 +204,7 @@ def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operati
     for what, added in operations:
         files |= added
         batch.tags.update(what.get("tags", {}))
+        batch.datasets.extend(Dataset(*found) for found in what.get("datasets", []))
         if what["do"] == "create":
             batch.params.update(what["run"]["params"])
         elif what["do"] == "log":

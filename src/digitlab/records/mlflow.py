@@ -1,5 +1,6 @@
 """Records of runs in MLflow. Beside its errors' module the only one that imports mlflow."""
 
+import json
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from digitlab.records.local import (
     write_artifacts,
 )
 from digitlab.records.tracker import (
+    Dataset,
     LogBatch,
     NewRun,
     RunRow,
@@ -44,8 +46,18 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # s
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the outbox tries again
 
-from mlflow import MlflowClient
-from mlflow.entities import Experiment, LifecycleStage, Metric, Param, Run, RunTag, ViewType
+from mlflow import MlflowClient, entities
+from mlflow.entities import (
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 
 from digitlab.records.mlflow_errors import http_status, translated
@@ -145,6 +157,8 @@ class MlflowTracker(Tracker):
                 run_id, metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
             )
             del metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
+        if batch.datasets:
+            self.client.log_inputs(run_id, list(map(_input, batch.datasets)))
 
     @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
@@ -273,6 +287,12 @@ def _entities(batch: LogBatch) -> tuple[list[Param], list[Metric], list[RunTag]]
     ]
     metrics = [Metric(name, value, ms, step) for name, value, step, ms in batch.metrics]
     return params, metrics, [RunTag(key, value) for key, value in batch.tags.items()]
+
+
+def _input(dataset: Dataset) -> DatasetInput:
+    source = json.dumps({"uri": f"data/{dataset.name}"})  # in the lab
+    tags = [InputTag("mlflow.data.context", dataset.context)]
+    return DatasetInput(entities.Dataset(dataset.name, dataset.digest, "local", source), tags)
 
 
 def _search(client: MlflowClient, experiment: str, text: str) -> list[RunRow]:

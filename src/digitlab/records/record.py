@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
-from digitlab.config.types import Config, Pruner, TrackerName
+from digitlab.config.types import Config, DataConfig, EvaluateOn, Pruner, TrackerName
 from digitlab.records.outbox import Outbox
-from digitlab.records.tracker import NewRun, NoTracker, Tracker
+from digitlab.records.tracker import Dataset, NewRun, NoTracker, Tracker
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,19 @@ def row_params(config: Config, kind: str) -> dict[str, str]:
     return {key: str(value) for key, value in leaves.items() if not key.startswith(hidden)}
 
 
+def datasets_of(data: DataConfig, sha256: Mapping[str, str]) -> list[Dataset]:
+    """Return what a run learned from and what it was measured on; `sha256` is of its files."""
+    training = {name: digest for name, digest in sha256.items() if name.startswith("train-")}
+    split = [data.validation_images, data.split_seed]
+    if data.evaluate_on is EvaluateOn.validation:
+        kinds = {"training": [training, split, data.images], "validation": [training, split]}
+    else:
+        test = {name: digest for name, digest in sha256.items() if name not in training}
+        kinds = {"training": [training, data.images], "test": [test]}
+    texts = {kind: json.dumps(what, sort_keys=True) for kind, what in kinds.items()}
+    return [Dataset(data.name, _sha256(text.encode())[:16], kind) for kind, text in texts.items()]
+
+
 class RunRecorder:
     """Writes the record of one run.
 
@@ -91,7 +104,8 @@ class RunRecorder:
     def __init__(self, outbox: Outbox, config: Config, identity: Identity) -> None:
         """Start the record: name, tags, every parameter, config.yaml and environment.json."""
         self.name, self.environment = identity.name, dict(identity.environment)
-        self.last_step = config.trainer.epochs
+        self.last_step, self.data = config.trainer.epochs, config.data
+        self.last_epoch = 0
         self.is_ended = False
         self._is_screened = config.study.pruner is Pruner.screening
         self._digests: dict[str, str] = {}  # SHA-256 by path of an artifact
@@ -103,8 +117,11 @@ class RunRecorder:
             "mlflow.source.git.commit": str(self.environment.get("commit", "")),
             **identity.tags,
         }
-        self.tags = {key: value for key, value in tags.items() if value}
         params = row_params(config, identity.kind)
+        # By which MLflow's pages group runs that differ in their seed alone.
+        others = {key: value for key, value in params.items() if key != "trainer.seed"}
+        tags["digitlab.configuration"] = _sha256(json.dumps(others).encode())[:8]
+        self.tags = {key: value for key, value in tags.items() if value}
         files = {
             "config.yaml": config_to_yaml(config).encode(),
             "environment.json": json.dumps(self.environment).encode(),
@@ -121,6 +138,7 @@ class RunRecorder:
         self._log({"rung": rung, "rung_accuracy": accuracy}, round(100 * rung))
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.last_epoch = epoch
         self._log(metrics, epoch)
 
     def add_files(self, files: Mapping[str, bytes] | Path) -> None:
@@ -141,7 +159,8 @@ class RunRecorder:
         """Record the results and end the run; all of it is on the disk when this returns.
 
         Args:
-            metrics: logged for the last epoch, if it is new or has another value.
+            metrics: logged for the last epoch where they are new; where one differs from that
+                epoch's, as one more step.
             environment: what the training adds to that of the start.
             data_sha256: digests of the files that the run read.
         """
@@ -156,6 +175,7 @@ class RunRecorder:
         }
         if data_sha256:
             tags["digitlab.data_sha256"] = json.dumps(dict(data_sha256))
+            self.spool.add_datasets(datasets_of(self.data, data_sha256))
         self.end("finished", metrics=metrics, tags=tags)
 
     def end(
@@ -172,12 +192,11 @@ class RunRecorder:
         if self.is_ended:
             return
         last = {name: value for (name, _), value in self._logged.items()}
-        new = {
-            name: value
-            for name, value in metrics.items()
-            if last.get(name) != value and (name, self.last_step) not in self._logged
-        }
-        self._note(new, self.last_step)
+        new = {name: value for name, value in metrics.items() if last.get(name) != value}
+        # A fit that stopped early returns to an earlier epoch: one more step shows that.
+        is_returned = any((name, self.last_epoch) in self._logged for name in new)
+        step = self.last_epoch + 1 if is_returned else self.last_step
+        self._note(new, step)
         tags = {**tags, **({"digitlab.reason": reason[:5000]} if reason else {})}
         if state == "pruned":  # MLflow has one word for it and for what was killed
             text = _SCREENED if self._is_screened else _PRUNED
@@ -187,7 +206,7 @@ class RunRecorder:
             self.spool.add_files({SUMS: sums.encode()})
             history = ((name, step, value) for (name, step), value in self._logged.items())
             tags["digitlab.seal"] = seal(sums, history, self.tags | tags)
-        self.spool.log(new, self.last_step, tags)
+        self.spool.log(new, step, tags)
         self.spool.end(state)
         self.spool.seal()
         self.is_ended = True

@@ -8,14 +8,14 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from digitlab.base import faults
 from digitlab.base.files import sync_folder
-from digitlab.records.tracker import NewRun, now_ms
+from digitlab.records.tracker import Dataset, NewRun, now_ms
 
 
 class RunSpool:
@@ -25,6 +25,9 @@ class RunSpool:
         self, metrics: Mapping[str, float] = {}, step: int = 0, tags: Mapping[str, str] = {}
     ) -> None:
         """Record metrics of a step, and tags."""
+
+    def add_datasets(self, datasets: Sequence[Dataset]) -> None:
+        """Record which images the run used."""
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
         """Record artifacts by their path."""
@@ -141,6 +144,9 @@ class FileSpool(RunSpool):
     ) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         self._append({"do": "log", "metrics": values, "step": step, "tags": dict(tags)})
+
+    def add_datasets(self, datasets: Sequence[Dataset]) -> None:
+        self._append({"do": "datasets", "datasets": datasets})
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
         self._append({"do": "files"}, files)

@@ -5,6 +5,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from digitlab.base.errors import UserError
 
@@ -57,6 +58,14 @@ class NewRun:
     time_ms: int = field(default_factory=now_ms)
 
 
+class Dataset(NamedTuple):
+    """Images that a run used."""
+
+    name: str  # of the data set
+    digest: str  # of the files, and of what was chosen of them
+    context: str  # training, validation or test
+
+
 @dataclass(frozen=True)
 class LogBatch:
     """What is written to a run in one call."""
@@ -65,9 +74,10 @@ class LogBatch:
     metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
     """Name, value, step and time in milliseconds."""
     tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[Dataset] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.params or self.metrics or self.tags)
+        return bool(self.params or self.metrics or self.tags or self.datasets)
 
 
 class Tracker(ABC):
@@ -86,7 +96,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, run_id: str, batch: LogBatch) -> None:
-        """Write parameters, metrics and tags."""
+        """Write parameters, metrics, tags and data sets."""
 
     @abstractmethod
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from digitlab.base.environment import describe_environment
 from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.invocation import command, storage_of
+from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.compose import Composed, store_words
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
@@ -30,7 +31,6 @@ from digitlab.study.summary import continue_command
 from digitlab.study.trials import TrialRow, TrialStore, load_study
 
 _DELIVERY_S = 30.0  # to wait for the tracker at the end
-_TIMES = ("seconds", "images_per_second")  # metrics that no two runs share
 
 
 def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> int:
@@ -123,7 +123,7 @@ def compare_studies(original: TrialStore, again: TrialStore) -> list[str]:
 
 
 def _result(row: TrialRow) -> dict[str, Any]:
-    metrics = {k: v for k, v in row.notes.get("metrics", {}).items() if k not in _TIMES}
+    metrics = {k: v for k, v in row.notes.get("metrics", {}).items() if k not in MACHINE_METRICS}
     return {"state": row.state, "value": row.value, **row.values, **metrics}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from digitlab.base.errors import UserError, nearest
+from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner, StudyConfig
 from digitlab.study.fingerprint import fitting_trials
@@ -105,7 +106,7 @@ class TrialSearch:
         if notes.get("made_by"):  # other code, or other versions of libraries
             tags["digitlab.made_by"] = "; ".join(notes["made_by"])
         recorder = self.session.start_record("trial", number, config, attempt, tags=tags)
-        metrics = {k: v for k, v in notes["metrics"].items() if k != "seconds"}
+        metrics = {k: v for k, v in notes["metrics"].items() if k not in MACHINE_METRICS}
         recorder.end("finished", metrics=metrics)
 
     def _ended(self, task: Task, ending: Ending) -> None:
