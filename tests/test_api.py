@@ -1,5 +1,6 @@
 """`import digitlab`, as a script or a notebook uses it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,21 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
 def test_all_that_is_public_is_there_and_described() -> None:
     for name in digitlab.__all__:
         assert getattr(digitlab, name).__doc__
+
+
+def test_an_observer_of_ones_own_sees_a_run_and_can_end_it(tmp_path: Path) -> None:
+    class Observer(digitlab.TrainingObserver):
+        def __init__(self) -> None:
+            self.curve: list[float] = []
+
+        def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+            self.curve.append(metrics["val_accuracy"])
+            if epoch == 2:
+                raise digitlab.StopTraining
+
+    lab, observer = copy_digits(tmp_path / "lab"), Observer()
+    run = digitlab.train(*SMALL, lab=lab, observers=[observer])
+    assert observer.curve == [run.metrics["val_accuracy"]]
+    with pytest.raises(digitlab.UserError, match="the run is interrupted"):
+        digitlab.train(*SMALL, "trainer.epochs=3", lab=lab, observers=[observer])
+    assert len(observer.curve) == 3

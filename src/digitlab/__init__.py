@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digitlab.base.errors import UserError
+from digitlab.training.observer import StopTraining, TrainingObserver
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +37,9 @@ __version__ = version("digitlab")
 __all__ = [
     "Predictor",
     "Run",
+    "StopTraining",
     "Study",
+    "TrainingObserver",
     "UserError",
     "compose",
     "load_run",
@@ -137,10 +140,12 @@ class Predictor:
             UserError: a file cannot be read, or is no image.
         """
         from digitlab.digits.decode import read_image
-        from digitlab.digits.prepare import prepare
+        from digitlab.digits.prepare import prepare_as
 
-        prepared = [(str(path), prepare(read_image(Path(path)))) for path in images]
-        return self._predictor.answer(prepared) if prepared else []
+        reader = self._predictor
+        how = (reader.config.data.name, reader.lab)
+        prepared = [(str(path), prepare_as(read_image(Path(path)), *how)) for path in images]
+        return reader.answer(prepared) if prepared else []
 
 
 def compose(*overrides: str) -> Config:
@@ -154,8 +159,14 @@ def compose(*overrides: str) -> Config:
     return _compose("train", overrides)[0].config
 
 
-def train(*overrides: str, lab: Path | None = None) -> Run:
+def train(
+    *overrides: str, lab: Path | None = None, observers: Sequence[TrainingObserver] = ()
+) -> Run:
     """Train one configuration in this process and record it.
+
+    Args:
+        observers: receive what happens while it trains, in the thread that trains; one that raises
+            StopTraining ends the run.
 
     Raises:
         UserError: an override is invalid, the data are missing, the run did not finish, or nothing
@@ -167,7 +178,7 @@ def train(*overrides: str, lab: Path | None = None) -> Run:
 
     lab = _lab(lab)
     [composed] = _compose("train", overrides)
-    outcome = _train(composed, lab)
+    outcome = _train(composed, lab, observers=observers)
     if outcome.state != "finished":
         raise UserError(
             f"{' '.join(overrides)}: the run is {outcome.state} ({outcome.reason}): it must end by "

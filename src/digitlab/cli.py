@@ -216,8 +216,12 @@ def _complete(options: argparse.Namespace) -> int:
 
 def _add_training(builder: _Builder) -> None:
     data = builder.add("data", commands.data, "fetch and verify a data set")
-    names = "mnist or fashion_mnist (default: %(default)s)"
+    names = "mnist, fashion_mnist, or one of your own (default: %(default)s)"
     data.add_argument("name", nargs="?", default="mnist", help=names)
+    place = "make a data set of that name of a folder with a folder of images a class, or NPZ"
+    data.add_argument("--from", dest="source", type=Path, metavar="PLACE", help=place)
+    centre = "find the ink of each image and centre it, as predict does (default: scale alone)"
+    data.add_argument("--prepare", action="store_true", help=centre)
     for name, run, text in (
         ("train", commands.train, "train one model; takes any override"),
         ("sweep", commands.sweep, "run a study, or continue it; takes any override"),

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 def data(options: Namespace) -> int:
     from digitlab.data.datasets import TEST, TRAIN, load_digits
 
+    if options.source:
+        from digitlab.digits.own import import_data
+
+        print(import_data(options.source, options.name, lab_folder(), options.prepare))
+        return 0
     for files in (TRAIN, TEST):
         digits = load_digits(lab_folder(), options.name, files)
         for file, digest in digits.sha256.items():

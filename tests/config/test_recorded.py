@@ -372,6 +372,7 @@ CONFIGS = st.builds(
         seed=st.integers(0, 2**31 - 1),
         threads=st.integers(1, 1024),
         precision=st.sampled_from(limits.Precision),
+        early_stopping=st.just(0),  # the rest is refused with evaluate_on=test
     ),
     study=studies(),
     tracking=st.builds(

@@ -131,9 +131,9 @@ def test_every_data_option_has_an_entry_in_the_table() -> None:
     assert {path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")} == set(KNOWN)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(lab: Path) -> None:
     with pytest.raises(UserError) as caught:
-        find_known("fashion-mnist")
+        find_known("fashion-mnist", lab)
     message = "data.name=fashion-mnist: no such data set, did you mean fashion_mnist?"
     assert str(caught.value) == message
 

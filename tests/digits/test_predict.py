@@ -191,7 +191,8 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(predict: Predict, tmp_
         "digit", "error", "error", "error", "digit", "error", "error"
     ]  # fmt: skip
     assert set(document[0]) == {
-        "path", "status", "digit", "probability", "probabilities", "message", "raw_probability"
+        *("path", "status", "digit", "label", "labels", "probability", "probabilities"),
+        *("message", "raw_probability"),
     }  # fmt: skip
     assert sum(document[0]["probabilities"]) == pytest.approx(1, abs=1e-5)
     assert err == ""

@@ -295,6 +295,10 @@ def test_page_tells_while_drawing_what_the_network_sees_and_why(paper: Paper) ->
     assert shares.index(max(shares)) == 1
     assert max(paper.seen()) > 200
     assert re.fullmatch(r"blue: evidence for 1, red: for \d", page.locator("#why").inner_text())
+    page.locator("#nearest figcaption", has_text="a 1").nth(2).wait_for()
+    assert page.locator("#nearest figure").count() == 5
+    fooled = r"read as [02-9]: no pixel changed by more than [\d.]+ %"
+    assert re.fullmatch(fooled, page.locator("#fooled").inner_text())
     coloured = "$('reasons').getContext('2d').getImageData(0, 0, 28, 28).data.some(v => v)"
     assert page.evaluate(coloured)
     heads = page.locator("#layers h2").all_inner_texts()
@@ -456,7 +460,8 @@ def test_what_is_not_sure_has_no_probability_that_says_otherwise(paper: Paper) -
     paper.draw(DIGITS[0])
     assert re.match(r"probability (> )?\d", paper.page.locator("#sure").inner_text())
     odd = "show({...last, status: 'unsure', message: 'not sure: perhaps 0', probability: 0.9997})"
-    answer = {"digit": 0, "probabilities": [1, *[0] * 9], "attribution": [], "layers": []}
+    answer = {"digit": 0, "probabilities": [1, *[0] * 9], "attribution": [], "layers": [],
+              "labels": list("0123456789")}  # fmt: skip
     paper.page.evaluate(f"(last) => {odd}", answer)
     assert paper.answer == "not sure: perhaps 0"
     assert paper.page.locator("#sure").inner_text() == (
@@ -676,7 +681,7 @@ FUZZ = settings(deadline=None, suppress_health_check=list(HealthCheck), database
 
 
 @settings(FUZZ, max_examples=100)
-@given(st.sampled_from(["/predict", "/explain"]), BODIES, KINDS)
+@given(st.sampled_from(["/predict", "/explain", "/likeness"]), BODIES, KINDS)
 def test_any_bytes_are_answered_as_declared(
     server: Server, api: dict[str, Any], path: str, body: bytes, kind: str
 ) -> None:
@@ -685,7 +690,7 @@ def test_any_bytes_are_answered_as_declared(
 
 @settings(FUZZ, max_examples=60)
 @given(
-    st.sampled_from(["/predict", "/explain"]),
+    st.sampled_from(["/predict", "/explain", "/likeness"]),
     st.dictionaries(
         st.sampled_from(["run", "runs", "x"]) | st.text(max_size=5), st.text(), max_size=3
     ).map(urllib.parse.urlencode)
@@ -701,9 +706,10 @@ def test_any_query_and_type_is_answered_as_declared(
 
 
 def test_api_tells_of_every_answer_it_gives(server: Server, api: dict[str, Any], lab: Lab) -> None:
-    assert set(api["paths"]) == {"/", "/runs", "/predict", "/explain"}
+    assert set(api["paths"]) == {"/", "/runs", "/predict", "/explain", "/likeness"}
     file = png(large(4, lab))
-    for path, kind in (("/predict", "Reading"), ("/explain", "Explanation")):
+    kinds = {"/predict": "Reading", "/explain": "Explanation", "/likeness": "Likeness"}
+    for path, kind in kinds.items():
         reported = api["paths"][path]["post"]
         assert set(reported["requestBody"]["content"]) == {"image/*", "application/octet-stream"}
         problems = {"400", "403", "404", "408", "413", "415", "422", "503"}
@@ -720,6 +726,16 @@ def test_api_tells_of_every_answer_it_gives(server: Server, api: dict[str, Any],
         assert keeps_its_word(server, api, path, f"run={'x' * 65}", file, "image/png") == 422
     status, _, runs = server.ask("GET", "/runs")
     assert (status, [run["run_id"] for run in runs]) == (200, [lab.read, lab.hasty])
+
+
+def test_likeness_holds_training_images_and_a_change_that_fools(server: Server, lab: Lab) -> None:
+    found = server.predict(png(large(4, lab)), "likeness")
+    assert [one["label"] for one in found["nearest"]].count("4") >= 3
+    assert found["fooling"]["label"] != "4"
+    assert server.predict(png(np.full((50, 50), 255)), "likeness") == {
+        "nearest": [],
+        "fooling": None,
+    }
 
 
 def test_explanation_holds_the_answer_and_its_reasons(server: Server, lab: Lab) -> None:

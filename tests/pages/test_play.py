@@ -29,12 +29,12 @@ from digitlab.networks.table import build_network
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
 from digitlab.pages.form import Form
-from digitlab.pages.moments import moments_of
 from digitlab.pages.play import Lesson, lesson_app
 from digitlab.pages.search import ranges, search_words
 from digitlab.pages.server import PageServer
 from digitlab.records.record import open_records
 from digitlab.training.evaluate import evaluate
+from digitlab.training.film import shown_steps
 
 SAMPLE = ("data=sample", "trainer.epochs=2")
 WAIT_S = 120.0  # for an event that must come: only a failing test takes so long
@@ -189,8 +189,8 @@ def test_what_is_impossible_is_explained(values: dict[str, Any], reason: str) ->
 
 
 def test_moments_are_a_few_and_hold_each_epoch_s_end() -> None:
-    assert moments_of(1173, 391) == (0, 10, 20, 50, 100, 200, 391, 500, 782, 1000, 1173)
-    assert moments_of(3, 3) == (0, 3)
+    assert shown_steps(1173, 391) == (0, 10, 20, 50, 100, 200, 391, 500, 782, 1000, 1173)
+    assert shown_steps(3, 3) == (0, 3)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -345,7 +345,7 @@ def test_confusion_names_errors_where_there_are_any(misread: int, message: str) 
     logits = 9 * np.eye(10)[labels]
     for i in range(misread):
         logits[10 * i + 3, 4] = 10
-    assert champion_charts(logits, labels, None)[0].message == message
+    assert champion_charts(logits, labels, list("0123456789"), None)[0].message == message
 
 
 @pytest.mark.parametrize(

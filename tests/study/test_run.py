@@ -283,6 +283,24 @@ def test_full_disk_ends_a_run_in_one_line_and_the_next_ends_its_record(
     assert state_of(lab) == "interrupted"
 
 
+def test_a_run_that_stopped_early_is_recorded_with_its_best_epoch(
+    lab: Path, call_in: CallIn
+) -> None:
+    words = ["optim.schedule=constant", "optim.learning_rate=0.05", "trainer.epochs=40"]
+    words += ["trainer.early_stopping=1", "name=s"]
+    call = call_in(lab)
+    status, out, _ = call("train", *SMALL[:-2], *words)
+    run = run_of(lab, "s")
+    best = int(run.metrics["best_epoch"])
+    assert status == 0
+    assert f"(epoch {best}, the best)" in out
+    history = MlflowTracker(None, "digitlab", lab).history(run.run_id)
+    curve = [value for name, step, value in history if (name, step <= 40) == ("val_accuracy", True)]
+    assert run.metrics["val_accuracy"] == max(curve)
+    assert call("audit")[0] == 0
+    assert call("reproduce", "s")[0] == 0
+
+
 # ---- a run that is killed ------------------------------------------------------------------------
 
 

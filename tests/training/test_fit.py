@@ -37,6 +37,7 @@ from digitlab.data.augment import augment
 from digitlab.data.datasets import stratified_split
 from digitlab.data.images import random_stream
 from digitlab.networks.table import build_network
+from digitlab.training.evaluate import measure
 from digitlab.training.fit import fit
 from digitlab.training.module import Diverged, build_schedule
 from digitlab.training.observer import TrainingObserver
@@ -309,13 +310,43 @@ def test_bfloat16_is_of_the_step_alone_and_gives_the_same_bits_again(lab: Path) 
     assert half.logits.dtype == torch.float32
 
 
-def test_film_shows_a_digit_of_each_class_before_and_after_each_epoch(lab: Path) -> None:
-    film = train(lab).film
-    assert [frame.epoch for frame in film] == [0, 1, 2]
-    assert all(frame.probabilities.shape == (10, 10) for frame in film)
+def test_film_shows_the_first_steps_and_the_end_of_each_epoch(lab: Path) -> None:
+    result = train(lab, "data.batch_size=50")
+    film = result.film
+    assert [frame.moment for frame in film[:4]] == ["untrained", "step 10", "step 20", "epoch 1"]
+    assert film[-1].moment == "epoch 2"
+    assert all(frame.probabilities.shape == (200, 10) for frame in film)
     assert all(frame.filters.shape == (4, 3, 3) for frame in film)
     assert not torch.equal(film[0].filters, film[2].filters)
+    last = film[-1].probabilities
+    assert torch.allclose(last, result.logits[:200].softmax(1))
     assert train(lab, "data.evaluate_on=test", "trainer.epochs=1").film == []
+
+
+def test_a_hundred_digits_are_learned_by_heart(lab: Path) -> None:
+    words = ["experiments=overfit", "data=sample", "data.batch_size=20"]
+    [composed] = compose("train", words)
+    result = fit(composed.config, lab, TrainingObserver())
+    assert result.metrics["train_accuracy"] == 1
+
+
+STEADY = ["optim.schedule=constant", "optim.learning_rate=0.03"]
+
+
+def test_a_fit_ends_when_it_gets_no_better_and_keeps_its_best_epoch(lab: Path) -> None:
+    listener = Listener()
+    config = configure(*STEADY, "trainer.epochs=40", "trainer.early_stopping=2")
+    stopped = fit(config, lab, listener)
+    curve = [metrics["val_accuracy"] for _, metrics in listener.of("epoch")]
+    best = curve.index(max(curve)) + 1
+    assert len(curve) == best + 2 < 40
+    assert (stopped.metrics["best_epoch"], stopped.metrics["val_accuracy"]) == (best, max(curve))
+    assert measure(stopped.logits, stopped.labels, "val")["val_accuracy"] == max(curve)
+    [(_, facts)] = listener.of("started")
+    spent = stopped.metrics["training_flops"] / facts["training_flops"]
+    assert spent == pytest.approx(len(curve) / 40)
+    alone = train(lab, *STEADY, f"trainer.epochs={best}")
+    assert digest(alone.weights) == digest(stopped.weights)
 
 
 # ---- ends before the end -------------------------------------------------------------------------

@@ -106,6 +106,10 @@ class TrainerConfig:
         ge=1, le=1024, description="Torch's threads; they can change floating-point rounding."
     )
     precision: Precision = Field(description="Number format of training.")
+    early_stopping: Count = Field(
+        description="Epochs without a better validation accuracy that end a run, whose best epoch "
+        "is kept; 0 is off."
+    )
     device: Device = Field(description="What trains; auto is the accelerator that torch finds.")
 
 
@@ -263,6 +267,12 @@ class Config:
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        if self.trainer.early_stopping and self.data.evaluate_on is EvaluateOn.test:
+            raise UserError(
+                f"trainer.early_stopping={self.trainer.early_stopping} with data.evaluate_on=test "
+                "is invalid: it needs a validation set, and all training images are learned from. "
+                "Give the number of epochs instead."
+            )
         if getattr(self.model, "batch_norm", False):
             for key in ("batch_size", "images"):
                 if getattr(self.data, key) == 1:

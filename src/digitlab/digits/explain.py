@@ -19,7 +19,7 @@ from digitlab.config.types import DataConfig
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
-from digitlab.digits.prepare import prepare
+from digitlab.digits.prepare import prepare_as
 from digitlab.records.reader import lab_tracker, load_run
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def explain(
         title, name = f"test image {image}, a {int(digits.labels[int(image)])}", image
     else:
         require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)
-        prepared = prepare(read_image(Path(image)))
+        prepared = prepare_as(read_image(Path(image)), config.data.name, lab)
         require(not prepared.problem, f"{image}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
         title, name = image, Path(image).stem

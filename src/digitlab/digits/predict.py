@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from digitlab.base.errors import UserError, require, visible
 from digitlab.base.files import write_output
 from digitlab.config.types import Config
+from digitlab.data.datasets import class_names
 from digitlab.digits.calibration import load_calibration
 from digitlab.digits.decode import MAX_FILE_BYTES, Grey, decode, is_image, read_image
-from digitlab.digits.prepare import Prepared, prepare
+from digitlab.digits.prepare import Prepared, prepare_as
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.records.tracker import Tracker
 from digitlab.training.evaluate import evaluate
@@ -33,7 +34,8 @@ class Answer:
 
     status: digit, unsure (a digit is the best guess, not to be relied on), none (nothing that looks
     like a digit) or error. `digit` is None unless there is one; `probability` is its own.
-    Both are calibrated; `raw_probability` is the network's own for that digit.
+    Both are calibrated; `raw_probability` is the network's own for that digit. `labels` name the
+    classes in the order of the probabilities, and `label` is that of `digit`.
     """
 
     path: str
@@ -43,13 +45,15 @@ class Answer:
     probabilities: list[float] = field(default_factory=list)
     message: str = ""
     raw_probability: float | None = None
+    label: str | None = None
+    labels: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.probabilities:
             return visible(f"{self.path}: {self.message}")
         ranked = np.argsort(self.probabilities)[::-1][:3]
-        likely = ", ".join(f"{digit} {self.probabilities[digit]:.1%}" for digit in ranked)
-        head = f"{self.digit}" if self.status == "digit" else self.message
+        likely = ", ".join(f"{self.labels[i]} {self.probabilities[i]:.1%}" for i in ranked)
+        head = self.label if self.status == "digit" else self.message
         return visible(f"{self.path}: {head}   ({likely}; uncalibrated {self.raw_probability:.1%})")
 
 
@@ -62,6 +66,7 @@ class DigitReader:
         Raises:
             UserError: no such run, or its data are not available.
         """
+        self.lab = lab
         self.row, self.config, self.network = load_run(tracker, run)
         self.calibration = load_calibration(tracker, self.row, self.config, self.network, lab)
 
@@ -73,10 +78,10 @@ class DigitReader:
         scores, limits = self.calibration.scores(images, logits), self.calibration.limits
         unsure = (scores > limits).any(1).tolist()
         far = (scores[:, 1] > _FAR * limits[1]).tolist()
-        answers = []
+        answers, labels = [], class_names(self.config.data.name, self.lab)
         for i, (path, found) in enumerate(prepared):
             problem = found.problem or (_UNLIKE if far[i] else "")
-            answers.append(_answer(path, problem, probabilities[i], raw[i], unsure[i]))
+            answers.append(_answer(path, problem, probabilities[i], raw[i], unsure[i], labels))
         return answers
 
 
@@ -86,13 +91,15 @@ class UncalibratedReader:
 
     network: nn.Module
     config: Config
+    lab: Path
 
     def answer(self, prepared: Sequence[tuple[str, Prepared]]) -> list[Answer]:
         """As `DigitReader`; unsure is what is less probable than not."""
         images = torch.from_numpy(np.stack([p.image for _, p in prepared]))[:, None]
         raw = evaluate(self.network, images, self.config.data).softmax(1)
+        labels = class_names(self.config.data.name, self.lab)
         return [
-            _answer(path, found.problem, raw[i], raw[i], bool(raw[i].max() < 0.5))
+            _answer(path, found.problem, raw[i], raw[i], bool(raw[i].max() < 0.5), labels)
             for i, (path, found) in enumerate(prepared)
         ]
 
@@ -100,13 +107,21 @@ class UncalibratedReader:
 ImageReader = DigitReader | UncalibratedReader
 
 
-def _answer(path: str, problem: str, probabilities: Tensor, raw: Tensor, is_unsure: bool) -> Answer:
+def _answer(
+    path: str,
+    problem: str,
+    probabilities: Tensor,
+    raw: Tensor,
+    is_unsure: bool,
+    labels: list[str],
+) -> Answer:
     if problem:
         return Answer(path, "none", message=f"no digit found: {problem}")
     digit = int(probabilities.argmax())
-    status, message = ("unsure", f"not sure: perhaps {digit}") if is_unsure else ("digit", "")
+    label = labels[digit]
+    status, message = ("unsure", f"not sure: perhaps {label}") if is_unsure else ("digit", "")
     given, own = probabilities.tolist(), float(raw[digit])
-    return Answer(path, status, digit, given[digit], given, message, own)
+    return Answer(path, status, digit, given[digit], given, message, own, label, labels)
 
 
 def predict(
@@ -133,7 +148,7 @@ def predict(
     names: set[str] = set()
     for path in _files(paths, recursive):
         try:
-            prepared = prepare(_read(path))
+            prepared = prepare_as(_read(path), predictor.config.data.name, lab)
         except UserError as error:
             answers.append(Answer(path, "error", message=str(error)))
             if not as_json:

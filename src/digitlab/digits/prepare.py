@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
+from digitlab.base.errors import UserError
+from digitlab.data.datasets import find_known
 from digitlab.digits.decode import Grey
 from digitlab.digits.ink import ink_of, peak_of
 from digitlab.digits.sheet import find_sheet
@@ -28,6 +32,23 @@ class Prepared:
 
     image: NDArray[np.uint8]
     problem: str = ""
+
+
+def prepare_as(grey: Grey, data: str, lab: Path) -> Prepared:
+    """Prepare a grey picture as the images of a data set were: by `prepare`, or scaled alone."""
+    try:
+        is_centred = find_known(data, lab).is_centred
+    except UserError:  # a run that was recorded elsewhere
+        is_centred = True
+    return prepare(grey) if is_centred else Prepared(scale(grey))
+
+
+def scale(grey: Grey) -> NDArray[np.uint8]:
+    """Return a picture as (28, 28); one that is no square is filled up from its edges."""
+    missing = [max(grey.shape) - side for side in grey.shape]
+    square = np.pad(grey, [(gap // 2, gap - gap // 2) for gap in missing], "edge")
+    small = Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(small).round().clip(0, 255).astype(np.uint8)
 
 
 class _NoDigitError(Exception):

@@ -173,7 +173,7 @@ function picture() {
 
 // ---- the answer ---------------------------------------------------------------------------------
 
-let busy = false, again = false, retry = 0;
+let busy = false, again = false, retry = 0, alike = 0, turn = 0;
 
 async function ask() {  // one request at a time; the newest drawing is always asked about
   if (busy) { again = true; return; }
@@ -194,12 +194,17 @@ async function askOnce() {
   const body = await picture();
   const type = body.type.startsWith("image/") ? body.type : "application/octet-stream";
   const options = { method: "POST", body, headers: { "Content-Type": type }, signal: AbortSignal.timeout(20000) };
-  const response = await fetch(`/explain?run=${encodeURIComponent(chosenRun())}`, options).catch(() => null);
+  const run = encodeURIComponent(chosenRun()), mine = ++turn;
+  clearTimeout(alike);
+  const response = await fetch(`/explain?run=${run}`, options).catch(() => null);
   const reply = await response?.json().catch(() => null);
   clearTimeout(slow);
   if (!actions.length) return setText("sure", "");  // cleared meanwhile
   fail(reply ? reply.detail ?? "" : GONE);
-  if (response?.ok && reply) return show(reply);
+  if (response?.ok && reply) {
+    alike = setTimeout(askAlike, 500, mine, run, body, options.headers);
+    return show(reply);
+  }
   show(null);
   const wait = response?.headers.get("Retry-After");
   if (wait || !reply) retry = setTimeout(ask, 1000 * Number(wait ?? 2));
@@ -222,17 +227,18 @@ const bars = Array.from({ length: 10 }, (_, digit) => {
   progress.setAttribute("aria-label", `Probability of ${digit}`);
   bar.append(name, progress, number);
   $("bars").append(bar);
-  return { bar, progress, number };
+  return { bar, name, progress, number };
 });
 
 function show(answer) {  // null: nothing is drawn, or not known
   const digit = answer?.status === "digit";
   $("answer").className = answer?.status ?? "";
-  setText("answer", !answer ? "Draw a digit, or drop an image." : digit ? String(answer.digit) : answer.message);
+  setText("answer", !answer ? "Draw a digit, or drop an image." : digit ? answer.label : answer.message);
   if (announce) { announce = false; $("answer").replaceChildren(new Text($("answer").textContent)); }
   const isOdd = answer?.status === "unsure" && answer.probability > 0.9;
   setText("sure", !answer?.probability ? "" : isOdd ? "unlike the digits that the network learned from" : `probability ${percent(answer.probability)}`);
-  bars.forEach(({ bar, progress, number }, i) => {
+  bars.forEach(({ bar, name, progress, number }, i) => {
+    name.textContent = answer?.labels[i] ?? i;
     const share = answer?.probabilities[i];
     progress.value = share ?? 0;
     number.textContent = share === undefined ? "" : percent(share);
@@ -244,8 +250,33 @@ function show(answer) {  // null: nothing is drawn, or not known
   const reach = Math.max(1e-9, ...reasons.flat().map(Math.abs));
   const [speaks, against] = [colour("--for"), colour("--against")];
   paint($("reasons"), reasons, (v) => [...(v > 0 ? speaks : against), 255 * Math.abs(v) / reach]);
-  setText("why", answer?.attribution.length ? `blue: evidence for ${answer.speaks_for}, red: for ${answer.rather_than}` : "which pixels led to the answer");
+  setText("why", answer?.attribution.length ? `blue: evidence for ${answer.labels[answer.speaks_for]}, red: for ${answer.labels[answer.rather_than]}` : "which pixels led to the answer");
   showLayers(answer?.layers ?? []);
+  if (!answer) showAlike({ nearest: [], fooling: null });
+}
+
+async function askAlike(mine, run, body, headers) {  // when the pen rests: it takes longer than an answer
+  const options = { method: "POST", body, headers, signal: AbortSignal.timeout(20000) };
+  const response = await fetch(`/likeness?run=${run}`, options).catch(() => null);
+  const found = response?.ok ? await response.json().catch(() => null) : null;
+  if (found && actions.length && mine === turn) showAlike(found);
+}
+
+function showAlike({ nearest, fooling }) {
+  const blank = Array(28).fill(Array(28).fill(0));
+  paint($("fooling"), fooling?.image ?? blank, (v) => [v, v, v, 255]);
+  setText("fooled", fooling ? `read as ${fooling.label}: no pixel changed by more than ${percent(fooling.largest_change)}` : "how little would fool it");
+  $("alike").hidden = nearest.length === 0;
+  $("nearest").replaceChildren(...nearest.map(({ label, image }) => {
+    const [figure, canvas, caption] = ["figure", "canvas", "figcaption"].map((tag) => document.createElement(tag));
+    canvas.width = canvas.height = 28;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `A training image of a ${label}`);
+    paint(canvas, image, (v) => [v, v, v, 255]);
+    caption.textContent = `a ${label}`;
+    figure.append(canvas, caption);
+    return figure;
+  }));
 }
 
 function showLayers(layers, box = $("layers")) {

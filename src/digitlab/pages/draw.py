@@ -15,8 +15,9 @@ from digitlab.base.errors import UserError, first_line
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, most_varied
+from digitlab.digits.likeness import FoolingImage, TrainingDigit, fool, nearest
 from digitlab.digits.predict import ImageReader
-from digitlab.digits.prepare import prepare
+from digitlab.digits.prepare import prepare_as
 from digitlab.pages.server import SECONDS, page_app, problems, read_body
 from digitlab.records.reader import accuracy_name
 from digitlab.records.tracker import Tracker
@@ -50,6 +51,8 @@ class Reading:
     probabilities: list[float]
     message: str
     raw_probability: float | None
+    label: str | None
+    labels: list[str]
     seen: list[list[int]]
 
 
@@ -70,6 +73,14 @@ class Explanation(Reading):
     rather_than: int | None
     attribution: list[list[float]]
     layers: list[Layer]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """The training images most like a drawing, and a change that fools; none of an empty one."""
+
+    nearest: list[TrainingDigit]
+    fooling: FoolingImage | None  # None where no small change does
 
 
 def finished_runs(tracker: Tracker, chosen: str) -> list[ListedRun]:
@@ -96,7 +107,7 @@ def read(predictor: ImageReader, content: bytes) -> Reading:
     Raises:
         UserError: it is no image that can be read.
     """
-    prepared = prepare(decode(content, "the image"))
+    prepared = prepare_as(decode(content, "the image"), predictor.config.data.name, predictor.lab)
     [answer] = predictor.answer([("", prepared)])
     return Reading(**asdict(answer), seen=prepared.image.tolist())
 
@@ -114,7 +125,16 @@ def explain(predictor: ImageReader, content: bytes) -> Explanation:
     reasons = attribution(network, image, best, next_best).numpy().astype(float).round(5)
     layers = [shown_layer(name, layer) for name, layer in maps.items()]
     return Explanation(**answer, speaks_for=best, rather_than=next_best,
-                     attribution=reasons.tolist(), layers=layers)  # fmt: skip
+                       attribution=reasons.tolist(), layers=layers)  # fmt: skip
+
+
+def liken(predictor: ImageReader, content: bytes) -> Likeness:
+    """Return what an image file is like; UserError if it is no image that can be read."""
+    lab, data, grey = predictor.lab, predictor.config.data, decode(content, "the image")
+    seen = prepare_as(grey, data.name, lab).image
+    if not seen.any():
+        return Likeness([], None)
+    return Likeness(nearest(seen, lab, data), fool(predictor.network, seen, lab, data))
 
 
 def shown_layer(name: str, maps: torch.Tensor) -> Layer:
@@ -137,7 +157,7 @@ _REFUSED = problems(
     _422="A run's id is too long",
     _503="Too many images at once, or a run that cannot be read",
 )
-_Asked = TypeVar("_Asked", Reading, Explanation)
+_Asked = TypeVar("_Asked", Reading, Explanation, Likeness)
 _RunId = Annotated[
     str | None, Query(max_length=64, description="an id that GET /runs lists; else its first")
 ]
@@ -205,3 +225,7 @@ def add_reading(
     @app.post("/explain", responses=_REFUSED, openapi_extra=_SENT)
     async def explain_image(request: Request, run: _RunId = None) -> Explanation:
         return await answer(request, run, explain)
+
+    @app.post("/likeness", responses=_REFUSED, openapi_extra=_SENT)
+    async def liken_image(request: Request, run: _RunId = None) -> Likeness:
+        return await answer(request, run, liken)

@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -21,16 +22,10 @@ from digitlab.digits.predict import UncalibratedReader
 from digitlab.networks.table import build_network
 from digitlab.pages.draw import Layer, shown_layer
 from digitlab.training.evaluate import evaluate
+from digitlab.training.film import learned_last
 
 SHOWN_IMAGES = 1000  # of the validation set, the same at each moment
 _MOST_BYTES = 2**29  # of weights: the oldest moments give way
-_LAST = 10  # digits that are shown
-
-
-def moments_of(steps: int, epoch: int) -> tuple[int, ...]:
-    """Return the steps to show: 0, 10, 20, 50, 100, ..., and the ends of epochs of `epoch`."""
-    powers = (10**n * k for n in range(1, len(str(steps))) for k in (1, 2, 5))
-    return tuple(sorted({0, steps, *(s for s in powers if s < steps), *range(0, steps, epoch)}))
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,8 @@ class Look:
 class Moments:
     """Measures snapshots in a thread of its own, so that nobody waits to send one."""
 
-    def __init__(self, publish: Callable[..., None]) -> None:
-        self.publish = publish
+    def __init__(self, lab: Path, publish: Callable[..., None]) -> None:
+        self.lab, self.publish = lab, publish
         self._kept: dict[tuple[int, int], Moment] = {}  # by run and step, the oldest first
         self._waiting: queue.Queue[tuple[int, int, Config, bytes, Labelled]] = queue.Queue()
         self.reader = functools.lru_cache(8)(self._reader)
@@ -81,8 +76,7 @@ class Moments:
     def _measure(self) -> None:
         while True:
             run, step, config, weights, images = self._waiting.get()
-            reader = UncalibratedReader(_network(config, weights), config)
-            logits = evaluate(reader.network, images[0], config.data)
+            logits = evaluate(_network(config, weights), images[0], config.data)
             self._kept[run, step] = Moment(config, weights, logits, images)
             while sum(len(m.weights) for m in self._kept.values()) > _MOST_BYTES:
                 self._kept.pop(next(iter(self._kept)))
@@ -103,7 +97,8 @@ class Moments:
     def _reader(self, run: int, step: int) -> UncalibratedReader:
         """Return the network of a moment, to read drawings; UserError where it is not kept."""
         moment = self._moment(run, step)
-        return UncalibratedReader(_network(moment.config, moment.weights), moment.config)
+        network = _network(moment.config, moment.weights)
+        return UncalibratedReader(network, moment.config, self.lab)
 
     def look(self, run: int, step: int, place: int | None) -> Look:
         """Look at a moment, and at one of its images; the one learned last, where it is None."""
@@ -126,11 +121,8 @@ class Moments:
 
     def _learned_last(self, run: int, labels: Tensor) -> list[int]:
         """Return the images that were wrong until the latest moment of a run."""
-        logits = [m.logits for (of, _), m in sorted(self._kept.items(), key=_key) if of == run]
-        wrong = torch.stack([one.argmax(1) != labels for one in logits])
-        until = (wrong * torch.arange(1, len(logits) + 1)[:, None]).max(0).values
-        doubt = 1 - logits[-1].softmax(1).gather(1, labels[:, None])[:, 0]
-        return [int(place) for place in (until + doubt).argsort(descending=True)[:_LAST]]
+        kept = [m.logits for (of, _), m in sorted(self._kept.items(), key=_key) if of == run]
+        return learned_last([logits.softmax(1) for logits in kept], labels)
 
 
 def _key(kept: tuple[tuple[int, int], Any]) -> tuple[int, int]:

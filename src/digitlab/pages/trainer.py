@@ -15,10 +15,11 @@ from digitlab.config.types import Config, DataConfig
 from digitlab.data.datamodule import DigitsData, Labelled
 from digitlab.data.datasets import cache_training_digits
 from digitlab.pages.events import EventLog
-from digitlab.pages.moments import SHOWN_IMAGES, Moments, moments_of
+from digitlab.pages.moments import SHOWN_IMAGES, Moments
 from digitlab.records.record import Identity, Records, RunRecorder
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.run import name_of
+from digitlab.training.film import shown_steps
 from digitlab.workers.base import Decision, Job, Workers, WorkerSetup
 from digitlab.workers.processes import ProcessWorkers
 
@@ -56,7 +57,7 @@ class PageTrainer:
             UserError: the data are not available.
         """
         self.lab, self.records, self.log, self.conclude = lab, records, log, conclude
-        self.moments = Moments(log.publish)
+        self.moments = Moments(lab, log.publish)
         self.environment = describe_environment()
         self._running: PageRun | None = None
         self._count = 0
@@ -157,7 +158,7 @@ class PageTrainer:
         tags = {"digitlab.recipe": config.study.name}
         identity = Identity(run.name, "train", tags, None, run.composed.overrides, self.environment)
         recorder = RunRecorder(self.records.outbox, config, identity)
-        job = Job(config, (), moments_of(steps, epoch))
+        job = Job(config, (), shown_steps(steps, epoch))
         self._is_pause_sent = False
         endings: list[Ending] = []
 

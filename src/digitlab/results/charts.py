@@ -268,15 +268,20 @@ _DRAWERS: dict[str, Callable[[_Trials], _Drawn]] = {
 }
 
 
-def champion_charts(logits: _Logits, labels: _Labels, temperature: float | None) -> list[Chart]:
+def champion_charts(
+    logits: _Logits, labels: _Labels, names: Sequence[str], temperature: float | None
+) -> list[Chart]:
     """Draw what the champion's weights make of the test images, (M, 10) and (M,).
 
     Args:
+        names: of the labels.
         temperature: by which `predict` divides the logits; None if it is not known.
     """
     tested = pd.DataFrame({"true digit": labels, "read as": logits.argmax(1)})
     counts = pd.crosstab(tested["true digit"], tested["read as"])
     counts = counts.reindex(index=range(10), columns=range(10), fill_value=0)
+    counts = counts.set_axis(names, axis=0).set_axis(names, axis=1)
+    counts.index.name, counts.columns.name = "true digit", "read as"
     wrong = counts * (1 - np.eye(10, dtype=int))
     matrix = px.imshow(wrong, color_continuous_scale="Reds")
     matrix.update_traces(text=counts, texttemplate="%{text}").update_coloraxes(showscale=False)

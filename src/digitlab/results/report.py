@@ -16,7 +16,7 @@ from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.base.statistics import Interval, fit_temperature, softmax
 from digitlab.config.compose import store_words
 from digitlab.config.types import Config
-from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.datasets import TEST, class_names, load_digits
 from digitlab.records.reader import recorded_environment, recorded_guesses, recorded_logits
 from digitlab.records.record import open_records
 from digitlab.records.tracker import RunRow, Tracker
@@ -145,19 +145,20 @@ def _misread(
         logits = recorded_logits(tracker, tracker.get(weights_run), len(digits.labels))
     except UserError as error:
         return {"missing": str(error)}
-    misread = []
+    misread, names = [], class_names(config.data.name, lab)
     probabilities = softmax(logits)
     for place in (logits.argmax(1) != digits.labels).nonzero()[0].tolist():
         guesses = np.argsort(-probabilities[place], kind="stable")[:3].tolist()
         shares = probabilities[place, guesses].tolist()
-        read = ", ".join(f"{d}: {p:.1%}" for d, p in zip(guesses, shares, strict=True))
+        read = ", ".join(f"{names[d]}: {p:.1%}" for d, p in zip(guesses, shares, strict=True))
         true, file = int(digits.labels[place]), io.BytesIO()
         Image.fromarray(255 - digits.images[place]).save(file, "PNG")
         image = _data_address(file.getvalue())
-        text = f"test image {place}, a {true}, read as {read}"
-        shown = {"read": guesses[0], "percent": f"{shares[0]:.0%}"}
-        misread.append({"text": text, "image": image, "true": true} | shown)
-    charts = champion_charts(logits, digits.labels, _temperature(store, champion, tracker))
+        text = f"test image {place}, a {names[true]}, read as {read}"
+        shown = {"read": names[guesses[0]], "percent": f"{shares[0]:.0%}"}
+        misread.append({"text": text, "image": image, "true": names[true]} | shown)
+    temperature = _temperature(store, champion, tracker)
+    charts = champion_charts(logits, digits.labels, names, temperature)
     return {"missing": "", "champion_charts": charts, "misread": misread}
 
 

@@ -72,8 +72,15 @@ def sweep(
             "Give a range such as 'model.hidden=tag(log,int(interval(32,512)))', or use "
             "`digitlab train`."
         )
+    if config.trainer.early_stopping:
+        raise UserError(
+            f"trainer.early_stopping={config.trainer.early_stopping} is invalid in a study: its "
+            "final fits have no validation set, and would train longer than what was selected. "
+            "Search trainer.epochs, and end trials by study.pruner."
+        )
     searched_space(config)  # what it refuses is refused before data are fetched
-    _refuse_missing_device(config)
+    if not is_published(config, lab):
+        _refuse_missing_device(config)
     stop = StopSignal()
     try:
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
@@ -90,7 +97,8 @@ def sweep(
 
 def _refuse_missing_device(config: Config) -> None:
     """Refuse a device that this machine's workers would lack; a Ray node may well have it."""
-    if config.trainer.device is not Device.cpu and config.launcher.name is Launcher.processes:
+    is_named = config.trainer.device in (Device.cuda, Device.mps)
+    if is_named and config.launcher.name is Launcher.processes:
         from digitlab.training.device import find_device  # which imports torch
 
         find_device(config.trainer.device)

@@ -1,7 +1,7 @@
 """One run outside a study: trained in this process, recorded, shown on the terminal."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from digitlab.records.tracker import Tracker, TrackerAway
 from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.training.device import find_device
+from digitlab.training.observer import TrainingObserver
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
 
@@ -41,7 +42,13 @@ class Outcome:
         return {"finished": 0, "interrupted": 130}.get(self.state, 1)
 
 
-def run_once(config: Config, identity: Identity, records: Records, lab: Path) -> Outcome:
+def run_once(
+    config: Config,
+    identity: Identity,
+    records: Records,
+    lab: Path,
+    observers: Sequence[TrainingObserver] = (),
+) -> Outcome:
     """Train `config` in this process, record it, and print a line an epoch.
 
     Raises UserError, and records nothing, where the device or the data are missing, or the data are
@@ -62,9 +69,9 @@ def run_once(config: Config, identity: Identity, records: Records, lab: Path) ->
         print(f"epoch {epoch}/{config.trainer.epochs}  " + "  ".join(shown), flush=True)
 
     task = Task(identity.name, Job(config), recorder, on_epoch=show)
-    tasks = [task]
+    tasks, setup = [task], WorkerSetup(lab, config.data)
     try:
-        with StopSignal() as stop, InlineWorkers(WorkerSetup(lab, config.data)) as workers:
+        with StopSignal() as stop, InlineWorkers(setup, observers) as workers:
             JobLoop(workers, stop).run(lambda: tasks.pop() if tasks else None, ended)
     except BaseException:
         with suppress(OSError):  # a full disk: the next process ends the run
@@ -85,8 +92,9 @@ def train(
     lab: Path,
     tags: Mapping[str, str] = {},
     conclude: Conclude = lambda _records, _config, _outcome: None,
+    observers: Sequence[TrainingObserver] = (),
 ) -> Outcome:
-    """Train one configuration and record it, with tags beside."""
+    """Train one configuration and record it, with tags beside, watched by `observers`, too."""
     config = composed.config
     tags = {**tags, "digitlab.recipe": config.study.name}
     with open_records(config, lab) as records:
@@ -94,7 +102,7 @@ def train(
             print(line)
         name = name_of(composed, records.tracker)
         identity = Identity(name, "train", tags, None, composed.overrides, describe_environment())
-        outcome = run_once(config, identity, records, lab)
+        outcome = run_once(config, identity, records, lab, observers)
         pending = records.outbox.pending()
         run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
         if pending:
@@ -105,7 +113,9 @@ def train(
         print_table(layers_table(config.model))
         kind = "test" if "test_accuracy" in outcome.metrics else "val"
         accuracy = outcome.metrics[f"{kind}_accuracy"]
-        print(f"{run}: {kind}_accuracy {accuracy:.2%} in {outcome.metrics['seconds']:.1f} s")
+        best = outcome.metrics.get("best_epoch")
+        kept = f" (epoch {best:.0f}, the best)" if best else ""
+        print(f"{run}: {kind}_accuracy {accuracy:.2%}{kept} in {outcome.metrics['seconds']:.1f} s")
         if outcome.run_id and not pending:
             with suppress(TrackerAway):  # the run is recorded all the same
                 conclude(records, config, outcome)

@@ -32,6 +32,7 @@ _FIXED_KEYS = {
     "trainer.seed",
     "trainer.threads",
     "trainer.device",
+    "trainer.early_stopping",
 }
 _FIXED_GROUPS = {"study", "tracking", "launcher"}
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"

@@ -16,25 +16,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from torch import Tensor
 
 from digitlab.config.types import Config, EvaluateOn
 from digitlab.data.datamodule import DigitsData
+from digitlab.data.datasets import class_names
 from digitlab.training.blocks import BlockModule, Blocks
 from digitlab.training.captured import CapturedModule
 from digitlab.training.device import find_device, numerics
 from digitlab.training.evaluate import count_flops, count_parameters, evaluate, measure
+from digitlab.training.film import FILM_IMAGES, Frame, make_frame, shown_steps
 from digitlab.training.module import Diverged
 from digitlab.training.observer import TrainingObserver
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a network makes of ten validation images, one of each class, at one moment."""
-
-    epoch: int
-    probabilities: Tensor  # (10, 10), a row an image
-    filters: Tensor  # (C, k, k), of the first convolution
+from digitlab.training.stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class FitResult:
     """The result of a fit.
 
     `logits` (M, 10) and `labels` (M,) are of the images that it was measured on, the set that
-    `config.data.evaluate_on` names; `metrics` are the last epoch's.
+    `config.data.evaluate_on` names; `metrics` are of the epoch whose weights were kept.
     """
 
     weights: dict[str, Tensor]
@@ -51,8 +45,9 @@ class FitResult:
     images: Tensor  # uint8 (M, 1, 28, 28)
     metrics: dict[str, float]
     data_sha256: dict[str, str]
-    film: list[Frame]  # before the first epoch and after each; empty without a validation set
+    film: list[Frame]  # of the first of `images`; empty without a validation set
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
+    classes: list[str]  # names of labels 0 to 9
 
 
 def fit(
@@ -82,12 +77,14 @@ def fit(
     data.move(device)
     batches = data.train_dataloader()
     kind = CapturedModule if device.type == "cuda" else BlockModule
-    module = kind(config, config.trainer.epochs * len(batches))
+    steps = config.trainer.epochs * len(batches)
+    module = kind(config, steps)
     passes = 3 * len(batches.labels) * config.trainer.epochs  # the way back is twice the way forth
     flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
     observer.started({"model_parameters": parameters, "training_flops": flops})
-    reporter = _Reporter(data, observer, rungs, snapshots)
+    stopping = EarlyStopping(config.trainer.early_stopping)
+    reporter = _Reporter(data, observer, stopping, rungs, snapshots, (steps, len(batches)))
     module.after_step = reporter.after_step
     _train(config, device, module.to(device), Blocks(batches), reporter)
     if config.data.evaluate_on is EvaluateOn.test:
@@ -102,12 +99,15 @@ def fit(
         assert data.validation is not None
         images, labels = data.validation
         logits, metrics = reporter.logits, reporter.metrics
-    weights = {
-        name: value.detach().cpu().contiguous().clone()
-        for name, value in module.learned.state_dict().items()
-    }
+    learned = module.learned.state_dict()
+    if best := stopping.best:
+        logits, metrics, learned = best.logits, dict(best.metrics), dict(best.weights)
+        metrics["training_flops"] = flops * module.steps_done / steps
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in learned.items()}
     measured = (logits.cpu(), labels.cpu(), images.cpu())
-    return FitResult(weights, *measured, metrics, data.sha256, reporter.film, numerics(device))
+    film, classes = reporter.film, class_names(config.data.name, lab)
+    used = numerics(device)
+    return FitResult(weights, *measured, metrics, data.sha256, film, used, classes)
 
 
 def _train(
@@ -168,12 +168,6 @@ def _prepare_torch(config: Config) -> torch.device:
     return find_device(config.trainer.device)
 
 
-def one_of_each(labels: Tensor) -> Tensor:
-    """Return the index of the first image of each digit that is present; (10,) where all are."""
-    places = [int((labels == digit).nonzero()[0]) for digit in range(10) if digit in labels]
-    return torch.tensor(places, device=labels.device)
-
-
 class _Reporter(pl.Callback):
     """Reports blocks, rungs and epochs to the observer, and measures at the latter two."""
 
@@ -181,11 +175,16 @@ class _Reporter(pl.Callback):
         self,
         data: DigitsData,
         observer: TrainingObserver,
+        stopping: EarlyStopping,
         rungs: Sequence[float],
         snapshots: Sequence[int],
+        steps: tuple[int, int],
     ) -> None:
+        """Args: steps: of the whole fit, and of an epoch."""
         self.validation, self.config = data.validation, data.config.data
-        self.observer, self.rungs = observer, sorted(rungs)
+        self.epoch_steps = steps[1]
+        self.film_steps = frozenset(shown_steps(*steps) if data.validation else ())
+        self.observer, self.stopping, self.rungs = observer, stopping, sorted(rungs)
         self.snapshots = frozenset(snapshots)
         self.metrics: dict[str, float] = {}
         self.logits = torch.empty(0, 10)
@@ -197,20 +196,17 @@ class _Reporter(pl.Callback):
         # Lightning has just taken over SIGTERM: who calls decides about it, also to ignore it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.sigterm)
-        if self.validation is not None:
-            images, labels = self.validation
-            shown = evaluate(module.learned, images[one_of_each(labels)], self.config)
-            self._add_frame(0, module.learned, shown)
         self.after_step(module)
 
-    def _add_frame(self, epoch: int, network: nn.Module, logits: Tensor) -> None:
-        filters = next((p for p in network.parameters() if p.ndim == 4), torch.empty(0, 1, 1, 1))
-        probabilities, mean = logits.softmax(1).cpu(), filters.detach().mean(1)
-        self.film.append(Frame(epoch, probabilities, mean.cpu().clone()))
-
     def after_step(self, module: BlockModule) -> None:
-        if module.steps_done in self.snapshots:
-            self.observer.snapshot(module.steps_done, module.learned)
+        step = module.steps_done
+        if step in self.snapshots:
+            self.observer.snapshot(step, module.learned)
+        if step in self.film_steps and (step % self.epoch_steps or not step):
+            assert self.validation is not None
+            images = self.validation[0][:FILM_IMAGES]
+            logits = evaluate(module.learned, images, self.config)
+            self.film.append(make_frame(step, self.epoch_steps, module.learned, logits))
 
     def on_train_batch_end(self, _: pl.Trainer, module: Any, *__: Any) -> None:
         fraction = module.steps_done / module.steps
@@ -231,7 +227,10 @@ class _Reporter(pl.Callback):
             images, labels = self.validation
             self.logits = evaluate(module.learned, images, self.config)
             self.metrics |= measure(self.logits, labels, "val")
-            self._add_frame(epoch, module.learned, self.logits[one_of_each(labels)])
+            step, shown = module.steps_done, self.logits[:FILM_IMAGES]
+            self.film.append(make_frame(step, self.epoch_steps, module.learned, shown))
             if not math.isfinite(self.metrics["val_loss"]):
                 raise Diverged(f"val_loss is not finite after epoch {epoch}")
+            if self.stopping.epoch(epoch, self.metrics, self.logits, module.learned):
+                trainer.should_stop = True
         self.observer.epoch(epoch, self.metrics)

@@ -1,6 +1,6 @@
 """What a fit reports while it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +28,30 @@ class TrainingObserver:
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of an epoch; epochs are counted from 1."""
+
+
+class ObserverGroup(TrainingObserver):
+    """Passes every event on to several observers, in their order."""
+
+    def __init__(self, observers: Sequence[TrainingObserver]) -> None:
+        self.observers = observers
+
+    def started(self, facts: Mapping[str, float]) -> None:
+        for observer in self.observers:
+            observer.started(facts)
+
+    def batch(self, fraction: float) -> None:
+        for observer in self.observers:
+            observer.batch(fraction)
+
+    def rung(self, rung: float, accuracy: float) -> None:
+        for observer in self.observers:
+            observer.rung(rung, accuracy)
+
+    def snapshot(self, step: int, network: "nn.Module") -> None:
+        for observer in self.observers:
+            observer.snapshot(step, network)
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        for observer in self.observers:
+            observer.epoch(epoch, metrics)

@@ -16,7 +16,7 @@ def output_files(fit: FitResult) -> dict[str, bytes]:
     """Return the content of each file by its path in the run's record.
 
     weights.safetensors; predictions.safetensors with `predictions` and `labels`, both uint8 (M,),
-    and `logits` (M, 10); pictures/*.png.
+    and `logits` (M, 10); pictures/*.png and *.gif.
     """
     predictions = {
         "predictions": fit.logits.argmax(1).byte(),

@@ -4,7 +4,7 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,10 +14,11 @@ from torch import nn
 from digitlab.base import faults
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError, first_line
+from digitlab.base.usage import ProcessUsage
 from digitlab.data.datasets import TRAIN, DataUnavailable, load_digits
 from digitlab.training.fit import fit
 from digitlab.training.module import Diverged
-from digitlab.training.observer import StopTraining, TrainingObserver
+from digitlab.training.observer import ObserverGroup, StopTraining, TrainingObserver
 from digitlab.training.outputs import output_files
 from digitlab.workers.base import (
     PROGRESS_INTERVAL_S,
@@ -45,12 +46,14 @@ def serve(
     channel: Channel,
     machine: Mapping[str, Any] = {},
     environment: Mapping[str, Any] = {},
+    observers: Sequence[TrainingObserver] = (),
 ) -> None:
     """Train what comes from the channel, until the driver closes it or dies.
 
     Args:
         machine: goes into Ready, beside host and process.
         environment: goes into the record of each job.
+        observers: of whoever calls, for each job beside the driver's.
     """
     faults.point("worker.started")
     with suppress(EOFError, OSError):  # the driver has gone
@@ -62,7 +65,8 @@ def serve(
         while True:
             number, order = channel.recv()
             if isinstance(order, Job):  # else it is an answer to a job that has ended meanwhile
-                end = _run(order, setup, _JobObserver(channel, number), environment)
+                mine = _JobObserver(channel, number)
+                end = _run(order, setup, mine, environment, observers)
                 channel.send(end)
                 if isinstance(end, Refused):
                     return
@@ -84,12 +88,19 @@ def _mismatch(setup: WorkerSetup) -> str:
 
 
 def _run(
-    job: Job, setup: WorkerSetup, observer: "_JobObserver", environment: Mapping[str, Any]
+    job: Job,
+    setup: WorkerSetup,
+    observer: "_JobObserver",
+    environment: Mapping[str, Any],
+    observers: Sequence[TrainingObserver],
 ) -> Event:
     try:
         observer.report(0.0)  # from here on, a death of this process counts against the job
         faults.point("job.started")
-        result = fit(job.config, setup.lab, observer, job.rungs, job.snapshots)
+        usage = ProcessUsage()
+        group = ObserverGroup([observer, *observers])
+        result = fit(job.config, setup.lab, group, job.rungs, job.snapshots)
+        used = usage.metrics()
         files = output_files(result)
         faults.point("job.finished")
     except StopTraining:
@@ -101,7 +112,7 @@ def _run(
     except Exception as error:  # noqa: BLE001  the driver decides whether to try again
         return Failed(f"{type(error).__name__}: {error}", is_deterministic=False)
     known = {**environment, "numerics": result.numerics}
-    return Finished(dict(result.metrics), files, known, dict(result.data_sha256))
+    return Finished(result.metrics | used, files, known, dict(result.data_sha256))
 
 
 class _JobObserver(TrainingObserver):
