@@ -39,6 +39,7 @@ class Choice:
         return {
             "val_accuracy": {n: asdict(self.interval(n)) for n in self.groups},
             "is_settled": self.is_settled,
+            "is_fastest": not self.undecided,
             "margin": margin,
         }
 
@@ -69,9 +70,9 @@ def choose(
 
     That is a test of non-inferiority: the upper bounds of its differences to all other candidates
     are at most the margin, each at 5 % divided by the number of the others (Bonferroni), since the
-    fastest that passes is taken. Where none passes, the best mean is taken, and the choice is not
-    settled. A candidate is out where another one is shown to be better, by more than the margin if
-    that one costs more.
+    fastest that passes is taken. Where none passes, the best mean is taken, and the choice is
+    settled only if all others are out. A candidate is out where another one is shown to be better,
+    by more than the margin if that one costs more.
 
     Args:
         groups: of each candidate, one fit or more.
@@ -119,13 +120,19 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     lines = [f"  candidate {n}: validation {Interval(**i)} on new seeds" for n, i in found]
     margin = f"{100 * notes['margin']:g} points"
     spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
-    if notes["is_settled"]:
+    more = f"study.confirm_fits={2 * budget} may settle it"
+    if notes["is_settled"] and not notes["is_fastest"]:
+        lines.append(
+            f"  it is shown to be within {margin} of the best; whether a faster one is, too, is "
+            f"not settled by {spent} fits; {more}"
+        )
+    elif notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
         lines.append(f"  it is the fastest to train within {margin} of the best, as shown{saved}")
     else:
         lines.append(
             f"  not settled by {spent} fits: none is shown to be within {margin} of the best, and "
-            f"this one has the best mean; study.confirm_fits={2 * budget} may settle it"
+            f"this one has the best mean; {more}"
         )
     return [*lines, *_describe_measure(notes)]
 
