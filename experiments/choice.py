@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from digitlab.base.statistics import accuracy_interval, estimate
+from digitlab.base.choice import Choice
+from digitlab.base.statistics import Difference, accuracy_interval, estimate
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
 from digitlab.study.champion import Results, confirm_fits, select_champion
@@ -22,6 +23,7 @@ from digitlab.study.trials import TrialRow
 
 IMAGES, HARD, ERRORS = 10_000, 0.04, 0.0067
 ALIKE = 0.9  # of an image's difficulty is the same for all candidates
+MEASURED = 2  # fits each after the choice, which selected nothing
 DEFICITS = (0.0, 0.0005, 0.001, 0.002)  # of the candidate with the lowest cost
 
 Right = NDArray[np.bool_]
@@ -55,8 +57,8 @@ def old_rule(groups: list[Right], fits: int) -> int:
     return int(np.flatnonzero(means + 2 * half >= means.max())[0])
 
 
-def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[int, bool, Results]]:
-    """Return the study's own rule: champion, whether it is settled, and the fits it took."""
+def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[Choice, Results]]:
+    """Return the study's own rule: what it chooses, and the fits it took."""
     changes = {"study.confirm_fits": budget, "study.confirm": max(2, candidates)}
     config = with_values(compose("sweep", ["experiments=smoke"])[0].config, changes)
     rows = [
@@ -64,7 +66,7 @@ def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[int,
         for n in range(candidates)
     ]
 
-    def choose(groups: list[Right]) -> tuple[int, bool, Results]:
+    def choose(groups: list[Right]) -> tuple[Choice, Results]:
         results: Results = {}
         while fits := confirm_fits(config, rows, results):
             for fit in fits:
@@ -72,13 +74,9 @@ def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[int,
                 results[fit.key] = {"images": IMAGES, "misread": misread}
         choice = select_champion(config, rows, results)
         assert choice is not None
-        return choice.best, choice.is_settled, results
+        return choice, results
 
     return choose
-
-
-def count(results: Results, number: int) -> int:
-    return sum(key.startswith(f"{number}/") for key in results)
 
 
 def worse_taken(chance: np.random.Generator, draws: int) -> Iterator[str]:
@@ -88,10 +86,10 @@ def worse_taken(chance: np.random.Generator, draws: int) -> Iterator[str]:
         found = []
         for _ in range(draws):
             groups = draw(chance, 8, [ERRORS + deficit, ERRORS], 0.0)
-            first, is_settled, results = four(groups)
-            second, is_settled_too, _ = eight(groups)
+            (first, results), (second, _) = four(groups), eight(groups)
             old = old_rule(groups, 2) == 0
-            found.append((old, first == 0, is_settled, len(results), second == 0, is_settled_too))
+            shown = (first.best == 0, first.is_settled, len(results))
+            found.append((old, *shown, second.best == 0, second.is_settled))
         shares = np.mean(found, axis=0)
         shown = [f"{100 * share:.0f} %" for share in shares]
         shown[3] = f"{shares[3]:.1f}"
@@ -123,28 +121,29 @@ def coverage(chance: np.random.Generator, draws: int) -> Iterator[str]:
 
 def gains(chance: np.random.Generator, draws: int) -> Iterator[str]:
     """The gain that is printed: the last of three candidates has the recipe's own values."""
-    yield "true gain | printed with interval | covered | mean of printed less true | worse by 0.1"
+    yield "true gain | printed | covered | printed less true | accuracy less true | worse by 0.1"
     rule = new_rule(6, 3)
     for gain in (-0.001, 0.0, 0.0005, 0.001, 0.002):
         found = []
         for _ in range(draws):
             errors = [ERRORS, ERRORS, ERRORS + gain]
-            groups = draw(chance, 6, errors, 0.0)
-            best, _, results = rule(groups)
+            groups = draw(chance, 6 + MEASURED, errors, 0.0)
+            choice, _ = rule(groups)
+            best, covered, error = choice.best, np.nan, np.nan
+            own = groups[2][-MEASURED:] if best != 2 else None
+            noted = choice.measure(groups[best][-MEASURED:], own)
             true = errors[2] - errors[best]
-            kept = [group[: max(1, count(results, n))] for n, group in enumerate(groups)]
-            value = float(kept[best].mean() - kept[2].mean())
-            one = estimate(kept, best, 2)
-            has_interval = best != 2 and min(len(kept[best]), len(kept[2])) > 1
-            covered = np.nan
-            if has_interval and one is not None:
-                covered = float(abs(value - true) <= one.reach(0.975))
-            error = value - true if best != 2 else np.nan
-            found.append((has_interval, covered, 100 * error, true < -0.0005))
+            if best != 2:
+                one = Difference(**noted["gain"])
+                assert one.low is not None
+                assert one.high is not None
+                covered, error = float(one.low <= true <= one.high), one.value - true
+            accuracy = noted["measured"]["mean"] - (1 - errors[best])
+            found.append((best != 2, covered, 100 * error, 100 * accuracy, true < -0.0005))
         shares = np.nanmean(np.array(found, float), axis=0)
         yield (
             f"{100 * gain:.2f} | {100 * shares[0]:.0f} % | {100 * shares[1]:.1f} % | "
-            f"{shares[2]:+.3f} | {100 * shares[3]:.0f} %"
+            f"{shares[2]:+.3f} | {shares[3]:+.3f} | {100 * shares[4]:.0f} %"
         )
 
 

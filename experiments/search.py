@@ -1,13 +1,14 @@
 """Compare ways to search on recorded tables: figures of experiments/search.md.
 
-    python experiments/search.py [--slow] [REPLICATIONS [TABLE...]]    # 200, on all tables
+    python experiments/search.py [--slow] [--only=TEXT] [REPLICATIONS [TABLE...]]    # 200, on all
 
-`--slow` adds GP, which takes most of the time.
+`--slow` adds GP, which takes most of the time; `--only` leaves those whose name holds a text, and
+the reference.
 
 A replication is a study on a virtual clock: two workers, each trial as long as it was measured to
 take. The study sees one seed and one half of the validation images; the best are confirmed and the
-champion is chosen by the study's own rules, on other seeds and the same half. The truth is the mean
-of the other seeds on the other half.
+champion is chosen by the study's own rules, on other seeds and the same half, and measured on those
+that are left. The truth is the mean of the other seeds on the other half.
 """
 
 import heapq
@@ -323,14 +324,14 @@ def run(replication: Replication, policy: Policy) -> Outcome:
             results[fit.key] = {"images": len(right), "misread": misread}
     choice = select_champion(config, chosen, results)
     best = places[choice.best] if choice else recorded.own
-    number = next((n for n, place in places.items() if place == recorded.own), None)
     truth, seen = replication.truth, replication.seen
     printed = optimism = float("nan")
-    if choice:
-        if number in choice.groups and number != choice.best and number is not None:
-            printed = choice.difference(choice.best, number).value
-        mean = float(choice.groups[choice.best].mean())
-        optimism = mean - truth[best] - float((seen - truth).mean())
+    left = replication.others[max((int(key.split("/")[1]) for key in results), default=0) :]
+    if choice and left:  # as the study measures what it has chosen
+        measured = recorded.right[replication.half][:, left].mean(axis=(1, 2))
+        if best != recorded.own:
+            printed = measured[best] - measured[recorded.own]
+        optimism = measured[best] - truth[best] - float((seen - truth).mean())
     gain = truth[best] - truth[recorded.own]
     found = (truth.max() - truth[best], gain, printed, optimism)
     return Outcome(*(100 * float(value) for value in found), len(trials))
@@ -341,12 +342,15 @@ def _possible(fits: list[Any], replication: Replication) -> list[Any]:
     return [fit for fit in fits if fit.seed <= len(replication.others)]
 
 
-def compare(name: str, replications: int, is_slow: bool, say: Callable[[str], None]) -> None:
+def compare(
+    name: str, replications: int, is_slow: bool, only: str, say: Callable[[str], None]
+) -> None:
     """Print a table's rows: policies, by mean regret."""
     recorded = Recorded(name)
     lots = [Replication(recorded, number) for number in range(replications)]
     found = {}
-    for policy in (one for one in POLICIES if is_slow or not one.slow):
+    chosen = [one for one in POLICIES if only in one.name or one.name == REFERENCE]
+    for policy in (one for one in chosen if is_slow or not one.slow):
         some = lots[: max(10, replications // 5)] if policy.slow else lots
         found[policy.name] = [run(lot, policy) for lot in some]
     reference = [one.regret for one in found[REFERENCE]]
@@ -372,11 +376,12 @@ def _figures(outcomes: list[Outcome], reference: list[float]) -> Iterator[str]:
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    words = [word for word in sys.argv[1:] if word != "--slow"]
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    only = next((w.partition("=")[2] for w in sys.argv if w.startswith("--only=")), "")
     count = int(words[0]) if words else 200
     for name in words[1:] or SPACES:
         is_slow = "--slow" in sys.argv
-        compare(name, count, is_slow, lambda line: print(f"| {line} |", flush=True))
+        compare(name, count, is_slow, only, lambda line: print(f"| {line} |", flush=True))
         print()
 
 
