@@ -166,12 +166,6 @@ class Replication:
         counts = self.recorded.counts[:, self.others, -1, 1 - self.half]
         return np.asarray(counts.mean(axis=1) / images)
 
-    @cached_property
-    def seen(self) -> NDArray[np.float64]:
-        """The same on the half that a study sees."""
-        images = self.recorded.right.shape[-1]
-        return np.asarray(self.recorded.counts[:, self.others, -1, self.half].mean(1) / images)
-
     @property
     def budget(self) -> float:
         recorded = self.recorded
@@ -298,8 +292,8 @@ class Outcome:
 
     regret: float
     gain: float  # over the values to begin with, in truth
-    printed: float  # the same as the study prints it; nan if it prints none
-    optimism: float  # of the accuracy printed for the champion
+    printed: float  # gain as the study prints it, less the truth of the same fits; nan if none
+    optimism: float  # of the accuracy printed for the champion, likewise
     trials: int  # that finished
 
 
@@ -324,14 +318,16 @@ def run(replication: Replication, policy: Policy) -> Outcome:
             results[fit.key] = {"images": len(right), "misread": misread}
     choice = select_champion(config, chosen, results)
     best = places[choice.best] if choice else recorded.own
-    truth, seen = replication.truth, replication.seen
-    printed = optimism = float("nan")
+    truth, printed, optimism = replication.truth, float("nan"), float("nan")
     left = replication.others[max((int(key.split("/")[1]) for key in results), default=0) :]
     if choice and left:  # as the study measures what it has chosen
-        measured = recorded.right[replication.half][:, left].mean(axis=(1, 2))
+        # Other seeds were those of the choice, and say more of its luck than of the truth.
+        seen, other = replication.half, 1 - replication.half
+        halves = [recorded.right[half][:, left].mean(axis=(1, 2)) for half in (seen, other)]
+        excess = halves[0] - halves[1]
         if best != recorded.own:
-            printed = measured[best] - measured[recorded.own]
-        optimism = measured[best] - truth[best] - float((seen - truth).mean())
+            printed = excess[best] - excess[recorded.own]
+        optimism = excess[best] - float(excess.mean())
     gain = truth[best] - truth[recorded.own]
     found = (truth.max() - truth[best], gain, printed, optimism)
     return Outcome(*(100 * float(value) for value in found), len(trials))
@@ -369,8 +365,8 @@ def _figures(outcomes: list[Outcome], reference: list[float]) -> Iterator[str]:
     yield f"{np.mean(wins):.2f}"
     yield f"{100 * np.mean([one.gain < 0 for one in outcomes]):.0f} %"
     yield f"{np.mean([one.gain for one in outcomes]):+.3f}"
-    differences = [one.printed - one.gain for one in outcomes if not np.isnan(one.printed)]
-    yield f"{np.mean(differences):+.3f}" if differences else ""
+    errors = [one.printed for one in outcomes if not np.isnan(one.printed)]
+    yield f"{np.mean(errors):+.3f}" if errors else ""
     yield f"{np.nanmean([one.optimism for one in outcomes]):+.3f}"
 
 

@@ -165,8 +165,8 @@ def train(
     """Train one configuration in this process and record it.
 
     Args:
-        observers: receive what happens while it trains, in the thread that trains; one that raises
-            StopTraining ends the run.
+        observers: receive what happens while it trains, in the thread that trains. What one raises
+            ends the run, whose record stays: as interrupted by StopTraining, else as failed.
 
     Raises:
         UserError: an override is invalid, the data are missing, the run did not finish, or nothing
@@ -177,12 +177,15 @@ def train(
     from digitlab.study.run import train as _train
 
     lab = _lab(lab)
+    for observer in observers:
+        if not isinstance(observer, TrainingObserver):
+            raise UserError(f"observers: {observer!r} is invalid: it must be a TrainingObserver.")
     [composed] = _compose("train", overrides)
     outcome = _train(composed, lab, observers=observers)
     if outcome.state != "finished":
         raise UserError(
             f"{' '.join(overrides)}: the run is {outcome.state} ({outcome.reason}): it must end by "
-            "itself. Train it again."
+            "itself. Its record stays; remove the cause, and train again."
         )
     if outcome.run_id is None:
         raise UserError(

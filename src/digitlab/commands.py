@@ -24,6 +24,10 @@ def data(options: Namespace) -> int:
 
         print(import_data(options.source, options.name, lab_folder(), options.prepare))
         return 0
+    if options.prepare:
+        raise UserError(
+            "--prepare without --from is invalid: it says how images are read. Give --from PLACE."
+        )
     for files in (TRAIN, TEST):
         digits = load_digits(lab_folder(), options.name, files)
         for file, digest in digits.sha256.items():

@@ -133,7 +133,7 @@ def test_the_text_says_what_was_shown_what_was_saved_and_what_it_was_worth() -> 
     )
     assert "validation 99.60 % (99." in text
     assert "the search was worth +0.40 points (" in text
-    assert "optimism: +0.10 points" in text
+    assert "optimism of its trial's 99.70 %: +0.10 points" in text
     assert "saved" not in notes(decide(groups), own=1)
 
 

@@ -323,7 +323,7 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         audit_pruning=draw(st.integers(0, 9)),
         confirm=draw(COUNTS),
         confirm_fits=draw(st.integers(0, 1000)),
-        measure_seeds=draw(COUNTS),
+        measure_seeds=draw(st.integers(0, 1000)),
         margin=draw(fractions(0, 1, exclude_max=True)),
         final_seeds=draw(COUNTS),
     )

@@ -133,7 +133,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.audit_pruning": ([0], [-1]),
     "study.confirm": ([1], [0]),
     "study.confirm_fits": ([0, 1000], [-1, 1001]),
-    "study.measure_seeds": ([0], [-1]),
+    "study.measure_seeds": ([0, 1000], [-1, 1001]),
     "trainer.early_stopping": ([0, 3], [-1]),
     "study.margin": ([0.0, 0.5], [-0.1, 1.0, NAN]),
     "study.begin_with": ([[], [{"model.hidden": 8}]], [[1], 1]),

@@ -1,6 +1,9 @@
 """Data sets of one's own, from files to an answer with the names of its classes."""
 
 import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,10 @@ import pytest
 from conftest import Call, CallIn
 from PIL import Image
 
+from digitlab.base.errors import UserError
 from digitlab.data.datasets import TEST, TRAIN, load_digits
+from digitlab.digits import own
+from digitlab.digits.own import import_data
 
 CLASSES = {"cross": 0, "ring": 1, "stripe": 2}
 TINY = ["experiments=smoke", "model.widths=[4]", "model.hidden=8", "trainer.epochs=2"]
@@ -46,10 +52,10 @@ def test_a_folder_is_trained_on_and_read_by_the_names_of_its_classes(
     status, out, _ = call("data", "shapes", "--from", str(source))
     assert status == 0
     assert "60 training and 12 test images of 3 classes (cross, ring, stripe)" in out
-    words = out.split("train on it with: ")[1].split()
+    [words] = re.findall("train on it: +digitlab train (.*)", out)
+    words = words.split()
     assert call("data", "shapes")[1].count("\n") == 4  # verified again, by its digests
-    words += ["data.batch_size=10", "trainer.epochs=8", "name=shapes"]
-    assert call("train", *TINY[:-1], *words)[0] == 0
+    assert call("train", *TINY[:-1], *words, "name=shapes")[0] == 0
     for kind in CLASSES:
         status, out, _ = call("predict", "--run", "shapes", "--json", str(source / kind / "00.png"))
         [answer] = json.loads(out)
@@ -111,10 +117,17 @@ def test_arrays_of_an_npz_file_are_kept_as_they_are(call: Call, lab: Path, tmp_p
         ("mine", "wrong.npz", "cannot be read"),
         ("mine", "pickled.npz", "cannot be read"),
         ("mine", "empty.npz", "cannot be read"),
-        ("mine", "scalar.npz", "labels () is invalid"),
+        ("mine", "scalar.npz", "labels int64 () is invalid"),
         ("mine", "few", "with 3 images is invalid"),
         ("null", "shapes", "data null is invalid"),
-        ("mine", "large.npz", "labels (N,) from 0 to 9"),
+        ("MNIST", "shapes", "data MNIST is invalid"),
+        ("mine", "times.npz", "labels timedelta64"),
+        ("mine", "one-class.npz", "two classes or more to learn"),
+        ("mine", "untaught.npz", "which hold all those of the test set"),
+        ("mine", "bytes", "in printable characters"),
+        ("mine", "parts", "parts/test: dot is invalid: it must be the same classes as train"),
+        ("mine", "x" * 5000, "File name too long"),
+        ("mine", "large.npz", "whole labels (N,) 0 to 9"),
         ("sample", "shapes", "data sample is invalid"),
     ],
 )
@@ -132,11 +145,24 @@ def test_what_cannot_be_a_data_set_is_refused_and_leaves_nothing(
     np.savez(tmp_path / "scalar.npz", **arrays, y_train=np.array(3), y_test=np.zeros(3, int))
     np.savez(tmp_path / "large.npz", **arrays, y_train=np.full(3, 10), y_test=np.zeros(3, int))
     np.savez(tmp_path / "pickled.npz", x_train=np.array([{}], object))
-    before = sorted((lab / "data").rglob("*"))
+    zeros = np.zeros((12, 28, 28), np.uint8)
+    both = {"x_train": zeros, "x_test": zeros}
+    two, three = np.arange(12) % 2, np.arange(12) % 3
+    times = two.astype("m8[s]")
+    np.savez(tmp_path / "times.npz", **both, y_train=times, y_test=times)
+    np.savez(tmp_path / "one-class.npz", **both, y_train=0 * two, y_test=0 * two)
+    np.savez(tmp_path / "untaught.npz", **both, y_train=two, y_test=three)
+    for kind in (b"a", b"\xff"):
+        (tmp_path / "bytes" / os.fsdecode(kind)).mkdir(parents=True)
+    for part, kinds in (("train", "cross ring"), ("test", "cross ring dot")):
+        for kind in kinds.split():
+            (tmp_path / "parts" / part / kind).mkdir(parents=True)
+    before = sorted((lab / "data").rglob("*.*"))
     status, out, err = call("data", name, "--from", str(tmp_path / source))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert reason in err
-    assert sorted((lab / "data").rglob("*")) == before
+    assert sorted(set((lab / "data").rglob("*.*")) - set((lab / "data").glob(".*.lock"))) == before
+    assert len(list((lab / "data").glob("[!.]*"))) == 1  # the sample
 
 
 def test_a_data_set_is_made_once(call: Call, tmp_path: Path) -> None:
@@ -145,6 +171,37 @@ def test_a_data_set_is_made_once(call: Call, tmp_path: Path) -> None:
     status, _, err = call("data", "shapes", "--from", source)
     assert status == 2
     assert "a data set is made once" in err
+
+
+def test_of_several_calls_at_once_one_makes_the_data_set(lab: Path, tmp_path: Path) -> None:
+    sources = [write_folder(tmp_path / str(number), 12 + number) for number in range(4)]
+
+    def make(source: Path) -> str:
+        try:
+            return import_data(source, "raced", lab, is_prepared=False)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as threads:
+        said = list(threads.map(make, sources))
+    made = [number for number, text in enumerate(said) if "train on it" in text]
+    assert len(made) == 1
+    assert sum("a data set is made once" in text for text in said) == 3
+    count = sum(len(load_digits(lab, "raced", files).labels) for files in (TRAIN, TEST))
+    assert count == 3 * (12 + made[0])
+
+
+def test_arrays_are_neither_prepared_nor_larger_than_allowed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "zeros.npz", x_train=np.zeros(10**6, np.uint8))
+    status, _, err = call("data", "mine", "--from", str(tmp_path / "zeros.npz"), "--prepare")
+    assert (status, "with --prepare is invalid" in err) == (2, True)
+    monkeypatch.setattr(own, "_MOST_BYTES", 10**5)
+    status, _, err = call("data", "mine", "--from", str(tmp_path / "zeros.npz"))
+    assert (status, "bytes is invalid: it must be <= 100000" in err) == (2, True)
+    status, _, err = call("data", "--prepare")
+    assert (status, "--prepare without --from is invalid" in err) == (2, True)
 
 
 def test_a_changed_file_of_ones_own_data_is_refused(call: Call, lab: Path, tmp_path: Path) -> None:

@@ -293,7 +293,8 @@ def test_a_run_that_stopped_early_is_recorded_with_its_best_epoch(
     run = run_of(lab, "s")
     best = int(run.metrics["best_epoch"])
     assert status == 0
-    assert f"(epoch {best}, the best)" in out
+    assert f"(epoch {best}, the best of {best + 1})" in out
+    assert "stopped early: no better epoch in 1 (trainer.early_stopping)" in out
     history = MlflowTracker(None, "digitlab", lab).history(run.run_id)
     curve = [value for name, step, value in history if (name, step <= 40) == ("val_accuracy", True)]
     assert run.metrics["val_accuracy"] == max(curve)

@@ -131,8 +131,8 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
         lines.append(f"  it is the fastest to train within {margin} of the best, as shown{saved}")
     else:
         lines.append(
-            f"  not settled by {spent} fits: none is shown to be within {margin} of the best, and "
-            f"this one has the best mean; {more}"
+            f"  not settled by {spent} fits: it has the best mean, and is not shown to be within "
+            f"{margin} of the others; {more}"
         )
     return [*lines, *_describe_measure(notes)]
 
@@ -142,9 +142,11 @@ def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
     own, lines = notes["own"], []
     if "measured" in notes:
         measured = Interval(**notes["measured"])
-        optimism = 100 * ((notes["accuracy"] or 0.0) - measured.mean)
-        lines.append(f"  validation {measured} on seeds that selected nothing")
-        lines.append(f"    optimism: {optimism:+.2f} points, its trial's accuracy less that")
+        trial = notes["accuracy"] or 0.0
+        points = f"{100 * (trial - measured.mean):+.2f} points"
+        own_trial = f"{trial:.2%}".replace("%", " %")
+        lines.append(f"  validation {measured} on new seeds again, which did not choose it")
+        lines.append(f"    optimism of its trial's {own_trial}: {points}")
     if own == notes["trial"]:
         lines.append(
             f"  the search found nothing better than the recipe's own values (trial {own})"

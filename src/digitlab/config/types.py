@@ -156,8 +156,10 @@ class StudyConfig:
     )
     confirm_fits: int = Field(ge=0, le=1000, description="Most fits on new seeds in all.")
     margin: Share = Field(description="Accuracy that may be given up for a faster champion.")
-    measure_seeds: Count = Field(
-        description="Fits, after the choice, of champion and recipe's own values each; 0 is none."
+    measure_seeds: int = Field(
+        ge=0,
+        le=1000,
+        description="Fits, after the choice, of champion and recipe's own values each; 0 is none.",
     )
     final_seeds: Positive = Field(description="Fits of the champion, each tested once.")
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from digitlab.base.errors import require, visible
 from digitlab.base.files import safe_name, write_output
 from digitlab.config.types import DataConfig
-from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.datasets import TEST, class_names, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare_as
@@ -52,12 +52,13 @@ def explain(
     """
     tracker = lab_tracker(lab, stores)
     row, config, network = load_run(tracker, run)
+    labels = class_names(config.data.name, lab)
     if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
         require(int(image) < count, f"explain {image}", f"{_RULE} to {count - 1}")
         pixels = torch.from_numpy(digits.images[int(image)])
-        title, name = f"test image {image}, a {int(digits.labels[int(image)])}", image
+        title, name = f"test image {image}, a {labels[digits.labels[int(image)]]}", image
     else:
         require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)
         prepared = prepare_as(read_image(Path(image)), config.data.name, lab)
@@ -70,19 +71,29 @@ def explain(
     ranked = probabilities.argsort(descending=True).tolist()
     best = ranked[0]
     other = next(digit for digit in ranked[1:] if against in (None, best, digit))
-    likely = ", ".join(f"{digit} {probabilities[digit]:.2%}" for digit in ranked[:3])
+    likely = ", ".join(f"{labels[digit]} {probabilities[digit]:.2%}" for digit in ranked[:3])
     print(visible(f"{title}: {row.name} reads {likely} (uncalibrated)"))
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
     target = out or lab / "explained" / file
-    draw_reasons(network, config.data, pixels, (best, other), target)
-    print(visible(f"why {best} and not {other}, and what each layer sees: {target}"))
+    draw_reasons(network, config.data, pixels, (best, other), target, labels)
+    print(
+        visible(f"why {labels[best]} and not {labels[other]}, and what each layer sees: {target}")
+    )
     return 0
 
 
 def draw_reasons(
-    network: nn.Module, data: DataConfig, pixels: Tensor, digits: tuple[int, int], target: Path
+    network: nn.Module,
+    data: DataConfig,
+    pixels: Tensor,
+    digits: tuple[int, int],
+    target: Path,
+    labels: Sequence[str],
 ) -> None:
     """Draw why a network reads the first digit and not the second in uint8 pixels (28, 28).
+
+    Args:
+        labels: the names of the classes.
 
     Raises:
         UserError: the picture cannot be written.
@@ -91,7 +102,8 @@ def draw_reasons(
     maps, _ = activations(network, image)
     reasons = attribution(network, image, *digits)
     file = io.BytesIO()
-    _draw(pixels.numpy(), reasons.numpy(), maps, *digits).savefig(file, dpi=110)
+    names = [labels[digit] for digit in digits]
+    _draw(pixels.numpy(), reasons.numpy(), maps, *names).savefig(file, dpi=110)
     write_output(target, file.getvalue(), "--out")
 
 
@@ -162,7 +174,7 @@ def attribution(network: nn.Module, image: Tensor, digit: int, other: int) -> Te
 
 
 def _draw(
-    digit: np.ndarray, reasons: np.ndarray, maps: dict[str, Tensor], best: int, other: int
+    digit: np.ndarray, reasons: np.ndarray, maps: dict[str, Tensor], best: str, other: str
 ) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -174,7 +186,8 @@ def _draw(
     left.set_title("the image", fontsize=9)
     reach = float(np.abs(reasons).max()) or 1.0
     drawn = right.imshow(reasons, cmap="RdBu", vmin=-reach, vmax=reach)
-    right.set_title(f"blue: evidence for {best}, red: for {other}", fontsize=9)
+    title = f"blue: evidence for {best}, red: for {other}"
+    right.set_title(title, fontsize=9, parse_math=False)
     parts[0].colorbar(drawn, ax=right, shrink=0.8)
     for place, (name, layer) in zip(parts[1:], maps.items(), strict=True):
         shown = most_varied(layer).numpy()

@@ -144,6 +144,9 @@ def predict(
     """
     require(all(paths), "predict ''", "the name of a file or a folder, or - for standard input")
     predictor = DigitReader(lab_tracker(lab, stores), run, lab)
+    if run is None:
+        chosen = f"{predictor.row.name}, which learned {predictor.config.data.name}"
+        print(f"network: {chosen} (--run=RUN takes another)", file=sys.stderr)
     answers: list[Answer] = []
     names: set[str] = set()
     for path in _files(paths, recursive):
@@ -187,7 +190,8 @@ def _draw_why(
     other, best = np.argsort(answer.probabilities)[-2:].tolist()
     out = folder / f"{name}-{best}.png"
     pixels = torch.from_numpy(prepared.image)
-    draw_reasons(predictor.network, predictor.config.data, pixels, (best, other), out)
+    given = (predictor.network, predictor.config.data, pixels, (best, other), out)
+    draw_reasons(*given, answer.labels)
     return out
 
 

@@ -265,7 +265,7 @@ async function askAlike(mine, run, body, headers) {  // when the pen rests: it t
 function showAlike({ nearest, fooling }) {
   const blank = Array(28).fill(Array(28).fill(0));
   paint($("fooling"), fooling?.image ?? blank, (v) => [v, v, v, 255]);
-  setText("fooled", fooling ? `read as ${fooling.label}: no pixel changed by more than ${percent(fooling.largest_change)}` : "how little would fool it");
+  setText("fooled", fooling ? `changed a little, it is read as ${fooling.label}: no pixel by more than ${percent(fooling.largest_change)}` : "how little would fool it");
   $("alike").hidden = nearest.length === 0;
   $("nearest").replaceChildren(...nearest.map(({ label, image }) => {
     const [figure, canvas, caption] = ["figure", "canvas", "figcaption"].map((tag) => document.createElement(tag));

@@ -16,6 +16,7 @@ from torch import Tensor
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config
 from digitlab.data.datamodule import Labelled
+from digitlab.data.datasets import class_names
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.explain import activations
 from digitlab.digits.predict import UncalibratedReader
@@ -54,6 +55,7 @@ class Look:
     layers: list[Layer]  # maps after the activation
     chosen: LearnedDigit
     last: list[LearnedDigit]  # learned last, the last one first
+    labels: list[str]  # names of the classes
 
 
 class Moments:
@@ -117,7 +119,9 @@ class Moments:
             return LearnedDigit(at, int(labels[at]), images[at, 0].tolist(), given)
 
         layers = [shown_layer(name, layer) for name, layer in maps.items()]
-        return Look(filters[0] if filters else [], layers, digit(chosen), [digit(p) for p in last])
+        names = class_names(moment.config.data.name, self.lab)
+        found = [digit(place) for place in last]
+        return Look(filters[0] if filters else [], layers, digit(chosen), found, names)
 
     def _learned_last(self, run: int, labels: Tensor) -> list[int]:
         """Return the images that were wrong until the latest moment of a run."""

@@ -102,7 +102,7 @@ function showMoments() {
   slider.disabled = false;
   slider.max = run.moments.length - 1;
   if (isNewest) slider.value = slider.max;
-  const moment = momentOf(run), text = `step ${moment.step} of ${run.steps}: ${percent(moment.accuracy)} of 1,000 images right`;
+  const moment = momentOf(run), text = `step ${moment.step} of ${run.steps}: ${percent(moment.accuracy)} of the validation images shown right`;
   setText("when", text);
   slider.setAttribute("aria-valuetext", text);
   drawCurve();
@@ -140,7 +140,7 @@ function showLooks(found) {
     seen.last.forEach((digit, j) => {
       const button = box.children[3].children[j], best = digit.probabilities.indexOf(Math.max(...digit.probabilities));
       paintAt(button.firstChild, digit.image, (v) => [255 - v, 255 - v, 255 - v, 255]);
-      button.lastChild.textContent = best === digit.label ? `${best} ✓ ${percent(digit.probabilities[best])}` : `${digit.label}, not ${best}: ${percent(digit.probabilities[digit.label])}`;
+      button.lastChild.textContent = best === digit.label ? `${seen.labels[best]} ✓ ${percent(digit.probabilities[best])}` : `${seen.labels[digit.label]}, not ${seen.labels[best]}: ${percent(digit.probabilities[digit.label])}`;
       button.setAttribute("aria-pressed", digit.place === seen.chosen.place);
       button.onclick = () => { picked = digit.place; look(); };
     });

@@ -64,6 +64,7 @@ class _Trials:
         pruning = store.config.pruner is not Pruner.none
         rung = f"accuracy at {store.config.rungs[0]:g} of the steps (%)" if pruning else ""
         self.measure = rung or _ACCURACY
+        self.by = self.measure.removesuffix(" (%)")  # in a sentence
         self.why_pruned = "were behind others at the same fraction of their training."
         if store.config.pruner is Pruner.screening:
             self.why_pruned = "were screened: later trials train the best of them to the end."
@@ -121,7 +122,7 @@ class _Trials:
     def best_ranges(self) -> str:
         """Describe where the best quarter of the trials lies."""
         if self.comparable.empty:
-            raise _NoData(f"no trial has an {self.measure.removesuffix(' (%)')}.")
+            raise _NoData(f"no trial has an {self.by}.")
         best = self.by_measure().head(max(2, len(self.comparable) // 4))
         ranges = []
         for name in self.names:
@@ -129,7 +130,8 @@ class _Trials:
             link = " or " if isinstance(values[0], str) else " to "
             shown = values if link == " or " else dict.fromkeys((values[0], values[-1]))
             ranges.append(f"{name} {link.join(map(short, shown))}")
-        return f"The best {len(best)} of {len(self.comparable)} have {', '.join(ranges)}."
+        count = f"{len(best)} of {len(self.comparable)}"
+        return f"By {self.by}, the best {count} have {', '.join(ranges)}."
 
 
 class _NoData(Exception):
@@ -217,7 +219,7 @@ def _contours(trials: _Trials) -> _Drawn:
         raise _NoData("trials of two hyperparameters are needed.")
     figure = plot_contour(trials.study, top, target_name=trials.measure)
     place = " and ".join(f"{name} {short(data[name].iloc[0])}" for name in top)
-    return f"The best trial is at {place}; darker is better.", figure, data
+    return f"By {trials.by}, the best trial is at {place}; darker is better.", figure, data
 
 
 def _mattered(trials: _Trials) -> _Drawn:

@@ -31,9 +31,10 @@ def conclude(records: Records, config: Config, outcome: Outcome) -> None:
 
 
 def _run_before(tracker: Tracker, row: RunRow) -> RunRow | None:
-    """Return the last run of the same recipe that finished before this one did."""
+    """Return the last run of the same recipe and data that finished before this one did."""
     same = {"digitlab.kind": "train", "digitlab.state": "finished"}
     same["digitlab.recipe"] = row.tags["digitlab.recipe"]
+    same["digitlab.data_sha256"] = row.tags.get("digitlab.data_sha256", "")
     earlier = [other for other in tracker.find(same) if other.run_id != row.run_id]
     return earlier[-1] if earlier else None
 

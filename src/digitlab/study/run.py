@@ -36,6 +36,7 @@ class Outcome:
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     run_id: str | None = None  # None where nothing is recorded, or the tracker is away
+    epochs: int = 0  # that were trained
 
     @property
     def exit_status(self) -> int:
@@ -80,7 +81,8 @@ def run_once(
     records.outbox.flush(_DELIVERY_S)
     records.outbox.check()
     ending = endings[0] if endings else Ending("interrupted")
-    return Outcome(ending.state, ending.reason, task.metrics, recorder.run_id())
+    trained = len(task.curve)
+    return Outcome(ending.state, ending.reason, task.metrics, recorder.run_id(), trained)
 
 
 # Receives a run that finished, with where it is recorded.
@@ -114,7 +116,10 @@ def train(
         kind = "test" if "test_accuracy" in outcome.metrics else "val"
         accuracy = outcome.metrics[f"{kind}_accuracy"]
         best = outcome.metrics.get("best_epoch")
-        kept = f" (epoch {best:.0f}, the best)" if best else ""
+        kept = f" (epoch {best:.0f}, the best of {outcome.epochs})" if best else ""
+        if outcome.epochs and outcome.epochs < config.trainer.epochs:
+            patience = config.trainer.early_stopping
+            print(f"stopped early: no better epoch in {patience} (trainer.early_stopping)")
         print(f"{run}: {kind}_accuracy {accuracy:.2%}{kept} in {outcome.metrics['seconds']:.1f} s")
         if outcome.run_id and not pending:
             with suppress(TrackerAway):  # the run is recorded all the same

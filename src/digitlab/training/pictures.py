@@ -1,5 +1,6 @@
 """Pictures of what a network misreads, and of how it learned."""
 
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from digitlab.training.film import Frame, learned_last
 from digitlab.training.fit import FitResult
 
+# Names of classes may be in any script, of which the font has some.
+warnings.filterwarnings("ignore", message="Glyph .* missing")
 _MISREAD_SHOWN = 32  # digits
 
 
