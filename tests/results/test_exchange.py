@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from digitlab.study.storage import open_storage, study_names
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return studies(tmp_path_factory)
+    # A copy: whoever leads, audits or exports a study locks it, and others use the shared lab.
+    return shutil.copytree(studies(tmp_path_factory), tmp_path_factory.mktemp("exported") / "lab")
 
 
 @pytest.fixture(scope="module")

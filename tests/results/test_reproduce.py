@@ -273,8 +273,7 @@ def test_one_bit_of_one_metric_of_one_epoch_is_not_reproduced(
     )
     status, out, _ = call("reproduce", recorded.run_id, "--json")
     assert status == 1
-    [difference] = changes(json.loads(out))
-    assert difference.startswith("train_loss of epoch 1 was ")
+    assert any(one.startswith("train_loss of epoch 1 was ") for one in changes(json.loads(out)))
 
 
 @pytest.mark.slow

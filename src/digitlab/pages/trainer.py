@@ -19,6 +19,7 @@ from digitlab.pages.moments import SHOWN_IMAGES, Moments
 from digitlab.records.record import Identity, Records, RunRecorder
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.run import name_of
+from digitlab.training.device import find_device
 from digitlab.training.film import shown_steps
 from digitlab.workers.base import Decision, Job, Workers, WorkerSetup
 from digitlab.workers.processes import ProcessWorkers
@@ -111,8 +112,9 @@ class PageTrainer:
         """Return the images that moments are measured on, and the steps of an epoch.
 
         Raises:
-            UserError: the data are not available, or fewer than asked for.
+            UserError: the device or the data are not available, or they are fewer than asked for.
         """
+        find_device(config.trainer.device)
         digits = DigitsData(config, self.lab)
         digits.setup("fit")
         shown = digits.validation or digits.training
