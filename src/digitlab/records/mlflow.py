@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -151,12 +151,8 @@ class MlflowTracker(Tracker):
 
     @translated
     def log(self, run_id: str, batch: LogBatch) -> None:
-        params, metrics, tags = _entities(batch)
-        while params or metrics or tags:
-            self.client.log_batch(
-                run_id, metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
-            )
-            del metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
+        for part in _parts(batch):
+            self.client.log_batch(run_id, *part)
         if batch.datasets:
             self.client.log_inputs(run_id, list(map(_input, batch.datasets)))
 
@@ -279,14 +275,18 @@ def _listed(client: MlflowClient, run_id: str) -> list[str]:
     return sorted(paths)
 
 
-def _entities(batch: LogBatch) -> tuple[list[Param], list[Metric], list[RunTag]]:
+def _parts(batch: LogBatch) -> Iterator[tuple[list[Metric], list[Param], list[RunTag]]]:
+    """Yield metrics, parameters and tags, as many as MLflow takes in one call."""
     params = [
         Param(key if not part else f"{key}/{part}", value[at : at + _LONGEST])
         for key, value in batch.params.items()
         for part, at in enumerate(range(0, len(value) or 1, _LONGEST))
     ]
     metrics = [Metric(name, value, ms, step) for name, value, step, ms in batch.metrics]
-    return params, metrics, [RunTag(key, value) for key, value in batch.tags.items()]
+    tags = [RunTag(key, value) for key, value in batch.tags.items()]
+    while params or metrics or tags:
+        yield metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
+        del metrics[:_MOST_METRICS], params[:_MOST_PARAMS], tags[:_MOST_TAGS]
 
 
 def _input(dataset: Dataset) -> DatasetInput:

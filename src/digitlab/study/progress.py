@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from digitlab.base.console import Busy, View
+from digitlab.config.types import Pruner, StudyConfig
 from digitlab.study.loop import JobLoop, Task
 from digitlab.study.session import StudySession
 from digitlab.study.trials import TrialStore, best_first
@@ -27,7 +28,8 @@ class StudyProgress:
 
     def ticker(self, phase: str, total: int) -> Callable[[JobLoop], None]:
         """Return what a phase's loop is to call again and again."""
-        started, ended_before = time.monotonic(), self._done(phase)
+        started, study = time.monotonic(), self.session.config.study
+        before, whole = (whole_fits(study, phase, n) for n in (self._done(phase), total))
 
         def tick(loop: JobLoop) -> None:
             now = time.monotonic()
@@ -37,8 +39,9 @@ class StudyProgress:
             if now - self.shown > _SHOW_INTERVAL_S:
                 self.shown = now
                 done = self._done(phase)
-                new = done - ended_before
-                left = (now - started) / new * (total - done) if new > 0 else None
+                spent = whole_fits(study, phase, done)
+                new = spent - before
+                left = (now - started) / new * (whole - spent) if new > 0 else None
                 busy = [_busy(worker, task) for worker, task in loop.running.items()]
                 self.board.show(View(phase, done, total, _best_text(self.store), left, busy))
 
@@ -48,6 +51,14 @@ class StudyProgress:
         if phase == "trials":
             return sum(row.is_ended for row in self.store.rows())
         return len(self.store.notes().get(phase, {}))
+
+
+def whole_fits(study: StudyConfig, phase: str, count: int) -> float:
+    """Return how many whole fits the first `count` of a phase come to: screening ends most soon."""
+    if phase != "trials" or study.pruner is not Pruner.screening:
+        return count
+    screened = min(count, study.trials - study.finish)
+    return screened * study.rungs[0] + (count - screened)
 
 
 def _best_text(store: TrialStore) -> str:
