@@ -302,6 +302,19 @@ def test_a_run_that_stopped_early_is_recorded_with_its_best_epoch(
     assert call("reproduce", "s")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "word"), [("sweep", "study.name=s"), ("train", "data.evaluate_on=test")]
+)
+def test_early_stopping_is_refused_where_nothing_validates_the_fit(
+    lab: Path, call_in: CallIn, command: str, word: str
+) -> None:
+    words = [*SMALL[:-1], "trainer.early_stopping=2", word]
+    status, _, err = call_in(lab)(command, *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("digitlab: trainer.early_stopping=2 ")
+    assert MlflowTracker(None, "digitlab", lab).find({}) == []
+
+
 # ---- a run that is killed ------------------------------------------------------------------------
 
 

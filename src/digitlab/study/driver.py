@@ -74,9 +74,9 @@ def sweep(
         )
     if config.trainer.early_stopping:
         raise UserError(
-            f"trainer.early_stopping={config.trainer.early_stopping} is invalid in a study: its "
-            "final fits have no validation set, and would train longer than what was selected. "
-            "Search trainer.epochs, and end trials by study.pruner."
+            f"trainer.early_stopping={config.trainer.early_stopping} is invalid in a study: it "
+            "must be 0, since final fits have no validation set, and would train longer than what "
+            "was selected. Leave it out, and search trainer.epochs."
         )
     searched_space(config)  # what it refuses is refused before data are fetched
     if not is_published(config, lab):
