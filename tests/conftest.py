@@ -14,6 +14,7 @@ import pytest
 
 from digitlab.base.errors import UserError
 from digitlab.cli import main
+from digitlab.data import datasets
 from digitlab.workers import processes
 
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
@@ -53,6 +54,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     while Parent.started:
         Parent.started.pop().kill()
+
+
+@pytest.fixture(autouse=True)
+def uncached_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read training images anew, whatever an earlier test of this process has cached."""
+    monkeypatch.setattr(datasets, "_load_training", datasets._load_digits)
 
 
 Call = Callable[..., tuple[int, str, str]]

@@ -38,6 +38,7 @@ def test_a_study_is_a_table_with_a_champion(tmp_path_factory: pytest.TempPathFac
     assert trials.state[champion["trial"]] == "finished"
 
 
+@pytest.mark.slow
 def test_what_is_recorded_elsewhere_is_found_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_all_that_is_public_is_there_and_described() -> None:
         assert getattr(digitlab, name).__doc__
 
 
+@pytest.mark.slow
 def test_an_observer_of_ones_own_sees_a_run_and_can_end_it(tmp_path: Path) -> None:
     class Observer(digitlab.TrainingObserver):
         def __init__(self) -> None:

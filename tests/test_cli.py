@@ -513,10 +513,9 @@ def test_config_prints_a_json_schema(call: Call) -> None:
     assert json.loads(out)["$defs"]["TrainerConfig"]["properties"]["epochs"]["minimum"] == 1
 
 
-@pytest.mark.parametrize("command", sorted(set(build_parser()[1]) - {"bench"}))
-def test_every_command_explains_itself(call_in: CallIn, tmp_path: Path, command: str) -> None:
+def test_every_command_explains_itself(call_in: CallIn, tmp_path: Path) -> None:
     call = call_in(tmp_path)
-    assert call(command, "--help") == call("help", command)
-    status, out, err = call(command, "--help")
-    assert (status, err) == (0, "")
-    assert out.startswith(f"usage: digitlab {command} ")
+    for command in sorted(set(build_parser()[1]) - {"bench"}):
+        status, out, err = call(command, "--help")
+        assert (status, err) == (0, ""), command
+        assert out.startswith(f"usage: digitlab {command} ")

@@ -240,6 +240,7 @@ def test_a_cancel_ends_a_job_at_its_next_batch(kind: str, make: Make) -> None:
     assert isinstance(train(workers, Job(tiny()))[-1], Finished)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_paused_job_reports_nothing_until_it_is_to_proceed(kind: str, make: Make) -> None:
     workers = make(kind)
@@ -259,6 +260,7 @@ def test_a_paused_job_reports_nothing_until_it_is_to_proceed(kind: str, make: Ma
     assert isinstance(first(workers, End)[-1], Stopped)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_worker_that_does_not_answer_a_cancel_is_replaced(
     kind: str, make: Make, order: Callable[[str], None], orders: Path

@@ -492,6 +492,7 @@ def test_process_that_took_over_may_be_killed_too(
     assert run == WHOLE or (run[2] == "interrupted" and len(run[5]) == len(set(run[5])))
 
 
+@pytest.mark.slow
 def test_torn_last_operation_is_left_out(tmp_path: Path, kill_at: Callable[..., bool]) -> None:
     assert kill_at(tmp_path, "record", "outbox.appended", 4)
     [path] = (tmp_path / "outbox").glob("*/*.run")

@@ -49,6 +49,7 @@ def facts(lab: Path, name: str) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_imported_study_is_the_exported_one(
     lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn
 ) -> None:

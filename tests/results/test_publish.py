@@ -49,6 +49,7 @@ def champions(session: StudySession) -> list[RunRow]:
     return found
 
 
+@pytest.mark.slow
 def test_earlier_champion_stays_whole_and_is_marked_as_superseded(
     session: StudySession, champions: list[RunRow]
 ) -> None:

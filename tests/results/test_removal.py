@@ -39,6 +39,7 @@ def test_a_study_that_a_process_leads_is_not_deleted(call: Call, copied: Path) -
     assert "is in use" in err
 
 
+@pytest.mark.slow
 def test_deleted_and_restored(call: Call, copied: Path) -> None:
     before = results_of(copied)
     runs = {row.run_id for row in recorded(copied, "smoke").runs()}

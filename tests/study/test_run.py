@@ -263,6 +263,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_recorded(
     assert MlflowTracker(None, "digitlab", lab).find({}) == []
 
 
+@pytest.mark.slow
 def test_full_disk_ends_a_run_in_one_line_and_the_next_ends_its_record(
     lab: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +284,7 @@ def test_full_disk_ends_a_run_in_one_line_and_the_next_ends_its_record(
     assert state_of(lab) == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_recorded_with_its_best_epoch(
     lab: Path, call_in: CallIn
 ) -> None:

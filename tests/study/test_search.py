@@ -104,6 +104,7 @@ def test_failures_that_do_not_count_end_the_study_with_their_reason(lab: Path) -
     assert problems_of(lab) == []
 
 
+@pytest.mark.slow
 def test_contradicting_values_count_where_failures_do(lab: Path) -> None:
     some = ("model.strides=choice([1],[14])", "model.pools=choice([2],[14])")
     some += ("model.hidden=choice(16)", "optim.learning_rate=choice(0.01)", "study.sampler=grid")
@@ -397,6 +398,7 @@ def test_a_screened_study_that_has_ended_is_extended(lab: Path) -> None:
     assert "as all trials are at first" in notes.pop()
 
 
+@pytest.mark.slow
 def test_equal_values_of_a_finished_trial_are_taken_and_not_screened(lab: Path) -> None:
     finite = ("model.hidden=choice(16,32,64)", "optim.learning_rate=choice(0.01)")
     status, jobs = lead(lab, train_well, "tracking=none", *SCREENING, *finite)

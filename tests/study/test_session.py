@@ -137,6 +137,7 @@ def test_a_deleted_run_of_the_study_is_named_with_the_command_that_restores_it(
     assert problems_of(finished) == []
 
 
+@pytest.mark.slow
 def test_another_tracker_or_experiment_is_refused_with_both_named(
     finished: Path, tmp_path: Path
 ) -> None:
