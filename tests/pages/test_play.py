@@ -427,6 +427,7 @@ def test_a_log_that_nobody_reads_takes_events() -> None:
     log = EventLog()
     log.publish("free")
     log.close()
+    assert not log.is_full
 
 
 # ---- a person learns -----------------------------------------------------------------------------

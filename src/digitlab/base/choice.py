@@ -138,15 +138,15 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
-    """Return the champion's accuracy on seeds that selected nothing, and the search's worth."""
+    """Return the champion's accuracy on seeds that did not choose it, and the search's worth."""
     own, lines = notes["own"], []
     if "measured" in notes:
         measured = Interval(**notes["measured"])
         trial = notes["accuracy"] or 0.0
         points = f"{100 * (trial - measured.mean):+.2f} points"
-        own_trial = f"{trial:.2%}".replace("%", " %")
+        shown = f"{trial:.2%}".replace("%", " %")
         lines.append(f"  validation {measured} on new seeds again, which did not choose it")
-        lines.append(f"    optimism of its trial's {own_trial}: {points}")
+        lines.append(f"    optimism of its trial's {shown}: {points}")
     if own == notes["trial"]:
         lines.append(
             f"  the search found nothing better than the recipe's own values (trial {own})"

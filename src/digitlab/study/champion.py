@@ -86,7 +86,7 @@ def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> 
 
 
 def measure_fits(config: Config, champion: TrialRow, own: TrialRow | None) -> list[Fit]:
-    """Return fits of the champion and of the recipe's own values on seeds that selected nothing.
+    """Return fits of the champion and of the recipe's own values on seeds that did not choose.
 
     The candidate that won the confirmation was lucky there: these say what it is worth.
     """
