@@ -32,9 +32,9 @@ class TrialSearch:
             self._say(_plan_text(self.study))
             if self.store.own not in self.store.begin:
                 self._say(f"the recipe's own values are not in the space: {self.store.own}")
-        elif not self.store.is_full(total):
-            self._say(f"study {name}: going on from {ended} of {total} trials")
         is_open = not self.store.is_full(total) or any(not row.is_ended for row in rows)
+        if ended and is_open:
+            self._say(f"study {name}: going on from {ended} of {total} trials")
         if is_open and not self._is_exhausted():
             loop.run(self._next_task, self._ended)
 
