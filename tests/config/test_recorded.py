@@ -373,6 +373,7 @@ CONFIGS = st.builds(
         threads=st.integers(1, 1024),
         precision=st.sampled_from(limits.Precision),
         early_stopping=st.just(0),  # the rest is refused with evaluate_on=test
+        checkpoint_minutes=fractions(0, 1e6),
     ),
     study=studies(),
     tracking=st.builds(

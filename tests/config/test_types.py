@@ -135,6 +135,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.confirm_fits": ([0, 1000], [-1, 1001]),
     "study.measure_seeds": ([0, 1000], [-1, 1001]),
     "trainer.early_stopping": ([0, 3], [-1]),
+    "trainer.checkpoint_minutes": ([0, 0.5, 60], [-1]),
     "study.margin": ([0.0, 0.5], [-0.1, 1.0, NAN]),
     "study.begin_with": ([[], [{"model.hidden": 8}]], [[1], 1]),
     "study.final_seeds": ([1], [0]),

@@ -26,6 +26,7 @@ from digitlab.training.fit import fit
 from digitlab.training.observer import TrainingObserver
 from digitlab.training.outputs import output_files
 from digitlab.workers.base import (
+    Checkpoint,
     Decision,
     End,
     Epoch,
@@ -206,6 +207,26 @@ def test_events_of_a_job_come_in_order_and_its_result_is_that_of_a_fit(
     assert finished.data_sha256 == alone.data_sha256
     assert finished.environment["numerics"] == alone.numerics
     assert finished.metrics["val_accuracy"] == alone.metrics["val_accuracy"]
+
+
+@every_kind
+def test_a_job_goes_on_from_the_checkpoint_of_another(kind: str, make: Make) -> None:
+    workers = make(kind)
+    first(workers, Ready)
+    config = tiny("trainer.checkpoint_minutes=1e-9")
+    events = train(workers, Job(config, (0.2, 0.7)))
+    contents = [event.content for event in events if isinstance(event, Checkpoint)]
+    assert len(contents) == 8  # all steps but the last one of an epoch
+    again = train(workers, Job(config, (0.2, 0.7), checkpoint=contents[5]))
+    rungs = [event for event in events if isinstance(event, Rung)]
+    assert [event for event in again if isinstance(event, Rung)] == rungs
+    started = next(event for event in again if isinstance(event, Started))
+    assert started.facts["resumed_at_step"] == 7
+    whole, resumed = events[-1], again[-1]
+    assert isinstance(whole, Finished)
+    assert isinstance(resumed, Finished)
+    assert resumed.files == whole.files
+    assert whole.earlier_s == 0 < resumed.earlier_s
 
 
 @every_kind

@@ -122,6 +122,28 @@ def test_ctrl_c_in_a_fit_without_retries_ends_with_130_and_the_study_goes_on(
 
 
 @pytest.mark.slow
+def test_a_trial_whose_worker_died_goes_on_from_its_checkpoint(lab, run_sweep) -> None:
+    study = ["study.trials=2", "study.workers=1", "trainer.checkpoint_minutes=1e-9"]
+    orders = {"die": {"point": "job.checkpoint", "jobs": [1, 4]}}  # trial 0, and a final fit
+    (lab / "faults.json").write_text(json.dumps(orders))
+    assert run_sweep(*study, "study.pruner=none", "study.measure_seeds=0").wait() == 0
+    assert_whole(lab, 2)
+    finished = [run for run in runs_of(lab) if run.tags["digitlab.state"] == "finished"]
+    resumed = [run for run in finished if "resumed_at_step" in run.metrics]
+    assert [run.tags["digitlab.kind"] for run in resumed] == ["trial", "final"]
+    assert rows_of(lab)[0].attempt == 2
+    assert not list((lab / "checkpoints").iterdir())
+    values = [row.value for row in rows_of(lab)]
+    (lab / "faults.json").unlink()
+    again = [*study, "study.pruner=none", "study.measure_seeds=0", "study.name=undisturbed"]
+    assert run_sweep(*again).wait() == 0
+    assert [row.value for row in rows_of(lab, "undisturbed")] == values
+    [disturbed] = [run for run in resumed if run.tags["digitlab.kind"] == "final"]
+    [final] = runs_of(lab, "undisturbed", kind="final")
+    assert disturbed.metrics["test_accuracy"] == final.metrics["test_accuracy"]
+
+
+@pytest.mark.slow
 def test_a_second_driver_of_one_study_is_refused(lab, run_sweep) -> None:
     first = run_sweep("trainer.epochs=5000", "study.pruner=none")
     until(lambda: "running" in states_of(lab), first)

@@ -221,6 +221,41 @@ def test_an_ignored_sighup_stays_ignored_and_the_run_goes_on(lab: Path, at) -> N
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+ALWAYS = "trainer.checkpoint_minutes=1e-9"  # a checkpoint after each block
+
+
+def test_a_run_that_was_stopped_is_gone_on_with_by_the_same_command(
+    lab: Path, at, call_in: CallIn
+) -> None:
+    call = call_in(lab)
+    at("job.batch", lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert call("train", *SMALL, ALWAYS)[0] == 130
+    status, out, _ = call("train", *SMALL, ALWAYS)
+    assert status == 0
+    assert "goes on at step" in out
+    assert out.count("epoch 1/2") == 1
+    first, second = run_of(lab, "smoke-seed-0"), run_of(lab, "smoke-seed-0 #2")
+    assert first.tags["digitlab.state"] == "interrupted"
+    assert second.metrics["resumed_at_step"] >= 1
+    assert not list((lab / "checkpoints").iterdir())
+    # The same training from its beginning has the same weights.
+    assert call("reproduce", "smoke-seed-0 #2")[0] == 0
+    status, out, _ = call("train", *SMALL, ALWAYS, "name=unbroken")
+    assert (status, "goes on" in out) == (0, False)
+    weights = "digitlab.weights_sha256"
+    assert run_of(lab, "unbroken").tags[weights] == second.tags[weights]
+    assert call("audit")[0] == 0
+
+
+def test_a_reproduction_begins_anew(lab: Path, at, call_in: CallIn) -> None:
+    call = call_in(lab)
+    assert call("train", *SMALL, ALWAYS)[0] == 0
+    at("job.checkpoint", lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert call("train", *SMALL, ALWAYS, "name=stopped")[0] == 130
+    status, out, _ = call("reproduce", "smoke-seed-0")
+    assert (status, "goes on" in out) == (0, False)
+
+
 def test_run_that_diverges_has_failed_for_that_reason(lab: Path) -> None:
     wild = ["optim=sgd", "optim.schedule=constant", "optim.learning_rate=10"]
     wild += ["optim.weight_decay=1", "model.batch_norm=false"]

@@ -13,12 +13,13 @@ from PIL import Image
 from small import configure, train
 
 from digitlab.networks.table import build_network
+from digitlab.training.checkpoint import Earlier
 from digitlab.training.film import Frame, learned_last
 from digitlab.training.fit import FitResult
 from digitlab.training.outputs import output_files
 
 WITHOUT_FILM = FitResult({}, torch.eye(10), torch.arange(10), torch.zeros(10, 1, 28, 28).byte(),
-                         {}, {}, [], {}, list("0123456789"))  # fmt: skip
+                         {}, {}, [], {}, list("0123456789"), Earlier())  # fmt: skip
 
 
 def size(picture: bytes) -> tuple[int, int]:

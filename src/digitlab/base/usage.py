@@ -6,7 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 # Metrics of a run that no two runs share.
-MACHINE_METRICS = ("seconds", "images_per_second", "cpu_seconds", "peak_memory_mb")
+MACHINE_METRICS = (
+    *("seconds", "images_per_second", "cpu_seconds", "peak_memory_mb"),
+    "resumed_at_step",  # by a run that went on from a checkpoint
+)
 _PROC = Path("/proc/self")
 
 

@@ -110,6 +110,9 @@ class TrainerConfig:
         description="Epochs without a better validation accuracy that end a run, whose best epoch "
         "is kept; 0 is off."
     )
+    checkpoint_minutes: float = Field(
+        ge=0, description="Time between two checkpoints that a run can go on from; 0 makes none."
+    )
     device: Device = Field(description="What trains; auto is the accelerator that torch finds.")
 
 

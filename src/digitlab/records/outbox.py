@@ -22,6 +22,7 @@ class Outbox(Delivery):
 
     def __init__(self, lab: Path, tracker: Tracker) -> None:
         super().__init__(lab / "outbox", tracker)
+        self.lab = lab
         self._sessions = Sessions(self.folder, tracker.identity)
         self._count = 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config, DataConfig, EvaluateOn, Pruner, TrackerName
+from digitlab.records.checkpoints import CheckpointFolder
 from digitlab.records.outbox import Outbox
 from digitlab.records.tracker import Dataset, NewRun, NoTracker, Tracker
 
@@ -129,6 +130,8 @@ class RunRecorder:
         self._digests |= {path: _sha256(content) for path, content in files.items()}
         run = NewRun(identity.name, self.tags, params, identity.parent_run_id)
         self.spool = outbox.open_run(run, files)
+        settings = json.dumps(row_params(config, "train"))
+        self.checkpoints = CheckpointFolder(outbox.lab, _sha256(settings.encode())[:16])
 
     def started(self, facts: Mapping[str, float]) -> None:
         self._log(facts, 0)
@@ -209,6 +212,8 @@ class RunRecorder:
         self.spool.log(new, step, tags)
         self.spool.end(state)
         self.spool.seal()
+        if state != "interrupted":  # else the same training may go on
+            self.checkpoints.remove()
         self.is_ended = True
 
     def run_id(self, timeout_s: float = 0.0) -> str | None:

@@ -55,7 +55,7 @@ def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict
     """Everything that a trial's result depends on, beside the values that are searched."""
     plain = config_to_plain(config)
     study = plain.pop("study")
-    del plain["tracking"], plain["launcher"]
+    del plain["tracking"], plain["launcher"], plain["trainer"]["checkpoint_minutes"]
     return {
         **{key: value for key, value in flat(plain).items() if key not in config.study.space},
         **{f"study.{key}": study[key] for key in _FIXED},

@@ -57,7 +57,8 @@ class FitPhase:
         attempt = self.recorded.attempts[fit.tags]
         recorder = self.session.start_record(fit.kind, fit.number, fit.config, attempt, fit.seed)
         title = f"{fit.kind} {fit.number} seed {fit.seed}"
-        return Task(title, Job(fit.config), recorder, about=fit)
+        job = Job(fit.config, checkpoint=recorder.checkpoints.latest())
+        return Task(title, job, recorder, about=fit)
 
     def _note_ending(self, task: Task, ending: Ending) -> bool:
         """Note how a fit ended; return whether it is over for good.

@@ -7,6 +7,7 @@ from typing import Any
 
 from digitlab.records.record import RunRecorder
 from digitlab.workers.base import (
+    Checkpoint,
     Decision,
     Epoch,
     Event,
@@ -34,6 +35,7 @@ class Task:
     job: Job
     recorder: RunRecorder
     should_prune: Callable[[int, float], bool] = lambda _rung, _accuracy: False
+    on_start: Callable[[Mapping[str, float]], None] = lambda _: None
     on_epoch: Callable[[int, Mapping[str, float]], None] = lambda _epoch, _metrics: None
     on_snapshot: Callable[[Snapshot], None] = lambda _: None
     time_limit_s: float = 0.0  # 0 is none
@@ -127,6 +129,7 @@ class JobLoop:
             case Started(facts):
                 task.metrics |= facts
                 task.recorder.started(facts)
+                task.on_start(facts)
             case Progress(fraction):
                 task.fraction = fraction
             case Rung(index, accuracy):
@@ -139,6 +142,8 @@ class JobLoop:
                 task.curve += [metrics["val_accuracy"]] if "val_accuracy" in metrics else []
                 task.recorder.epoch(epoch, metrics)
                 task.on_epoch(epoch, metrics)
+            case Checkpoint(content):
+                task.recorder.checkpoints.add(content)
             case Finished():
                 return self._finish(task, event)
             case Stopped() | Failed() | Lost() | Refused():
@@ -154,7 +159,7 @@ class JobLoop:
         self.workers.answer(worker, Decision.stop if task.is_pruned else Decision.proceed)
 
     def _finish(self, task: Task, event: Finished) -> Ending:
-        results = event.metrics | _seconds(task)
+        results = event.metrics | _seconds(task, event.earlier_s)
         task.metrics |= results
         task.files = event.files
         task.recorder.finish(results, event.files, event.environment, event.data_sha256)
@@ -177,5 +182,5 @@ class JobLoop:
         return Ending("interrupted", "it was stopped", is_final=False)
 
 
-def _seconds(task: Task) -> dict[str, float]:
-    return {"seconds": time.monotonic() - task.submitted}
+def _seconds(task: Task, earlier_s: float = 0.0) -> dict[str, float]:
+    return {"seconds": earlier_s + time.monotonic() - task.submitted}

@@ -69,7 +69,14 @@ def run_once(
         shown = (f"{k} {v:.4f}" for k, v in sorted(metrics.items()) if k != "images_per_second")
         print(f"epoch {epoch}/{config.trainer.epochs}  " + "  ".join(shown), flush=True)
 
-    task = Task(identity.name, Job(config), recorder, on_epoch=show)
+    def say(facts: Mapping[str, float]) -> None:
+        if step := facts.get("resumed_at_step"):
+            print(f"goes on at step {step:.0f} of the same training, which was cut off", flush=True)
+
+    # A reproduction shows that all of a training gives the same once more.
+    is_new = identity.kind == "reproduction"
+    job = Job(config, checkpoint=None if is_new else recorder.checkpoints.latest())
+    task = Task(identity.name, job, recorder, on_start=say, on_epoch=show)
     tasks, setup = [task], WorkerSetup(lab, config.data)
     try:
         with StopSignal() as stop, InlineWorkers(setup, observers) as workers:

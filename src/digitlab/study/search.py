@@ -89,10 +89,11 @@ class TrialSearch:
             is_pruned = self.store.report(row.number, rung, accuracy)
             return is_pruned and row.values != self.store.own  # which the search is compared with
 
+        recorder = self.session.start_record("trial", row.number, config, row.attempt)
         return Task(
             f"trial {row.number}",
-            Job(config, rungs),
-            self.session.start_record("trial", row.number, config, row.attempt),
+            Job(config, rungs, checkpoint=recorder.checkpoints.latest()),
+            recorder,
             should_prune,
             time_limit_s=60 * self.study.trial_minutes,
             about=row,

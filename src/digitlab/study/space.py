@@ -33,6 +33,7 @@ _FIXED_KEYS = {
     "trainer.threads",
     "trainer.device",
     "trainer.early_stopping",
+    "trainer.checkpoint_minutes",
 }
 _FIXED_GROUPS = {"study", "tracking", "launcher"}
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"

@@ -6,8 +6,9 @@ does not matter any more; the weights are the same, bit for bit.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from digitlab.training.module import Batch, DigitModule
 
 _BLOCKS_A_PASS = 20  # at least: how finely progress is reported and rungs are met
 _LARGEST_BLOCK = 16  # batches: about a quarter of a second until a fit notices that it is to stop
+
+_COUNTERS = ("steps_done", "steps_averaged", "loss_sum", "correct", "seen")
 
 
 class Blocks:
@@ -49,6 +52,14 @@ class BlockModule(DigitModule):
     def _start_epoch(self) -> None:
         self.loss_sum = 0.0
         self.correct = self.seen = 0
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the state of this module holds beside weights."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
 
     def training_step(self, block: list[Batch], _: int) -> None:  # type: ignore[override]
         losses: list[Tensor] = []

@@ -15,10 +15,11 @@ from pytorch_lightning.plugins.environments import LightningEnvironment  # type:
 from torch import Tensor
 
 from digitlab.config.types import Config, EvaluateOn
-from digitlab.data.datamodule import DigitsData
+from digitlab.data.datamodule import DigitsData, Labelled
 from digitlab.data.datasets import class_names
 from digitlab.training.blocks import BlockModule, Blocks
 from digitlab.training.captured import CapturedModule
+from digitlab.training.checkpoint import Checkpoints, Earlier, describe_making
 from digitlab.training.device import find_device, numerics
 from digitlab.training.evaluate import count_flops, count_parameters, evaluate, measure
 from digitlab.training.film import Frame
@@ -44,6 +45,7 @@ class FitResult:
     film: list[Frame]  # of the first of `images`; empty without a validation set
     numerics: dict[str, Any]  # what torch computed with: all that may change bits
     classes: list[str]  # names of labels 0 to 9
+    earlier: Earlier  # before the checkpoint that it went on from
 
 
 def fit(
@@ -52,6 +54,7 @@ def fit(
     observer: TrainingObserver,
     rungs: Sequence[float] = (),
     snapshots: Sequence[int] = (),
+    checkpoint: bytes | None = None,
 ) -> FitResult:
     """Train a configuration from its seed and measure it.
 
@@ -60,7 +63,10 @@ def fit(
 
     Args:
         rungs: fractions of the schedule at which the observer receives the validation accuracy.
-        snapshots: steps after which it receives the network; 0 is before the first one.
+        snapshots: steps after which it receives the network; 0 is before the first one. A fit that
+            is to show any makes no checkpoints.
+        checkpoint: what an observer received of such a fit, which this one then goes on with.
+            One made with anything else that bits depend on is left aside.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -75,26 +81,21 @@ def fit(
     kind = CapturedModule if device.type == "cuda" else BlockModule
     steps = config.trainer.epochs * len(batches)
     module = kind(config, steps)
+    made_with = describe_making(config, rungs, data.sha256, numerics(device))
+    checkpoints = Checkpoints(config, made_with, batches, checkpoint)
     passes = 3 * len(batches.labels) * config.trainer.epochs  # the way back is twice the way forth
     flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
-    observer.started({"model_parameters": parameters, "training_flops": flops})
+    facts = {"model_parameters": parameters, "training_flops": flops}
+    done = checkpoints.earlier.steps
+    observer.started(facts | ({"resumed_at_step": done} if done else {}))
+    module.earlier_epochs = done // len(batches)
     stopping = EarlyStopping(config.trainer.early_stopping)
-    reporter = Reporter(data, observer, stopping, rungs, snapshots, (steps, len(batches)))
+    shown = (steps, len(batches))
+    reporter = Reporter(data, observer, stopping, rungs, snapshots, shown, checkpoints)
     module.after_step = reporter.after_step
     _train(config, device, module.to(device), Blocks(batches), reporter)
-    if config.data.evaluate_on is EvaluateOn.test:
-        data.setup("test")
-        data.move(device)
-        assert data.test is not None
-        images, labels = data.test
-        # Lightning has taken the network back to the processor.
-        logits = evaluate(module.to(device).learned, images, config.data)
-        metrics = reporter.metrics | measure(logits, labels, "test")
-    else:
-        assert data.validation is not None
-        images, labels = data.validation
-        logits, metrics = reporter.logits, reporter.metrics
+    logits, (images, labels), metrics = _measure(data, device, module, reporter)
     learned = module.learned.state_dict()
     if best := stopping.best:
         logits, metrics, learned = best.logits, dict(best.metrics), dict(best.weights)
@@ -102,8 +103,24 @@ def fit(
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in learned.items()}
     measured = (logits.cpu(), labels.cpu(), images.cpu())
     film, classes = reporter.film, class_names(config.data.name, lab)
-    used = numerics(device)
-    return FitResult(weights, *measured, metrics, data.sha256, film, used, classes)
+    used, earlier = numerics(device), checkpoints.earlier
+    return FitResult(weights, *measured, metrics, data.sha256, film, used, classes, earlier)
+
+
+def _measure(
+    data: DigitsData, device: torch.device, module: BlockModule, reporter: Reporter
+) -> tuple[Tensor, Labelled, dict[str, float]]:
+    """Return logits, images with labels, and metrics of the set that the fit is measured on."""
+    if data.config.data.evaluate_on is EvaluateOn.validation:
+        assert data.validation is not None
+        return reporter.logits, data.validation, reporter.metrics
+    data.setup("test")
+    data.move(device)
+    assert data.test is not None
+    images, labels = data.test
+    # Lightning has taken the network back to the processor.
+    logits = evaluate(module.to(device).learned, images, data.config.data)
+    return logits, data.test, reporter.metrics | measure(logits, labels, "test")
 
 
 def _train(
@@ -118,7 +135,7 @@ def _train(
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     trainer = pl.Trainer(
-        max_epochs=config.trainer.epochs,
+        max_epochs=config.trainer.epochs - module.earlier_epochs,
         accelerator=device.type,
         devices=1,
         # Lightning would find an allocation of Slurm by itself, and wait for its other tasks.

@@ -42,6 +42,7 @@ class DigitModule(pl.LightningModule):
             self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
             self.averaged.requires_grad_(False)  # else Lightning counts it as trainable
         self.steps_averaged = 0
+        self.earlier_epochs = 0  # that another process has trained
 
     @property
     def learned(self) -> nn.Module:
@@ -72,7 +73,8 @@ class DigitModule(pl.LightningModule):
         """Raise Diverged unless a loss is finite. To read it, one waits for an accelerator."""
         if not math.isfinite(loss):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            where = f"in epoch {self.current_epoch + 1} at learning rate {rate:.3g}"
+            epoch = self.earlier_epochs + self.current_epoch + 1
+            where = f"in epoch {epoch} at learning rate {rate:.3g}"
             raise Diverged(f"the loss is {loss} {where}")
 
     def average_weights(self) -> None:

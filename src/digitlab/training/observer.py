@@ -15,7 +15,11 @@ class TrainingObserver:
     """Receives the events of a fit; all methods do nothing here. Any of them may raise."""
 
     def started(self, facts: Mapping[str, float]) -> None:
-        """Receive what is known before the first step: model_parameters, training_flops."""
+        """Receive what is known before the first step: model_parameters, training_flops.
+
+        A fit that goes on from a checkpoint adds resumed_at_step, then repeats the events of
+        epochs and rungs before it.
+        """
 
     def batch(self, fraction: float) -> None:
         """Receive, after each block of steps, the fraction of the training steps that is done."""
@@ -28,6 +32,9 @@ class TrainingObserver:
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Receive the metrics of an epoch; epochs are counted from 1."""
+
+    def checkpoint(self, content: bytes) -> None:
+        """Receive, every `trainer.checkpoint_minutes`, a state that `fit` can go on from."""
 
 
 class ObserverGroup(TrainingObserver):
@@ -55,3 +62,7 @@ class ObserverGroup(TrainingObserver):
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         for observer in self.observers:
             observer.epoch(epoch, metrics)
+
+    def checkpoint(self, content: bytes) -> None:
+        for observer in self.observers:
+            observer.checkpoint(content)

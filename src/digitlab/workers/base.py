@@ -25,6 +25,7 @@ class Job:
     config: Config
     rungs: tuple[float, ...] = ()
     snapshots: tuple[int, ...] = ()  # steps after which the driver gets the weights
+    checkpoint: bytes | None = None  # of the same training, to go on from
 
 
 class Decision(StrEnum):
@@ -92,13 +93,24 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """The state of the training, from which another job can go on."""
+
+    content: bytes
+
+
+@dataclass(frozen=True)
 class Finished:
-    """The result of a job: its metrics, its files by path, and what it was computed with."""
+    """The result of a job: its metrics, its files by path, and what it was computed with.
+
+    `earlier_s`: seconds that other jobs have trained before the checkpoint that it went on from.
+    """
 
     metrics: dict[str, float]
     files: dict[str, bytes]
     environment: dict[str, Any]
     data_sha256: dict[str, str]
+    earlier_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Lost:
 
 
 End = Finished | Stopped | Failed | Lost
-Event = Ready | Refused | Started | Progress | Rung | Snapshot | Epoch | End
+Event = Ready | Refused | Started | Progress | Rung | Snapshot | Epoch | Checkpoint | End
 Order = Job | Decision
 
 

@@ -23,6 +23,7 @@ from digitlab.training.outputs import output_files
 from digitlab.workers.base import (
     PROGRESS_INTERVAL_S,
     Channel,
+    Checkpoint,
     Decision,
     Epoch,
     Event,
@@ -99,8 +100,9 @@ def _run(
         faults.point("job.started")
         usage = ProcessUsage()
         group = ObserverGroup([observer, *observers])
-        result = fit(job.config, setup.lab, group, job.rungs, job.snapshots)
+        result = fit(job.config, setup.lab, group, job.rungs, job.snapshots, job.checkpoint)
         used = usage.metrics()
+        used["cpu_seconds"] += result.earlier.cpu_seconds
         files = output_files(result)
         faults.point("job.finished")
     except StopTraining:
@@ -112,7 +114,8 @@ def _run(
     except Exception as error:  # noqa: BLE001  the driver decides whether to try again
         return Failed(f"{type(error).__name__}: {error}", is_deterministic=False)
     known = {**environment, "numerics": result.numerics}
-    return Finished(result.metrics | used, files, known, dict(result.data_sha256))
+    metrics, earlier_s = result.metrics | used, result.earlier.seconds
+    return Finished(metrics, files, known, dict(result.data_sha256), earlier_s)
 
 
 class _JobObserver(TrainingObserver):
@@ -150,6 +153,10 @@ class _JobObserver(TrainingObserver):
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         self.channel.send(Epoch(epoch, dict(metrics)))
+
+    def checkpoint(self, content: bytes) -> None:
+        self.channel.send(Checkpoint(content))
+        faults.point("job.checkpoint")
 
     def _wait(self) -> None:
         while self._decision() is not Decision.proceed:

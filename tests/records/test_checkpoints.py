@@ -1,0 +1,56 @@
+"""Checkpoints in a lab: the last two are kept, a damaged one is passed over."""
+
+from pathlib import Path
+
+import pytest
+
+from digitlab.base import files
+from digitlab.records.checkpoints import CheckpointFolder
+
+
+def test_the_last_two_are_kept_and_the_last_one_is_given(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "key")
+    assert folder.latest() is None
+    for number in range(12):
+        folder.add(f"{number}".encode())
+    assert folder.latest() == b"11"
+    assert len(list(folder.folder.iterdir())) == 2
+    assert CheckpointFolder(tmp_path, "key").latest() == b"11"
+    assert CheckpointFolder(tmp_path, "other").latest() is None
+
+
+def test_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "key")
+    for content in (b"one", b"two"):
+        folder.add(content)
+    older, newer = sorted(folder.folder.iterdir())
+    newer.write_bytes(b"twp")
+    assert folder.latest() == b"one"
+    older.write_bytes(b"")
+    assert folder.latest() is None
+
+
+def test_a_write_that_was_cut_off_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path, "key")
+    folder.add(b"one")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fail)
+        folder.add(b"two")
+    assert len(list(folder.folder.iterdir())) == 2  # with what the write has left
+    assert folder.latest() == b"one"
+    folder.add(b"three")
+    assert folder.latest() == b"three"
+
+
+def test_all_go_at_the_end(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "key")
+    folder.remove()  # where there is none
+    folder.add(b"one")
+    folder.remove()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
