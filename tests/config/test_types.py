@@ -230,6 +230,13 @@ def test_a_pruner_without_rungs_is_refused_by_both_names(config: Config, pruner:
     assert "study.rungs=[]" in message
 
 
+def test_fits_too_few_for_all_candidates_are_refused_by_both_names(config: Config) -> None:
+    message = refusal(config, {"study.confirm": 4, "study.confirm_fits": 3})
+    assert message.startswith("study.confirm_fits=3 with study.confirm=4 is invalid: ")
+    for fits in (0, 4):
+        with_values(config, {"study.confirm": 4, "study.confirm_fits": fits})
+
+
 SCREENING = {
     "study.pruner": "screening",
     "study.rungs": [0.1],

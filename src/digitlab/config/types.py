@@ -195,6 +195,12 @@ class StudyConfig:
                 f"study.begin_with={self.begin_with} with study.sampler=grid is invalid: a grid "
                 "has its own points. Leave study.begin_with=[], or use another sampler."
             )
+        if 0 < self.confirm_fits < self.confirm:
+            raise UserError(
+                f"study.confirm_fits={self.confirm_fits} with study.confirm={self.confirm} is "
+                "invalid: it must be 0 or >= study.confirm, so that each of the best has a fit. "
+                "Raise it, or lower study.confirm."
+            )
         if self.fork_from == self.name:
             raise UserError(
                 f"study.fork_from={self.fork_from} with study.name={self.name} is invalid: a study "
