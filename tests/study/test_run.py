@@ -229,7 +229,9 @@ def test_a_run_that_was_stopped_is_gone_on_with_by_the_same_command(
 ) -> None:
     call = call_in(lab)
     at("job.batch", lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert call("train", *SMALL, ALWAYS)[0] == 130
+    status, out, _ = call("train", *SMALL, ALWAYS)
+    assert status == 130
+    assert "interrupted: it was stopped; the same command goes on from there" in out
     status, out, _ = call("train", *SMALL, ALWAYS)
     assert status == 0
     assert "goes on at step" in out

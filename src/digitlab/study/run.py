@@ -88,8 +88,10 @@ def run_once(
     records.outbox.flush(_DELIVERY_S)
     records.outbox.check()
     ending = endings[0] if endings else Ending("interrupted")
-    trained = len(task.curve)
-    return Outcome(ending.state, ending.reason, task.metrics, recorder.run_id(), trained)
+    reason, trained = ending.reason, len(task.curve)
+    if ending.state == "interrupted" and recorder.checkpoints.latest():
+        reason += "; the same command goes on from there"
+    return Outcome(ending.state, reason, task.metrics, recorder.run_id(), trained)
 
 
 # Receives a run that finished, with where it is recorded.
