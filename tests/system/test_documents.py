@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,17 @@ FIRST_LINE = {  # of what each command prints
     "show": r"run [0-9a-f]{32} \(\S+-final-\d+-\d+\): final, finished",
     "studies": r"[┏━┳┓]+",
     "sweep": r"study \S+: 2 trials over |study (smoke|default) is complete: ",
-    "train": r"epoch 1/\d  train_accuracy 0\.\d+",
+    "train": r"epoch 1/\d+  train_accuracy 0\.\d+",
 }
 
 
-def commands(page: Path) -> list[str]:
+# The same by how the command ends.
+OTHER_LINE = {"--cfg job": "format: 1\n", "--csv": "run_id,name,"}
+
+
+def commands(text: str) -> list[str]:
     """Return the commands of a page: of its blocks, and between backticks."""
-    text = page.read_text().replace("\\\n", " ")
+    text = text.replace("\\\n", " ")
     blocks = re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
     found = [line for line in blocks if COMMAND.match(line)]
     found += [line for line in re.findall(r"`([^`\n]+)`", text) if COMMAND.fullmatch(line)]
@@ -84,7 +89,9 @@ def arguments(command: str) -> list[str]:
     return words[start + 1 :]
 
 
-ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page.read_text())))
+# README's table for those who know another tool.
+COMING = (ROOT / "README.md").read_text().partition("that you come from\n")[2].partition("##")[0]
 IS_RUN = {line: line.split()[1] not in NOT_RUN and "launcher=ray" not in line for line in ALL}
 
 
@@ -98,13 +105,11 @@ def test_a_printed_command_that_is_not_run_is_known(command: str) -> None:
             assert composing.compose("sweep", options.overrides)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_every_printed_command_runs(
+@pytest.fixture
+def run_as_printed(
     tmp_path_factory: pytest.TempPathFactory, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the order of the pages, in one lab with a finished study `smoke`."""
-    assert sum(IS_RUN.values()) > 25
+) -> Callable[[str], None]:
+    """Run a command on the sample, in one lab with a finished study `smoke`."""
     lab = shutil.copytree(studies(tmp_path_factory), tmp_path_factory.mktemp("documents") / "lab")
     call = call_in(lab)
     assert call("delete", "stopped", "--yes")[0] == 0  # it was killed, which `audit` reports
@@ -121,13 +126,42 @@ def test_every_printed_command_runs(
     monkeypatch.setattr(composing, "compose", compose)
     for name in ("photo.jpg", "photo (1).jpg"):
         Image.open(ROOT / "experiments" / "draw.png").convert("L").save(name)
-    for command in (line for line, is_run in IS_RUN.items() if is_run):
+
+    def run(command: str) -> None:
         words = [word.replace("RUN", "champion") for word in arguments(command)]
         words += ["--prepared=5"] if words[0] == "evaluate" else []
         monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
         status, out, err = call(*words)
         assert status == 0, f"{command}: {out}{err}"
-        assert re.match(FIRST_LINE[words[0]], out), f"{command}: {out}"
+        first_line = next((line for end, line in OTHER_LINE.items() if command.endswith(end)), "")
+        assert re.match(first_line or FIRST_LINE[words[0]], out), f"{command}: {out}"
+
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_every_printed_command_runs(run_as_printed: Callable[[str], None]) -> None:
+    """In the order of the pages."""
+    assert sum(IS_RUN.values()) > 25
+    for command in (line for line, is_run in IS_RUN.items() if is_run):
+        run_as_printed(command)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_command_for_those_who_come_from_another_tool_runs(
+    run_as_printed: Callable[[str], None],
+) -> None:
+    table = [line for line in COMING.splitlines() if line.startswith("|")]
+    tools = [line.split(" | ")[0].strip("| ") for line in table[2:]]
+    assert [tool for tool in tools if tool] == [
+        *("lightning-hydra-template", "Optuna", "MLflow", "W&B"),
+    ]
+    lines = commands(COMING)
+    assert len(lines) > 15
+    for command in (line for line in lines if IS_RUN[line]):
+        run_as_printed(command)
 
 
 VALUES = {"name": "fast, accuracy", "unit": "%", "values": [98.0, 99.0], "least": None, "most": 9}
