@@ -360,6 +360,25 @@ def test_several_runs_at_once_write_nothing_outside_the_lab(call: Call) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.slow
+def test_keep_going_trains_what_is_left_after_a_job_that_is_refused(call: Call) -> None:
+    several = ["-m", "data.validation_images=9999,400", "tracking=none", "trainer.epochs=1"]
+    status, out, err = call("train", *SMALL, *several)
+    assert (status, out.count("epoch 1/1")) == (2, 0)
+    refusal = err
+    assert refusal.startswith("digitlab: data.validation_images=9999 is invalid")
+    status, out, err = call("train", *SMALL, *several, "--keep-going")
+    assert (status, err, out.count("epoch 1/1")) == (2, refusal, 1)
+    assert out.endswith("\n1 of 2 jobs finished\n")
+
+
+def test_options_that_would_have_no_effect_are_refused(call: Call) -> None:
+    for options in (["--keep-going"], ["--config-from", "x", "--config-dir", "."]):
+        status, out, err = call("train", *options)
+        assert (status, out) == (2, "")
+        assert re.match(r"digitlab: --[a-z-]+ with(out)? --[a-z-]+ is invalid: ", err)
+
+
 def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trained) -> None:
     wild = ["optim=sgd", "optim.schedule=constant", "optim.learning_rate=10"]
     wild += ["optim.weight_decay=1", "model.batch_norm=false", "name=wild"]

@@ -235,6 +235,10 @@ def _add_training(builder: _Builder) -> None:
         added.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=override)
         combine = "do so for every combination of values such as trainer.seed=1,2"
         added.add_argument("--multirun", "-m", action="store_true", help=combine)
+        going = "with --multirun: go on after a job that is refused, as after one that fails"
+        added.add_argument("--keep-going", action="store_true", help=going)
+        place = "add a folder's groups, such as recipes in FOLDER/experiments"
+        added.add_argument("--config-dir", "-cd", metavar="FOLDER", help=place)
         cfg = "print the configuration, and stop"
         added.add_argument("--cfg", "-c", choices=["job"], help=cfg)
         if name == "train":

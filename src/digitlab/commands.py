@@ -46,17 +46,24 @@ def train(options: Namespace) -> int:
     if options.cfg:
         return _print_config("train", options)
     if options.config_from:
+        if options.config_dir:
+            raise UserError(
+                "--config-dir with --config-from is invalid: a recorded configuration is whole. "
+                "Leave one out."
+            )
         from digitlab.results.reproduce import train_from
 
         return train_from(options.config_from, options.overrides, lab_folder())
     from digitlab.config.compose import compose
 
-    jobs = compose("train", options.overrides, options.multirun)
+    jobs = compose("train", _overrides(options), options.multirun)
     from digitlab.results.conclusion import conclude
     from digitlab.study.run import train as train_one
 
     lab = lab_folder()
-    return _run_all(jobs, lambda job: train_one(job, lab, conclude=conclude).exit_status)
+    return _run_all(
+        jobs, lambda job: train_one(job, lab, conclude=conclude).exit_status, options.keep_going
+    )
 
 
 def sweep(options: Namespace) -> int:
@@ -65,7 +72,7 @@ def sweep(options: Namespace) -> int:
     lab = lab_folder()  # whose .env the workers inherit
     from digitlab.config.compose import compose
 
-    jobs = compose("sweep", options.overrides, options.multirun)
+    jobs = compose("sweep", _overrides(options), options.multirun)
     from digitlab.study.driver import is_published
     from digitlab.study.driver import sweep as lead
 
@@ -73,7 +80,7 @@ def sweep(options: Namespace) -> int:
         from digitlab.workers.processes import preload
 
         preload()  # beside the rest of the parent's own imports, MLflow above all
-    return _run_all(jobs, lambda job: lead(job, lab, _publish))
+    return _run_all(jobs, lambda job: lead(job, lab, _publish), options.keep_going)
 
 
 def _publish(session: "StudySession", summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -86,20 +93,45 @@ def _publish(session: "StudySession", summary: Mapping[str, Any]) -> Mapping[str
 def _print_config(command: str, options: Namespace) -> int:
     from digitlab.config.compose import composed_text
 
-    print(composed_text(command, options.overrides, options.multirun), end="")
+    print(composed_text(command, _overrides(options), options.multirun), end="")
     return 0
 
 
-def _run_all(jobs: Sequence["Composed"], run: Callable[["Composed"], int]) -> int:
-    """Run the jobs of --multirun in turn; one that is stopped ends them all."""
+def _overrides(options: Namespace) -> list[str]:
+    """Return the overrides, with the folder of one's own, which printed commands repeat."""
+    if options.keep_going and not options.multirun:
+        raise UserError(
+            "--keep-going without --multirun is invalid: there is one job. Give --multirun, or "
+            "leave it out."
+        )
+    own = [f"--config-dir={options.config_dir}"] if options.config_dir else []
+    return [*own, *options.overrides]
+
+
+def _run_all(
+    jobs: Sequence["Composed"], run: Callable[["Composed"], int], keeps_going: bool
+) -> int:
+    """Run the jobs of --multirun in turn; one that is stopped ends them all.
+
+    Args:
+        keeps_going: whether one that is refused does not.
+    """
     statuses = []
     for job in jobs:
-        statuses.append(run(job))
+        try:
+            statuses.append(run(job))
+        except UserError as error:
+            if not keeps_going:
+                raise
+            print(f"digitlab: {error}", file=sys.stderr)
+            statuses.append(2)
         if statuses[-1] == 130:
             left = len(jobs) - len(statuses)
             if left:
                 print(f"{left} of {len(jobs)} jobs were not started")
             break
+    if keeps_going:
+        print(f"{statuses.count(0)} of {len(jobs)} jobs finished")
     return max(statuses)
 
 

@@ -201,6 +201,60 @@ def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+# --- a folder of one's own ---
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with a recipe and an option of a group; its path is none that a grammar reads."""
+    folder = tmp_path / "it's {mine}, 100%"
+    for name, text in (
+        ("experiments/mine", "# @package _global_\ndefaults:\n  - override /model: tiny\n"),
+        ("model/tiny", "defaults:\n  - narrow\n\nhidden: 7\n"),
+    ):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_a_folder_of_ones_own_adds_recipes_and_options(own: Path, command: str) -> None:
+    words = (f"--config-dir={own}", "experiments=mine", "trainer.epochs=3")
+    (composed,) = compose(command, words)
+    assert (composed.config.model.hidden, composed.config.trainer.epochs) == (7, 3)
+    assert composed.overrides == words  # so that a printed command finds the recipe
+    (composed,) = compose(command, [words[0], "experiments=overfit", "model=tiny"])
+    assert (composed.config.study.name, composed.config.model.hidden) == ("overfit", 7)
+    assert ", mine, " in refusal(command, words[0], "experiments=other")
+    assert refusal(command, "experiments=mine").startswith("experiments=mine is invalid")
+
+
+def test_each_of_several_runs_keeps_the_folder(own: Path) -> None:
+    words = [f"--config-dir={own}", "experiments=mine,smoke"]
+    jobs = compose("train", words, multirun=True)
+    assert [job.overrides for job in jobs] == [
+        (words[0], "experiments=mine"),
+        (words[0], "experiments=smoke"),
+    ]
+
+
+def test_a_folder_that_is_none_or_whose_file_would_be_hidden_is_refused(own: Path) -> None:
+    assert refusal("train", "--config-dir=nowhere").startswith("--config-dir=nowhere is invalid")
+    (own / "experiments/smoke.yaml").write_text("# @package _global_\n")
+    message = refusal("train", f"--config-dir={own}", "experiments=mine")
+    assert message.startswith(f"{own}/experiments/smoke.yaml is invalid")
+    assert f"{ROOT}/experiments/smoke.yaml" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["hydra.verbose=true", "hydra.run.dir=x", "hydra/launcher=basic", "+hydra.verbose=1"]
+)
+def test_a_setting_of_hydra_itself_is_refused(text: str) -> None:
+    message = refusal("train", text)
+    assert message.startswith(f"{text} is invalid: Hydra's own settings have no effect here")
+    assert "--debug" in message
+
+
 # --- the search space of a sweep ---
 
 

@@ -155,6 +155,11 @@ def test_name_says_what_was_changed_against_the_recipe(overrides: list[str], nam
     assert name_of(compose("train", overrides)[0], NoTracker()) == name
 
 
+def test_name_leaves_out_the_folder_of_ones_own(tmp_path: Path) -> None:
+    words = [f"--config-dir={tmp_path}", "experiments=seed", "trainer.epochs=5"]
+    assert name_of(compose("train", words)[0], NoTracker()) == "seed epochs=5"
+
+
 def test_name_that_is_taken_is_numbered() -> None:
     class Named(NoTracker):
         names: ClassVar = ["seed", "seed #2", "seed epochs=5", "seed #9", "seedling", "seed #x"]

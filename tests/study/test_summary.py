@@ -4,11 +4,13 @@ import dataclasses
 import io
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from digitlab.base.statistics import Interval
+from digitlab.cli import build_parser
 from digitlab.config.compose import compose
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.study.trials import TrialRow
@@ -34,6 +36,17 @@ def test_a_printed_command_composes_the_study_that_it_goes_on_with() -> None:
     study = compose("sweep", words_of(command))[0].config.study
     assert (study.name, study.trials) == ("a-b", 9)
     assert study.space["model.hidden"] == "int(interval(8,16))"
+
+
+def test_a_printed_command_names_the_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    recipe = tmp_path / "experiments/mine.yaml"
+    recipe.write_text("# @package _global_\nstudy: {name: mine, trials: 3}\n")
+    _, parsers = build_parser()
+    given = parsers["sweep"].parse_args(["--config-dir", str(tmp_path), "experiments=mine"])
+    (composed,) = compose("sweep", [f"--config-dir={given.config_dir}", *given.overrides])
+    again = parsers["sweep"].parse_args(words_of(sweep_command(composed.overrides)))
+    assert again == given
 
 
 def test_the_default_recipe_is_not_named_and_a_later_override_replaces() -> None:

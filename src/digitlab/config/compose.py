@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -29,6 +30,7 @@ from digitlab.config.types import Config
 _GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher", "experiments")
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAME = "name="
+CONFIG_DIR = "--config-dir="
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class Composed:
 class _Recipes(SearchPathPlugin):
     """Make `experiments/` a group. A plugin takes any path: no grammar reads it."""
 
+    own: ClassVar[Path | None] = None  # the folder of --config-dir, while something is composed
+
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in recipe_folders():
             search_path.append("digitlab", f"file://{folder.parent}")
+        if self.own is not None:
+            search_path.append("--config-dir", f"file://{self.own}")
 
 
 def compose(command: str, overrides: Sequence[str], multirun: bool = False) -> list[Composed]:
@@ -53,7 +59,8 @@ def compose(command: str, overrides: Sequence[str], multirun: bool = False) -> l
 
     Args:
         command: train or sweep; sweep takes ranges in Hydra's sweep grammar as its search space.
-        overrides: Hydra's; for train also name=NAME, the name of the run.
+        overrides: Hydra's; also --config-dir=FOLDER, whose groups are added, as Hydra's own flag
+            does, and for train name=NAME, the name of the run.
         multirun: whether to train every combination of values such as trainer.seed=1,2.
 
     Returns:
@@ -111,19 +118,38 @@ def _plain(
 
     In a sweep a range joins the search space, and a key that is given one value leaves it.
     """
+    own = [text for text in texts if text.startswith(CONFIG_DIR)]
+    texts = [text for text in texts if text not in own]
     parsed = {text: _parse(text) for text in texts}
     swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
     kept = [text for text in texts if text not in swept]
     space = {parsed[text].key_or_group: text.partition("=")[2] for text in swept}
     fixed = {parsed[text].key_or_group for text in kept if command == "sweep"}
     jobs = _product(kept, multirun)
-    with _hydra():
+    with _hydra(_own_folder(own[-1]) if own else None):
         plains = [_compose([_parse(text) for text in job]) for job in jobs]
     for plain in plains:
         if isinstance(plain.get("study"), dict) and isinstance(plain["study"].get("space"), dict):
             searched = plain["study"]["space"] | space
             plain["study"]["space"] = {k: v for k, v in searched.items() if k not in fixed}
-    return jobs, plains
+    return [(*own, *job) for job in jobs], plains
+
+
+def _own_folder(text: str) -> Path:
+    """Return the folder of --config-dir=FOLDER; UserError where a file in it would be hidden."""
+    folder = Path(text.removeprefix(CONFIG_DIR)).resolve()
+    require(
+        folder.is_dir(), text, "a folder that holds GROUP/OPTION.yaml, as experiments/mine.yaml"
+    )
+    for path in folder.glob("*/*.yaml"):
+        for known in (CONF, *(recipes.parent for recipes in recipe_folders())):
+            shipped = known / path.relative_to(folder)
+            if shipped.is_file() and not shipped.samefile(path):
+                raise UserError(
+                    f"{path} is invalid: its name must not be that of {shipped}, which Hydra would "
+                    "read instead. Name it otherwise."
+                )
+    return folder
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -149,6 +175,12 @@ def _parse(text: str) -> Override:
     """
     key, equals, _ = text.partition("=")
     require(bool(key) and (bool(equals) or key.startswith("~")), text, "KEY=VALUE")
+    if re.match(r"[+~]*hydra\b", key):
+        raise UserError(
+            f"{text} is invalid: Hydra's own settings have no effect here: it must be a setting "
+            "that `digitlab config` lists. Use --cfg job to see the configuration, and --debug to "
+            "see an error's traceback."
+        )
     schema = settings().get(key.lstrip("+"), {"type": ""})
     is_text = "anyOf" in schema or (schema["type"] == "string" and "enum" not in schema)
     parser = OverridesParser.create()
@@ -198,11 +230,15 @@ def _product(texts: Sequence[str], multirun: bool) -> list[tuple[str, ...]]:
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
-    """Initialise Hydra on `conf/`, and leave it as it was."""
+def _hydra(own: Path | None) -> Iterator[None]:
+    """Initialise Hydra on `conf/` and a folder of one's own, and leave it as it was."""
     Plugins.instance().register(_Recipes)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+    _Recipes.own = own
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        _Recipes.own = None
 
 
 def _compose(overrides: Sequence[Override]) -> dict[str, Any]:

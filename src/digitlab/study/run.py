@@ -25,7 +25,7 @@ _DELIVERY_S = 30.0  # to wait at the end for a tracker that is slow or away
 _LONGEST_NAME = 100  # characters of a run's name
 _MARKS = r"[\[\]'\"\s]"  # of Hydra's grammar, without which a value is still clear
 # Groups of overrides that do not describe the run itself; its name starts with its recipe.
-_NOT_OF_A_RUN = ("experiments", "study", "tracking", "launcher")
+_NOT_OF_A_RUN = ("experiments", "study", "tracking", "launcher", "--config-dir")
 
 
 @dataclass(frozen=True)
