@@ -27,8 +27,9 @@ from trackers import CODE, FILES, HOST, Server, answers
 
 from digitlab.base.errors import UserError
 from digitlab.records import local
-from digitlab.records.mlflow import MlflowTracker, save_servable
+from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.mlflow_errors import http_status
+from digitlab.records.mlflow_models import save_servable
 from digitlab.records.tracker import LogBatch, NewRun, TrackerAway
 from digitlab.results.verdict import Change
 

@@ -1,4 +1,4 @@
-"""Records of runs in MLflow. Beside its errors' module the only one that imports mlflow."""
+"""Records of runs in MLflow. No module but those named mlflow... in this room imports mlflow."""
 
 import json
 import logging
@@ -9,12 +9,9 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -61,10 +58,6 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from digitlab.records.mlflow_errors import http_status, translated
-
-if TYPE_CHECKING:  # torch takes as long to import as all else that lists runs
-    import numpy as np
-    import torch
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
@@ -343,33 +336,3 @@ def _row(run: Run) -> RunRow:
     data, info = run.data, run.info
     held = data.tags, data.params, data.metrics, info.start_time or 0, info.end_time or 0
     return RunRow(info.run_id, visible(info.run_name), info.status, *held)
-
-
-def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:
-    """Write a model that MLflow loads and serves: a pt2 archive without pickled code of ours.
-
-    The only pickle in the archive is torch's sample input, plain tensors, which MLflow asks for.
-
-    Args:
-        network: takes images (N, ...) and returns a row for each.
-        example: an input, which the signature is taken from.
-        folder: must not exist.
-    """
-    import mlflow.pytorch
-    import torch
-    from mlflow.models import infer_signature
-
-    network.eval()  # or dropout is exported with the rest
-    with torch.no_grad():
-        output = network(torch.from_numpy(example)).numpy()
-    libraries = [f"{name}=={version(name)}" for name in ("torch", "numpy", "mlflow")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, on tensors that share memory
-        mlflow.pytorch.save_model(
-            network,
-            folder,
-            signature=infer_signature(example, output),
-            input_example=example,
-            pip_requirements=libraries,
-            serialization_format="pt2",
-        )

@@ -13,7 +13,7 @@ import torch
 from digitlab.base.statistics import Interval
 from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
-from digitlab.records.mlflow import save_servable
+from digitlab.records.mlflow_models import save_servable
 from digitlab.records.reader import verified
 from digitlab.records.record import RunRecorder, trial_tags
 from digitlab.records.tracker import RunRow
