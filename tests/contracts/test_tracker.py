@@ -10,8 +10,17 @@ import pytest
 from trackers import FILES, LONG, Server
 
 from digitlab.base.errors import UserError
+from digitlab.records.local import list_artifacts, place_of
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.tracker import Dataset, LogBatch, NewRun, NoTracker, Tracker, TrackerRefused
+from digitlab.records.tracker import (
+    Dataset,
+    LogBatch,
+    NewRun,
+    NoTracker,
+    Registration,
+    Tracker,
+    TrackerRefused,
+)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
@@ -25,6 +34,11 @@ def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> MlflowTracker:
 
 def create(tracker: Tracker, name: str, **tags: str) -> str:
     return tracker.create_run(NewRun(name, tags, {}))
+
+
+def registration(number: int, model: str = "digits") -> Registration:
+    measured_on = Dataset("mnist", "0123abcd", "test")
+    return Registration(model, {"trial": str(number)}, f"**the {number}th**\n\n- x", measured_on)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +204,43 @@ def test_latest_registered_version_is_the_champion(tracker: MlflowTracker) -> No
     runs = [create(tracker, name) for name in ("first", "second")]
     for number, run_id in enumerate(runs):
         tracker.upload(run_id, {"model/MLmodel": b""})
-        tracker.register("digits", run_id, {"trial": str(number)}, f"**the {number}th**\n\n- x")
+        tracker.register(run_id, registration(number))
     champion = tracker.client.get_model_version_by_alias("digits", "champion")
     assert (champion.run_id, champion.tags["trial"]) == (runs[1], "1")
     assert champion.description == "**the 1th**\n\n- x"
-    assert champion.source.endswith(f"{runs[1]}/artifacts/model")
+    models = tracker.client.search_logged_models([tracker.experiment])
+    [source] = [model.artifact_location for model in models if model.source_run_id == runs[1]]
+    assert champion.source == source
+
+
+def test_registered_model_is_listed_once_with_the_runs_metrics_and_their_data_set(
+    tracker: MlflowTracker,
+) -> None:
+    run_id, client = create(tracker, "best"), tracker.client
+    tracker.upload(run_id, {"model/MLmodel": b"a: b", "model/data/x": b"1", "weights": b"2"})
+    batch = LogBatch({"seed": "3", "long": LONG}, [("loss", 0.5, 1, 1000), ("test", 0.25, 2, 2000)])
+    tracker.log(run_id, batch)
+    for _ in range(2):
+        tracker.register(run_id, registration(7, model="v1.2 digits"))
+    [model] = client.search_logged_models([tracker.experiment])
+    assert (model.source_run_id, str(model.status), model.name) == (run_id, "READY", "v1-2 digits")
+    assert (model.params, model.tags["trial"]) == ({"seed": "3"}, "7")
+    assert sorted((m.key, m.step, m.value, m.dataset_name) for m in model.metrics) == [
+        ("loss", 1, 0.5, "mnist"),
+        ("test", 2, 0.25, "mnist"),
+    ]
+    assert {metric.dataset_digest for metric in model.metrics} == {"0123abcd"}
+    assert tracker.history(run_id) == [("loss", 1, 0.5), ("test", 2, 0.25)]
+    [output] = client.get_run(run_id).outputs.model_outputs
+    assert output.model_id == model.model_id
+    [version] = client.search_model_versions("name = 'v1.2 digits'")
+    assert (version.run_id, version.source) == (run_id, model.artifact_location)
+    if tracker.is_local:
+        folder = place_of(tracker.lab, model.artifact_location)
+        assert sorted(list_artifacts(folder)) == ["MLmodel", "data/x"]
+    else:
+        listed = client.list_logged_model_artifacts(model.model_id)
+        assert {file.path for file in listed} == {"MLmodel", "data"}
 
 
 def test_deleted_run_is_hidden_and_comes_back_whole(tracker: Tracker) -> None:
@@ -268,7 +314,7 @@ def test_no_tracker_takes_everything_and_holds_nothing() -> None:
     tracker.delete(run_id)
     tracker.restore(run_id)
     assert tracker.files(run_id) == []
-    tracker.register("digits", run_id, {}, "a card")
+    tracker.register(run_id, registration(0))
     tracker.set_experiment_tags({"a": "b"})
     assert tracker.runs_page() == ""
     assert tracker.find({}) == tracker.history(run_id) == []

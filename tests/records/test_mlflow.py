@@ -30,7 +30,7 @@ from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.mlflow_errors import http_status
 from digitlab.records.mlflow_models import save_servable
-from digitlab.records.tracker import LogBatch, NewRun, TrackerAway
+from digitlab.records.tracker import Dataset, LogBatch, NewRun, Registration, TrackerAway
 from digitlab.results.verdict import Change
 
 _FOUR_AT_ONCE = """
@@ -200,7 +200,8 @@ def test_moved_lab_is_read_written_and_served(
     model = {f"model/{p.relative_to(tmp_path / 'model')}": p.read_bytes()
              for p in (tmp_path / "model").rglob("*") if p.is_file()}  # fmt: skip
     tracker.upload(run_id, model)
-    tracker.register("digits", run_id, {}, "a card")
+    measured_on = Dataset("mnist", "0123abcd", "test")
+    tracker.register(run_id, Registration("digits", {}, "a card", measured_on))
     del tracker
     shutil.move(lab, moved)
     for path in moved.glob("mlflow.db*"):
@@ -220,11 +221,13 @@ def test_moved_lab_is_read_written_and_served(
             assert Path(path).read_bytes() == FILES["pictures/a.png"]
         default = client.get_experiment("0").artifact_location
         assert default == "mlflow-artifacts:/0"
-        code = "import mlflow, numpy; m = mlflow.pyfunc.load_model('models:/digits@champion'); "
-        code += "print(m.predict(numpy.ones((2, 1, 4, 4), numpy.float32)).tolist())"
+        [logged] = client.search_logged_models(["1"])
+        code = "import mlflow, numpy; x = numpy.ones((2, 1, 4, 4), numpy.float32); "
+        for name in (f"models:/{logged.model_id}", "models:/digits@champion"):
+            code += f"print(mlflow.pyfunc.load_model('{name}').predict(x).tolist()); "
         environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True,
             check=False,
         )  # fmt: skip
-        assert done.stdout.strip().endswith("[1.0, 1.0]"), done.stderr[-2000:]
+        assert done.stdout.split("\n")[-3:] == ["[1.0, 1.0]", "[1.0, 1.0]", ""], done.stderr[-2000:]

@@ -26,9 +26,11 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.spool import decode, encode
 from digitlab.records.tracker import (
+    Dataset,
     LogBatch,
     NewRun,
     NoTracker,
+    Registration,
     TrackerAway,
     TrackerRefused,
     TrackerUnwritable,
@@ -47,6 +49,9 @@ def open_outbox(gate: Gate, tmp_path: Path, request: pytest.FixtureRequest) -> O
         return opened[-1]
 
     return open_outbox
+
+
+CHAMPION = Registration("digits", {}, "a card", Dataset("mnist", "0123abcd", "test"))
 
 
 def record(outbox: Outbox, before: Callable[[int], None] = lambda step: None) -> None:
@@ -283,11 +288,40 @@ def test_reading_from_a_tracker_that_is_away_is_reported_in_one_line(
         lambda: tracker.history(run_id),
         lambda: tracker.artifact(run_id, "config.yaml"),
         lambda: tracker.is_deleted(run_id),
-        lambda: tracker.register("digits", run_id, {}, "a card"),
+        lambda: tracker.register(run_id, CHAMPION),
     ):
         with pytest.raises(TrackerAway, match="does not answer") as raised:
             ask()
         assert "\n" not in str(raised.value)
+
+
+def test_model_is_registered_once_however_often_it_is_sent(tmp_path: Path) -> None:
+    """With the metrics and the state that were recorded before and after it."""
+
+    class Failing(MlflowTracker):
+        left = 2
+
+        def end_run(self, run_id: str, state: str, time_ms: int) -> None:
+            self.left -= 1
+            if self.left >= 0:
+                raise TrackerAway("503")
+            super().end_run(run_id, state, time_ms)
+
+    tracker = Failing(None, "digitlab", tmp_path)
+    outbox = Outbox(tmp_path, tracker)
+    spool = outbox.open_run(new("best"), {"model/MLmodel": b""})
+    spool.log({"test_accuracy": 0.5}, 1)
+    spool.register(CHAMPION)
+    spool.end("finished")
+    assert outbox.flush(60) == 0
+    outbox.check()
+    outbox.close()
+    row = tracker.get("best")
+    assert (tracker.left, row.status) == (-1, "FINISHED")
+    [version] = tracker.client.search_model_versions("name = 'digits'")
+    assert (version.run_id, version.description) == (row.run_id, "a card")
+    [model] = tracker.client.search_logged_models([tracker.experiment])
+    assert [(metric.key, metric.value) for metric in model.metrics] == [("test_accuracy", 0.5)]
 
 
 def test_run_that_the_tracker_always_fails_on_delays_no_other(tmp_path: Path) -> None:

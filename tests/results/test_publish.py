@@ -74,6 +74,24 @@ def test_alias_moves_to_the_new_champion(session: StudySession, champions: list[
     assert {version.run_id for version in versions} == {run.run_id for run in champions}
 
 
+def test_champion_is_a_logged_model_with_its_metrics_and_what_they_were_measured_on(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    tracker, champion = session.records.tracker, champions[1]
+    assert isinstance(tracker, MlflowTracker)
+    models = tracker.client.search_logged_models([tracker.experiment])
+    assert sorted(model.source_run_id for model in models) == sorted(r.run_id for r in champions)
+    [model] = [model for model in models if model.source_run_id == champion.run_id]
+    assert {metric.key: metric.value for metric in model.metrics} == champion.metrics
+    final = tracker.client.get_run(champion.tags["digitlab.weights_run"]).inputs.dataset_inputs
+    [tested] = [used.dataset for used in final if used.tags[0].value == "test"]
+    assert {(m.dataset_name, m.dataset_digest) for m in model.metrics} == {
+        (tested.name, tested.digest)
+    }
+    [used] = tracker.client.get_run(champion.run_id).inputs.dataset_inputs
+    assert used.dataset.digest == tested.digest
+
+
 def test_champion_has_the_weights_of_the_first_final_fit_and_the_figures_of_all(
     session: StudySession, champions: list[RunRow]
 ) -> None:

@@ -14,6 +14,7 @@ from digitlab.records.tracker import (
     Dataset,
     LogBatch,
     NewRun,
+    Registration,
     Tracker,
     TrackerAway,
     TrackerRefused,
@@ -199,7 +200,7 @@ def _refusal(spool: FileSpool, error: TrackerRefused) -> TrackerRefused:
 
 def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operation]) -> None:
     """Send operations on one run in as few calls as possible."""
-    batch, end = LogBatch(), None
+    batch, registration, end = LogBatch(), None, None
     files: dict[str, bytes] = {}
     for what, added in operations:
         files |= added
@@ -210,6 +211,10 @@ def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operati
         elif what["do"] == "log":
             points = what["metrics"].items()
             batch.metrics.extend((name, x, what["step"], what["time_ms"]) for name, x in points)
+        elif what["do"] == "register":
+            given = what["registration"]
+            measured_on = Dataset(*given["measured_on"])
+            registration = Registration(**{**given, "measured_on": measured_on})
         elif what["do"] == "end":
             end = (what["state"], what["time_ms"])
     # Files before the state: a run that is finished in the tracker has all of them.
@@ -218,6 +223,9 @@ def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operati
         faults.point("outbox.sent")
     if batch:
         tracker.log(run_id, batch)
+        faults.point("outbox.sent")
+    if registration:  # of the files and metrics that are there by now
+        tracker.register(run_id, registration)
         faults.point("outbox.sent")
     if end:
         tracker.end_run(run_id, *end)

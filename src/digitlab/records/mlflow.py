@@ -9,8 +9,9 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -31,6 +32,7 @@ from digitlab.records.tracker import (
     Dataset,
     LogBatch,
     NewRun,
+    Registration,
     RunRow,
     Tracker,
     TrackerAway,
@@ -58,6 +60,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from digitlab.records.mlflow_errors import http_status, translated
+from digitlab.records.mlflow_models import log_model, register_model
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
@@ -151,13 +154,21 @@ class MlflowTracker(Tracker):
 
     @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        if self.is_local:
-            # As MLflow composes the place of a run in an experiment's.
-            write_artifacts(place_of(self.lab, f"{LOCATION}{run_id}/artifacts"), files)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            write_artifacts(Path(folder), files)
-            self.client.log_artifacts(run_id, folder)
+        # As MLflow composes the place of a run in an experiment's.
+        place = self._place(f"{LOCATION}{run_id}/artifacts")
+        _write(place, files, partial(self.client.log_artifacts, run_id))
+
+    def _place(self, uri: str) -> Path | None:
+        return place_of(self.lab, uri) if self.is_local else None
+
+    @translated
+    def register(self, run_id: str, what: Registration) -> None:
+        logged = log_model(self.client, run_id, what)
+        paths = [path for path in self.files(run_id) if path.startswith("model/")]
+        files = {path.removeprefix("model/"): self.artifact(run_id, path) for path in paths}
+        place = self._place(logged.artifact_location)
+        _write(place, files, partial(self.client.log_model_artifacts, logged.model_id))
+        register_model(self.client, run_id, logged, what)
 
     @translated
     def end_run(self, run_id: str, state: str, time_ms: int) -> None:
@@ -237,14 +248,6 @@ class MlflowTracker(Tracker):
         return _listed(self.client, run_id)
 
     @translated
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
-        if not self.client.search_registered_models(f"name = '{model}'"):
-            self.client.create_registered_model(model)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
-        made = self.client.create_model_version(model, source, run_id, dict(tags), description=card)
-        self.client.set_registered_model_alias(model, "champion", made.version)
-
-    @translated
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             self.client.set_experiment_tag(self.experiment, key, value)
@@ -253,6 +256,16 @@ class MlflowTracker(Tracker):
         # Without a server, where `digitlab ui` serves what is in the lab.
         server = self.uri if self.is_server else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
+
+
+def _write(place: Path | None, files: Mapping[str, bytes], send: Callable[[str], None]) -> None:
+    """Write artifacts to their place on this disk, or have `send` take a folder of them."""
+    if place is not None:
+        write_artifacts(place, files)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_artifacts(Path(folder), files)
+        send(folder)
 
 
 def _filter(tags: Mapping[str, str]) -> str:

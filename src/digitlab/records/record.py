@@ -11,7 +11,7 @@ from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config, DataConfig, EvaluateOn, Pruner, TrackerName
 from digitlab.records.checkpoints import CheckpointFolder
 from digitlab.records.outbox import Outbox
-from digitlab.records.tracker import Dataset, NewRun, NoTracker, Tracker
+from digitlab.records.tracker import Dataset, NewRun, NoTracker, Registration, Tracker
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,14 @@ class RunRecorder:
         reason: str = "",
         metrics: Mapping[str, float] = {},
         tags: Mapping[str, str] = {},
+        registration: Registration | None = None,
     ) -> None:
         """End the run, and seal what it holds if it finished; on the disk when this returns.
 
         A run that has ended already keeps its state.
+
+        Args:
+            registration: what its model is registered as.
         """
         if self.is_ended:
             return
@@ -210,6 +214,9 @@ class RunRecorder:
             history = ((name, step, value) for (name, step), value in self._logged.items())
             tags["digitlab.seal"] = seal(sums, history, self.tags | tags)
         self.spool.log(new, step, tags)
+        if registration is not None:
+            self.spool.add_datasets([registration.measured_on])
+            self.spool.register(registration)
         self.spool.end(state)
         self.spool.seal()
         if state != "interrupted":  # else the same training may go on

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from digitlab.base import faults
 from digitlab.base.files import sync_folder
-from digitlab.records.tracker import Dataset, NewRun, now_ms
+from digitlab.records.tracker import Dataset, NewRun, Registration, now_ms
 
 
 class RunSpool:
@@ -31,6 +31,9 @@ class RunSpool:
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
         """Record artifacts by their path."""
+
+    def register(self, what: Registration) -> None:
+        """Register the model among the artifacts, with the metrics so far."""
 
     def end(self, state: str) -> None:
         """Record the state that the run ended in, or `running` where it goes on."""
@@ -150,6 +153,9 @@ class FileSpool(RunSpool):
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
         self._append({"do": "files"}, files)
+
+    def register(self, what: Registration) -> None:
+        self._append({"do": "register", "registration": asdict(what)})
 
     def end(self, state: str) -> None:
         self._append({"do": "end", "state": state, "tags": {"digitlab.state": state}})

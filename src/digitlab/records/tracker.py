@@ -67,6 +67,16 @@ class Dataset(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Registration:
+    """What the files below `model/` of a run are registered as."""
+
+    model: str  # name of the registered model, whose alias `champion` moves to them
+    tags: Mapping[str, str]
+    card: str  # Markdown
+    measured_on: Dataset  # of the run's metrics
+
+
+@dataclass(frozen=True)
 class LogBatch:
     """What is written to a run in one call."""
 
@@ -107,6 +117,10 @@ class Tracker(ABC):
         """Set the status that belongs to one of STATES; `running` reopens a run that has ended."""
 
     @abstractmethod
+    def register(self, run_id: str, what: Registration) -> None:
+        """Register the run's model, with the metrics that were logged."""
+
+    @abstractmethod
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         """Return the runs that carry all of the tags, oldest first, without deleted ones."""
 
@@ -143,10 +157,6 @@ class Tracker(ABC):
         """Return the paths of a run's artifacts, sorted."""
 
     @abstractmethod
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
-        """Register the run's `model` under the alias `champion`; `card` is Markdown on it."""
-
-    @abstractmethod
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the experiment, which is where MLflow keeps saved views."""
 
@@ -169,7 +179,7 @@ class NoTracker(Tracker):
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None: ...
     def delete(self, run_id: str) -> None: ...
     def restore(self, run_id: str) -> None: ...
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None: ...
+    def register(self, run_id: str, what: Registration) -> None: ...
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:

@@ -15,8 +15,8 @@ from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
 from digitlab.records.mlflow_models import save_servable
 from digitlab.records.reader import verified
-from digitlab.records.record import RunRecorder, trial_tags
-from digitlab.records.tracker import RunRow
+from digitlab.records.record import RunRecorder, datasets_of, trial_tags
+from digitlab.records.tracker import Registration, RunRow
 from digitlab.study.champion import Fit, final_fits, test_metrics
 from digitlab.study.session import StudySession
 from digitlab.study.summary import champion_text, describe_study
@@ -66,14 +66,16 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
         example = np.zeros((2, 1, 28, 28), np.float32)  # of one, the export makes a constant
         save_servable(_Served(network, fit.config.data), example, folder / "model")
         recorder.add_files(folder)
-    recorder.end("finished", metrics=test_metrics(summary))
+    read = json.loads(weights_run.tags["digitlab.data_sha256"])
+    card = _model_card(config, summary, fit.config)
+    measured_on = datasets_of(fit.config.data, read)[-1]
+    registration = Registration(study, {"trial": str(row.number)}, card, measured_on)
+    recorder.end("finished", metrics=test_metrics(summary), registration=registration)
     session.flush_records()
     run_id = recorder.run_id()
     if run_id is not None:
         for run in earlier:
             tracker.tag(run.run_id, {"digitlab.superseded_by": run_id})
-        card = _model_card(config, summary, fit.config)
-        tracker.register(study, run_id, {"trial": str(row.number)}, card)
     return run_id
 
 
