@@ -22,7 +22,8 @@ WRITTEN = [
         path
         for folder in ("src", "tests", "conf", "experiments")
         for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in (".py", ".md", ".yaml", ".html", ".js", ".sh") and path.name != "words.py"
+        if path.suffix in (".py", ".md", ".yaml", ".html", ".js", ".sh", ".ipynb")
+        and path.name != "words.py"
     ),
 ]
 
