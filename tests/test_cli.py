@@ -179,6 +179,27 @@ def test_completion_knows_the_commands(shell: str, capsys: pytest.CaptureFixture
         assert word in script
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("tr", ["train"]),
+        ("train --con", ["--config-dir", "--config-from"]),
+        ("runs --kind c", ["confirm", "champion"]),
+    ],
+)
+def test_completion_completes_in_bash(
+    typed: str, offered: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["completion", "bash"])
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    words = f"COMP_WORDS=(digitlab {typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))"
+    ask = f'source ./script; {words}; _shtab_digitlab; printf "%s " "${{COMPREPLY[@]}}"'
+    done = subprocess.run(
+        ["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == offered
+
+
 def test_misspelt_command_is_one_line_with_the_nearest() -> None:
     done = digitlab("trian")
     assert (done.returncode, done.stdout) == (2, "")
