@@ -20,7 +20,7 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config, Optimizer
-from digitlab.study.space import Hyperparameter, read_space
+from digitlab.study.space import Hyperparameter, find_values, read_space
 
 RECIPES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 RATES = st.floats(1e-9, 10, allow_nan=False)  # what optim.learning_rate allows
@@ -258,6 +258,28 @@ def test_every_suggestion_is_a_configuration_and_a_value_that_was_written(config
     assert {values["trainer.epochs"] for values in seen} == {1, 3, 5, 7}
     assert {round(values["optim.ema"], 9) for values in seen} == {0.1, 0.2, 0.3, 0.4}
     assert {values["optim.name"] for values in seen} == {"adam", "sgd"}
+
+
+def found_values(config: Config, space: dict[str, str], **changed: Any) -> dict[str, Any] | None:
+    """The values of the trial that trains `config` with other model settings, if there is one."""
+    mine = with_space(config, space)
+    wanted = with_values(config, {f"model.{key}": value for key, value in changed.items()})
+    return find_values(mine, read_space(mine), wanted)
+
+
+def test_a_configuration_lies_in_a_space_where_a_trial_trains_the_same(config: Config) -> None:
+    space = {"model.hidden": "int(interval(16,100))", "model.widths": "[16,32],[8,8]"}
+    own = {"model.hidden": 64, "model.widths": [16, 32]}
+    assert found_values(config, space) == own
+    assert found_values(config, space, widths=[8, 8]) == own | {"model.widths": [8, 8]}
+    assert found_values(config, space, widths=[8, 16]) is None
+    assert found_values(config, space, hidden=101) is None
+    assert found_values(config, space, dropout=0.5) is None  # which is fixed here
+    article = compose("train", ["~experiments", "model=seed"])[0].config
+    searched = with_space(config, space)
+    assert find_values(searched, read_space(searched), article) is None
+    often = with_values(config, {"trainer.checkpoint_minutes": 9})
+    assert find_values(searched, read_space(searched), often) == own  # no result depends on it
 
 
 # --- what is refused ---

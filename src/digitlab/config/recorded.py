@@ -103,6 +103,13 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return config_from_plain(plain)
 
 
+def result_settings(config: Config) -> dict[str, Any]:
+    """Return by dotted key the settings that the result of a run depends on."""
+    hidden = ("study.", "tracking.", "launcher.", "trainer.checkpoint_minutes")
+    leaves = flat(config_to_plain(config)).items()
+    return {key: value for key, value in leaves if not key.startswith(hidden)}
+
+
 def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one with dotted keys; lists stay values."""
     leaves: dict[str, Any] = {}

@@ -7,13 +7,14 @@ from typing import Any
 
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError
-from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_to_plain, config_to_yaml, result_settings, with_values
 from digitlab.config.types import Config
-from digitlab.study.space import is_widened
+from digitlab.study.space import find_values, is_widened
 from digitlab.study.trials import TrialRow, TrialStore
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
 _FIXED = ("sampler", "startup_trials", "seed", "pruner", "rungs")
+_DATA = "SHA-256 of "
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy", "optuna")
 # What made a result, as opposed to what it is a result of: another study may take it over.
 _MAKERS = ("code of training", "tracker", *(f"version of {name}" for name in _LIBRARIES))
@@ -53,21 +54,22 @@ def check_fingerprint(
 
 def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict[str, Any]:
     """Everything that a trial's result depends on, beside the values that are searched."""
-    plain = config_to_plain(config)
-    study = plain.pop("study")
-    del plain["tracking"], plain["launcher"], plain["trainer"]["checkpoint_minutes"]
+    study = config_to_plain(config)["study"]
+    settings = result_settings(config).items()
     return {
-        **{key: value for key, value in flat(plain).items() if key not in config.study.space},
+        **{key: value for key, value in settings if key not in config.study.space},
         **{f"study.{key}": study[key] for key in _FIXED},
         **{f"study.space.{name}": text for name, text in config.study.space.items()},
-        **{f"SHA-256 of {file}": digest[:12] for file, digest in data_sha256.items()},
+        **{f"{_DATA}{file}": digest[:12] for file, digest in data_sha256.items()},
         **{f"version of {name}": version(name) for name in _LIBRARIES},
         "code of training": training_digest(),
         "tracker": tracker,
     }
 
 
-def fitting_trials(store: TrialStore, other: TrialStore) -> list[TrialRow]:
+def fitting_trials(
+    store: TrialStore, config: Config, other: TrialStore, other_config: Config
+) -> list[TrialRow]:
     """Return the finished trials of another study whose whole configuration lies in this one.
 
     Their values are in this study's terms.
@@ -77,27 +79,19 @@ def fitting_trials(store: TrialStore, other: TrialStore) -> list[TrialRow]:
     other code or versions made them, `notes["made_by"]` names them.
     """
     ours, theirs = store.notes()["fingerprint"], other.notes()["fingerprint"]
-    fixed = {k: v for k, v in ours.items() if not k.startswith("study.") and k not in _MAKERS}
+    if any(ours[key] != theirs.get(key) for key in ours if key.startswith(_DATA)):
+        return []
     made_by = [f"{k}: {theirs.get(k)}" for k in _MAKERS if theirs.get(k) != ours[k]]
-
-    def fits(row: TrialRow) -> bool:
-        whole = theirs | row.values
-        return (
-            row.state == "finished"
-            and all(whole.get(key) == value for key, value in fixed.items())
-            and all(one.name in whole and one.holds(whole[one.name]) for one in store.space)
-        )
-
-    return [
-        replace(
-            row,
-            values={one.name: (theirs | row.values)[one.name] for one in store.space},
-            notes={
+    found = []
+    for row in other.rows():
+        if row.state != "finished":
+            continue
+        values = find_values(config, store.space, with_values(other_config, row.values))
+        if values is not None:
+            notes = {
                 "metrics": row.notes.get("metrics", {}),
                 "taken_from": f"{other.config.name}/{row.number}",
                 "made_by": made_by,
-            },
-        )
-        for row in other.rows()
-        if fits(row)
-    ]
+            }
+            found.append(replace(row, values=values, notes=notes))
+    return found

@@ -150,12 +150,13 @@ class TrialSearch:
                 f"study.fork_from={other} does not exist: it must be a study in the same storage; "
                 f"{nearest(other, known)}"
             )
-        source, _ = load_study(self.session.lab, other, self.study.storage)
+        source, source_config = load_study(self.session.lab, other, self.study.storage)
         done = {row.notes.get("taken_from") for row in self.store.rows()}
         # A call that was killed may have recorded one more than it has inserted.
         own = {"digitlab.study_id": self.store.study_id, "digitlab.kind": "trial"}
         recorded = {run.tags["digitlab.trial"] for run in self.session.records.tracker.find(own)}
-        fitting = fitting_trials(self.store, source)[: self.study.trials]
+        fitting = fitting_trials(self.store, self.session.config, source, source_config)
+        fitting = fitting[: self.study.trials]
         for trial in fitting:
             number = len(self.store.rows())
             if trial.notes["taken_from"] not in done:

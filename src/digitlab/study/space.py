@@ -19,7 +19,7 @@ from optuna.distributions import (
 from optuna.trial import create_trial
 
 from digitlab.base.errors import UserError, nearest, require
-from digitlab.config.recorded import config_to_plain, flat, with_values
+from digitlab.config.recorded import config_to_plain, flat, result_settings, with_values
 from digitlab.config.types import Config
 
 # Keys that decide how a trial is measured, and groups that belong to the study as a whole.
@@ -184,6 +184,20 @@ def own_values(config: Config, space: list[Hyperparameter]) -> dict[str, Any]:
     """Return what the recipe itself sets the hyperparameters to."""
     keys = flat(config_to_plain(config))
     return {one.name: keys[one.name] for one in space}
+
+
+def find_values(
+    config: Config, space: list[Hyperparameter], wanted: Config
+) -> dict[str, Any] | None:
+    """Return the values of the trial that trains what `wanted` does; None if no trial can."""
+    settings = result_settings(wanted)
+    if not all(one.name in settings and one.holds(settings[one.name]) for one in space):
+        return None
+    values = {one.name: settings[one.name] for one in space}
+    try:
+        return values if result_settings(with_values(config, values)) == settings else None
+    except UserError:  # they contradict a setting that is fixed here
+        return None
 
 
 def is_widened(one: Hyperparameter, earlier: str | None, config: Config) -> bool:
