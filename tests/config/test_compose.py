@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -308,6 +309,54 @@ def test_a_range_reaches_the_space_letter_by_letter() -> None:
         "model.batch_norm": "true,false",
     }
     assert space("~experiments", *(f"{name}={text}" for name, text in texts.items())) == texts
+
+
+# --- groups whose options are searched ---
+
+GIVEN = ("experiments=smoke", "model.dropout=0.5", "optim.ema=0.5")
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, dict[str, dict[str, Any]]]:
+    searched = ("model=choice(seed,convnet)", "optim=sgd,adamw")
+    return compose("sweep", [*GIVEN, *searched])[0].config.study.options
+
+
+def test_an_option_has_what_its_group_has_in_a_training_with_it(
+    options: dict[str, dict[str, dict[str, Any]]],
+) -> None:
+    trained = compose("train", [*GIVEN, "model=convnet", "optim=sgd"])[0].config
+    assert options["model"]["convnet"] == config_to_plain(trained)["model"]
+    assert options["optim"]["sgd"] == config_to_plain(trained)["optim"]
+    assert options["model"]["convnet"]["widths"] == [8, 16]  # the recipe's
+    assert options["optim"]["sgd"]["learning_rate"] == 0.1  # the option's
+    assert list(options["optim"]) == ["sgd", "adamw"]
+
+
+def test_an_option_is_without_the_given_values_that_it_has_no_setting_for(
+    options: dict[str, dict[str, dict[str, Any]]],
+) -> None:
+    assert options["model"]["seed"] == {"name": "seed"}  # widths and dropout are given
+
+
+def test_a_group_that_is_given_an_option_and_a_training_have_none_to_choose() -> None:
+    assert compose("train", ["experiments=smoke"])[0].config.study.options == {}
+    (composed,) = compose("sweep", ["model=choice(seed,convnet)", "model=convnet"])
+    assert "model" not in composed.config.study.space
+    assert composed.config.study.options == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("choice(seed,resnet)", "model=resnet is invalid: it must be one of convnet, narrow, seed"),
+        ("interval(1,2)", "study.space: model=interval(1,2) is invalid: it must be a choice"),
+        ("range(1,3)", "study.space: model=range(1,3) is invalid: it must be a choice"),
+        ("tag(log,choice(seed,convnet))", "study.space: model=tag(log,choice(seed,convnet)) is"),
+    ],
+)
+def test_what_is_no_choice_among_options_is_refused(text: str, message: str) -> None:
+    assert refusal("sweep", f"model={text}").startswith(message)
 
 
 # --- text as it was typed, paths of any name ---

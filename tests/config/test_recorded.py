@@ -263,6 +263,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_
 )
 NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 COUNTS = st.integers(1, 10_000)
+OPTIONS = st.sampled_from([{}, {"model": {"seed": {"name": "seed"}}}])
 BEGIN = st.sampled_from([[], [{"model.widths": [4, 8], "optim.learning_rate": 0.1}]])
 
 
@@ -305,6 +306,7 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         name=draw(NAMES),
         storage=draw(st.none() | NAMES),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
+        options=draw(OPTIONS),
         fork_from=draw(st.sampled_from(others[: 1 if sampler == "grid" else 2])),
         begin_with=draw(BEGIN) if sampler is not limits.Sampler.grid else [],
         trials=draw(COUNTS) + (finish if is_screening else 0),

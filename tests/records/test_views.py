@@ -54,6 +54,13 @@ def test_view_of_twelve_hyperparameters_fits_into_a_tag_and_shows_them_all() -> 
         assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
 
 
+def test_a_network_that_is_searched_is_shown_by_its_name() -> None:
+    space = {"model": "choice(seed,convnet)", "optim.ema": "interval(0,0.9)"}
+    state = state_of(next(iter(view_tags(replace(STUDY, space=space)).values())))
+    assert {"params.`model.name`", "params.`optim.ema`"} < set(state["selectedColumns"])
+    assert state["compareRunCharts"][0]["selectedParams"] == ["model.name", "optim.ema"]
+
+
 def test_addresses_name_the_views_that_are_tagged() -> None:
     keys = {key.removeprefix("mlflow.sharedViewState.") for key in view_tags(STUDY)}
     addresses = view_addresses("http://there/#/runs?a=b", STUDY.name)

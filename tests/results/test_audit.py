@@ -4,6 +4,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from conftest import Call, CallIn
 from samples import studies
 from studies import problems_of, rows_of, runs_of
 
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_to_plain, result_settings, with_values
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.tracker import NewRun, RunRow
 from digitlab.results import audit
@@ -20,7 +23,10 @@ from digitlab.results.audit import find_problems
 from digitlab.study.storage import leader_lock, open_storage
 from digitlab.study.trials import TrialRow
 
-VALUES = {"model.hidden": 32, "optim.learning_rate": 0.01}
+SMOKE = compose("sweep", ["experiments=smoke"])[0].config
+OPTIONS = {"model": {"convnet": config_to_plain(SMOKE)["model"]}}
+CONFIG = replace(SMOKE, study=replace(SMOKE.study, options=OPTIONS))
+VALUES = {"model": "convnet", "model.hidden": 32, "optim.learning_rate": 0.01}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
 
 
@@ -39,13 +45,14 @@ def run(
 ) -> RunRow:
     tags = {"digitlab.kind": kind, "digitlab.state": state}
     tags |= {"digitlab.trial": str(number), "digitlab.attempt": str(attempt)}
-    own = {key: str(params.get(key.rpartition(".")[2], found)) for key, found in VALUES.items()}
+    trained = result_settings(with_values(CONFIG, VALUES))
+    own = {key: str(params.get(key.rpartition(".")[2], found)) for key, found in trained.items()}
     metrics = {"training_flops": 1e9, "val_accuracy": value, "rung_accuracy": value}
     return RunRow(run_id, f"smoke-{number}", STATUS.get(state, "KILLED"), tags, own, metrics)
 
 
 def found(rows: list[TrialRow], runs: list[RunRow]) -> list[tuple[str, int | None, str | None]]:
-    return [(p.kind, p.trial, p.run_id) for p in find_problems(rows, runs)]
+    return [(p.kind, p.trial, p.run_id) for p in find_problems(CONFIG, rows, runs)]
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -54,23 +61,27 @@ def found(rows: list[TrialRow], runs: list[RunRow]) -> list[tuple[str, int | Non
 @pytest.mark.parametrize("state", ["finished", "pruned", "failed"])
 def test_trial_and_run_that_agree_are_no_problem(state: str) -> None:
     value = None if state == "failed" else 0.5
-    assert find_problems([trial(state, value=value)], [run(state=state)]) == []
+    assert find_problems(CONFIG, [trial(state, value=value)], [run(state=state)]) == []
 
 
 @pytest.mark.parametrize("earlier", ["interrupted", "failed"])
 def test_an_earlier_attempt_beside_the_sealed_one_is_no_problem(earlier: str) -> None:
     runs = [run("a", earlier, attempt=1), run("b", attempt=2)]
-    assert find_problems([trial(attempt=2)], runs) == []
+    assert find_problems(CONFIG, [trial(attempt=2)], runs) == []
 
 
 def test_a_sealed_run_of_an_earlier_attempt_counts_where_its_trial_has_its_value() -> None:
     """The driver was killed after the seal, and took the result over when it came back."""
-    assert find_problems([trial(attempt=1)], [run("a"), run("b", "interrupted", attempt=2)]) == []
+    runs = [run("a"), run("b", "interrupted", attempt=2)]
+    assert find_problems(CONFIG, [trial(attempt=1)], runs) == []
 
 
 def test_a_waiting_trial_needs_no_run() -> None:
-    assert find_problems([trial("waiting", value=None)], []) == []
-    assert find_problems([trial("waiting", value=None, attempt=2)], [run(state="failed")]) == []
+    assert find_problems(CONFIG, [trial("waiting", value=None)], []) == []
+    assert (
+        find_problems(CONFIG, [trial("waiting", value=None, attempt=2)], [run(state="failed")])
+        == []
+    )
 
 
 def test_a_trial_left_running_is_found() -> None:
@@ -109,6 +120,7 @@ def test_a_run_of_a_trial_that_is_not_in_the_study_is_named_and_never_deleted() 
     [
         (trial("failed", value=None), run(), ["state differs"]),
         (trial(), run(hidden=33), ["parameter differs"]),
+        (trial(), run(dropout=0.5), ["parameter differs"]),  # of the option, and not searched
         (trial(value=0.75), run(), ["value differs"]),
         (trial("pruned", value=0.75), run(state="pruned"), ["value differs"]),
         (trial(value=0.75), run(hidden=33, learning_rate=1), 2 * ["parameter differs"]),
@@ -117,7 +129,7 @@ def test_a_run_of_a_trial_that_is_not_in_the_study_is_named_and_never_deleted() 
 def test_what_a_trial_and_its_run_disagree_in_is_named(
     row: TrialRow, other: RunRow, kinds: list[str]
 ) -> None:
-    problems = find_problems([row], [other])
+    problems = find_problems(CONFIG, [row], [other])
     assert [problem.kind for problem in problems][: len(kinds)] == kinds
     assert {(problem.trial, problem.run_id) for problem in problems} == {(0, "a")}
 

@@ -13,6 +13,7 @@ from digitlab.base.environment import _TRAINING
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
+from digitlab.config.recorded import with_values
 from digitlab.config.types import Config
 from digitlab.study.fingerprint import check_fingerprint
 from digitlab.study.trials import load_study
@@ -47,6 +48,19 @@ def test_every_difference_is_named(lab: Path, config: Config) -> None:
     ):
         assert difference in text
     assert "Restore them, or start a new study with study.name=NEW" in text
+
+
+def test_settings_of_options_that_are_searched_are_named_with_their_option(lab: Path) -> None:
+    searched = ["experiments=smoke", "data=sample", "model=choice(seed,convnet)"]
+    config = compose("sweep", searched)[0].config
+    check_fingerprint(open_store(lab), config, DATA, "lab x")
+    changed = compose("sweep", [*searched, "model.dropout=0.5"])[0].config
+    difference = "(model.dropout with model=convnet: 0.0 -> 0.5)"
+    assert difference in refusal(lab, changed)
+    # What is searched may be anything in the recipe, and so may the recipe's own option.
+    convnet = with_values(config, {"model": "convnet", "model.hidden": 32})
+    for own in (convnet, with_values(config, {"model": "seed"})):
+        check_fingerprint(open_store(lab), own, DATA, "lab x")
 
 
 @pytest.mark.slow

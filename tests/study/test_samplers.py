@@ -103,3 +103,16 @@ def test_a_grid_counts_its_points_and_takes_choices_only(lab) -> None:
     assert count_points(store.config, store.space) == 6
     with pytest.raises(UserError, match=r"optim.learning_rate is invalid: a grid takes choices"):
         open_store(lab, grid[0], "study.sampler=grid", "study.name=other")
+
+
+def test_a_grid_may_choose_among_options_but_takes_no_setting_that_only_some_have(lab) -> None:
+    grid = ("model=choice(seed,convnet)", "optim.learning_rate=choice(0.01,0.02)")
+    fixed = ("model.hidden=64", "study.sampler=grid")
+    store = open_store(lab, *grid, *fixed)
+    assert count_points(store.config, store.space) == 4
+    drawn = [store.ask().values for _ in range(4)]
+    assert {(values["model"], values["optim.learning_rate"]) for values in drawn} == {
+        (model, rate) for model in ("seed", "convnet") for rate in (0.01, 0.02)
+    }
+    with pytest.raises(UserError, match=r"model.hidden is invalid: only model=convnet has it"):
+        open_store(lab, *grid, "model.hidden=choice(8,16)", fixed[1], "study.name=other")

@@ -13,6 +13,7 @@ from studies import open_store, problems_of, results_of, rows_of, runs_of
 
 from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
+from digitlab.networks.settings import ArticleConfig
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.sessions import Sessions
 from digitlab.results.audit import audit_studies
@@ -298,6 +299,53 @@ def test_a_trial_is_taken_over_once_by_a_call_that_was_killed_and_the_next(
     assert lead(lab, train_well, *fork)[0] == 0
     assert len(runs_of(lab, "fork", kind="trial")) == 2
     assert problems_of(lab, "fork") == []
+
+
+OPTIONS = ("model=choice(seed,convnet)", "optim=choice(adamw,sgd)", "study.sampler=random")
+OPTIONS += ("study.pruner=none", "study.measure_seeds=0", "study.trials=8")
+
+
+def train_any(job: Job) -> Script:
+    """A job of any network that finishes; the article's is the best."""
+    return succeed(0.9 if job.config.model.name == "seed" else job.config.model.hidden / 100)
+
+
+@pytest.mark.slow
+def test_a_study_over_options_is_killed_goes_on_and_agrees_with_its_runs(lab: Path) -> None:
+    lead_until_killed(lab, train_any, *OPTIONS, "study.trials=2", point="trial.before_tell")
+    status, jobs = lead(lab, train_any, *OPTIONS)
+    assert status == 0
+    rows = rows_of(lab)
+    own = {"model": "convnet", "optim": "adamw", "model.hidden": 64, "optim.learning_rate": 0.01}
+    assert rows[0].values == own
+    assert {row.values["model"] for row in rows} == {"seed", "convnet"}
+    assert all(("model.hidden" in row.values) == (row.values["model"] == "convnet") for row in rows)
+    assert problems_of(lab) == []
+    final = jobs[-1].config
+    assert is_final(jobs[-1])
+    assert final.model == ArticleConfig(name="seed")  # the champion's network alone is fitted
+    params = {run.tags["digitlab.trial"]: run.params for run in runs_of(lab, kind="trial")}
+    for row in rows:
+        assert params[str(row.number)]["model.name"] == row.values["model"]
+        assert params[str(row.number)]["optim.name"] == row.values["optim"]
+    assert lead(lab, train_any, *OPTIONS) == (0, [])  # all is in the record
+
+
+@pytest.mark.slow
+def test_trials_of_an_option_are_taken_over_where_it_is_searched_or_fixed(lab: Path) -> None:
+    assert lead(lab, train_any, *OPTIONS)[0] == 0
+    chosen = {row.number for row in rows_of(lab) if row.values["model"] == "convnet"}
+    adam = {row.number for row in rows_of(lab) if row.values["optim"] == "adamw"}
+    fork = ("study.fork_from=smoke", *OPTIONS[2:], "study.name=fixed")
+    assert lead(lab, train_any, *fork)[0] == 0  # the recipe's own convnet, by adamw
+    taken = [row for row in rows_of(lab, "fixed") if "taken_from" in row.notes]
+    assert {int(row.notes["taken_from"].partition("/")[2]) for row in taken} == chosen & adam
+    assert all(list(row.values) == ["model.hidden", "optim.learning_rate"] for row in taken)
+    back = ("study.fork_from=fixed", *OPTIONS, "study.name=back")
+    assert lead(lab, train_any, *back)[0] == 0
+    assert all(row.values["model"] == "convnet" for row in rows_of(lab, "back"))
+    for name in ("fixed", "back"):
+        assert problems_of(lab, name) == []
 
 
 def test_trial_0_is_the_recipe_s_own_values_and_known_good_points_follow(lab: Path) -> None:

@@ -20,7 +20,14 @@ from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, with_values
 from digitlab.config.types import Config, Optimizer
-from digitlab.study.space import Hyperparameter, find_values, read_space
+from digitlab.study.space import (
+    Hyperparameter,
+    draw_values,
+    find_values,
+    first_values,
+    own_values,
+    read_space,
+)
 
 RECIPES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 RATES = st.floats(1e-9, 10, allow_nan=False)  # what optim.learning_rate allows
@@ -282,6 +289,152 @@ def test_a_configuration_lies_in_a_space_where_a_trial_trains_the_same(config: C
     assert find_values(searched, read_space(searched), often) == own  # no result depends on it
 
 
+# --- choices among the options of groups ---
+
+MODELS = ["convnet", "seed", "strided"]
+OPTIMIZERS = ["adamw", "sgd"]
+RANGES = {
+    "model.hidden": "int(interval(16,64))",
+    "model.dropout": "0.0,0.25,0.5",
+    "optim.momentum": "interval(0.5,0.95)",
+    "trainer.epochs": "range(1,4)",
+}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Config:
+    """A configuration with the settings of all options of both groups."""
+    choices = (f"model={','.join(MODELS)}", f"optim={','.join(OPTIMIZERS)}")
+    return compose("sweep", ["~experiments", *choices])[0].config
+
+
+def with_choices(config: Config, space: dict[str, str], **chosen: list[str]) -> Config:
+    """Search `space` and the choices among options of groups, without composing them anew."""
+    known = config.study.options
+    options = {
+        group: {name: known[group][name] for name in names} for group, names in chosen.items()
+    }
+    choices = {group: f"choice({','.join(names)})" for group, names in chosen.items()}
+    study = dataclasses.replace(config.study, space=space | choices, options=options)
+    return dataclasses.replace(config, study=study)
+
+
+def some(words: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(words), min_size=1, unique=True)
+
+
+def drawn(space: list[Hyperparameter], seed: int) -> dict[str, Any]:
+    """What a study draws for a trial, in the configuration's terms."""
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
+    draw_values(space, trial)
+    return {
+        one.name: one.decode(trial.params[one.name]) for one in space if one.name in trial.params
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(some(MODELS), some(OPTIMIZERS), some(list(RANGES)), st.integers(0, 2**32 - 1))
+def test_a_trial_has_what_its_options_have_and_trains_them_with_its_values(
+    whole: Config, models: list[str], optimizers: list[str], names: list[str], seed: int
+) -> None:
+    ranges = {name: RANGES[name] for name in names}
+    config = with_choices(whole, ranges, model=models, optim=optimizers)
+    lost = [name for name in names if name.startswith("model.")] if models == ["seed"] else []
+    if lost:
+        with pytest.raises(UserError) as caught:
+            read_space(config)
+        assert f"{lost[0]}={RANGES[lost[0]]} with model=choice(seed) is invalid" in str(
+            caught.value
+        )
+        return
+    space = read_space(config)
+    assert [one.name for one in space] == ["model", "optim", *names]
+    assert space[0].distribution == CategoricalDistribution(models)
+    values = drawn(space, seed)
+    expected = [name for name in names if not (values["model"] == "seed" and "model." in name)]
+    assert list(values) == ["model", "optim", *expected]
+    trained = config_to_plain(with_values(config, values))
+    for group in ("model", "optim"):
+        searched = {n.partition(".")[2]: v for n, v in values.items() if n.startswith(f"{group}.")}
+        assert trained[group] == config.study.options[group][values[group]] | searched
+    # What it trains is found again; two options may hold the same once a setting is searched.
+    found = find_values(config, space, with_values(config, values))
+    assert found is not None
+    assert with_values(config, found) == with_values(config, values)
+
+
+@settings(deadline=None, max_examples=12)
+@given(some(MODELS), st.sampled_from(["dropout", "hidden"]))
+def test_the_recipe_s_own_values_are_those_of_the_option_that_it_has(
+    whole: Config, models: list[str], setting: str
+) -> None:
+    assume(models != ["seed"])
+    name = f"model.{setting}"
+    for own in MODELS:
+        config = with_choices(
+            with_values(whole, {"model": own}), {name: RANGES[name]}, model=models
+        )
+        space, begin = read_space(config), first_values(config, read_space(config))
+        is_there = own in models and (own == "seed" or setting == "dropout" or own == "convnet")
+        assert len(begin) == is_there  # strided has 128 hidden units: out of range
+        if begin:
+            value = whole.study.options["model"][own].get(setting)
+            values = {"model": own} | ({} if own == "seed" else {name: value})
+            assert begin == [values] == [own_values(config, space)]
+            assert with_values(config, values) == config
+
+
+def test_known_good_points_may_choose_an_option_and_are_completed_by_its_settings(
+    whole: Config,
+) -> None:
+    def first(*points: dict[str, Any]) -> list[dict[str, Any]]:
+        space = {"model.hidden": "int(interval(16,256))", "optim.ema": "interval(0,0.9)"}
+        config = with_choices(whole, space, model=["convnet", "seed", "strided"])
+        study = dataclasses.replace(config.study, begin_with=list(points))
+        config = dataclasses.replace(config, study=study)
+        return first_values(config, read_space(config))[1:]
+
+    assert first(
+        {"model": "strided"}, {"model": "seed", "optim.ema": 0.5}, {"model.hidden": 20}
+    ) == [
+        {"model": "strided", "model.hidden": 128, "optim.ema": 0.0},
+        {"model": "seed", "optim.ema": 0.5},
+        {"model": "convnet", "model.hidden": 20, "optim.ema": 0.0},
+    ]
+    for point in ({"model": "narrow"}, {"model": "seed", "model.hidden": 20}, {"model": ["seed"]}):
+        name, value = list(point.items())[-1]
+        with pytest.raises(UserError) as caught:
+            first(point)
+        assert f"study.begin_with: {name}={value} is invalid" in str(caught.value)
+
+
+def test_an_option_that_contradicts_a_setting_is_named(whole: Config) -> None:
+    batches = with_values(whole, {"data.batch_size": 1, "model.batch_norm": False})
+    with pytest.raises(UserError) as caught:
+        read_space(with_choices(batches, {}, model=["seed", "convnet"]))
+    assert "study.space: model=choice(seed,convnet) with model=convnet: " in str(caught.value)
+    assert "data.batch_size=1 with model.batch_norm=true" in str(caught.value)
+
+
+def test_a_range_is_checked_with_each_option_that_has_the_setting(whole: Config) -> None:
+    space = {"model.pools": "[2],[1,2]"}
+    with pytest.raises(UserError) as caught:
+        read_space(with_choices(whole, space, model=["seed", "convnet", "strided"]))
+    message = "study.space: model.pools=[2],[1,2] with model=strided: model.pools=[1, 2] does not"
+    assert message in str(caught.value)
+
+
+def test_only_a_name_is_no_way_to_search_networks(config: Config) -> None:
+    message = refusal(config, "model.name", "choice(seed,convnet)")
+    assert "Write model=choice(seed,convnet)" in message
+
+
+def test_a_name_and_the_options_that_have_it_are_not_searched_at_once(whole: Config) -> None:
+    with pytest.raises(UserError) as caught:
+        read_space(with_choices(whole, {"optim.name": "adam,sgd"}, optim=OPTIMIZERS))
+    assert "Write optim=adam,sgd" in str(caught.value)
+
+
 # --- what is refused ---
 
 
@@ -298,7 +451,10 @@ def test_a_configuration_lies_in_a_space_where_a_trial_trains_the_same(config: C
         ("study.trials", "range(1,5)"),
         ("study.name", "a,b"),
         ("tracking.experiment", "a,b"),
+        ("data", "mnist,sample"),
         ("data.name", "mnist,sample"),
+        ("trainer", "default,default"),
+        ("experiments", "smoke,seed"),
         ("data.evaluate_on", "validation,test"),
         ("data.validation_images", "range(10,50,10)"),
         ("data.split_seed", "range(1,5)"),

@@ -79,6 +79,30 @@ def test_values_depend_on_earlier_trials_and_the_number_alone(open_again: Open) 
     assert [row.values for row in beside.rows()] == [row.values for row in whole.rows()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_a_driver_for_each_trial_draws_the_same_where_options_have_settings_of_their_own(
+    open_again: Open, sampler: str
+) -> None:
+    space = ("model=choice(seed,convnet)", "optim=choice(adamw,sgd)", f"study.sampler={sampler}")
+    space += ("study.startup_trials=3",)
+    whole = open_again(*space)
+    for n in range(8):
+        finish(whole, 0.05 * n)
+    for n in range(8):
+        finish(open_again(*space, "study.name=b"), 0.05 * n)
+    assert open_again(*space, "study.name=b").rows() == whole.rows()
+    assert whole.rows()[0].values == {"optim": "adamw", "model": "convnet"} | {
+        "model.hidden": 64,
+        "optim.learning_rate": 0.01,
+    }
+    models = [row.values["model"] for row in whole.rows()]
+    assert set(models) == {"seed", "convnet"}
+    assert ["model.hidden" in row.values for row in whole.rows()] == [
+        model == "convnet" for model in models
+    ]
+
+
 def test_a_requeued_trial_is_taken_first_with_its_values_and_its_attempts(open_again: Open) -> None:
     store = open_again()
     first = store.ask()

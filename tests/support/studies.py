@@ -1,10 +1,12 @@
 """Open a study that a test has run, and say whether it is whole."""
 
+from functools import cache
 from pathlib import Path
 
 from conftest import TINY
 
 from digitlab.config.compose import compose
+from digitlab.config.types import Config
 from digitlab.records.record import open_records
 from digitlab.records.tracker import RunRow
 from digitlab.results.audit import Problem, find_damage, find_problems
@@ -46,7 +48,7 @@ def problems_of(lab: Path, name: str = "smoke") -> list[Problem]:
         runs = records.tracker.find({"digitlab.study_id": store.study_id})
         if config.tracking.name == "none":
             return []
-        return find_problems(store.rows(), runs) + find_damage(records.tracker, runs)
+        return find_problems(config, store.rows(), runs) + find_damage(records.tracker, runs)
 
 
 def assert_whole(lab: Path, total: int, name: str = "smoke") -> None:
@@ -57,7 +59,11 @@ def assert_whole(lab: Path, total: int, name: str = "smoke") -> None:
     assert problems_of(lab, name) == []
 
 
+@cache
+def _config(overrides: tuple[str, ...]) -> Config:
+    return compose("sweep", [*TINY, *overrides])[0].config
+
+
 def open_store(lab: Path, *overrides: str, address: str | None = None) -> TrialStore:
     """Open or create a study of the smallest configuration, as its driver does."""
-    config = compose("sweep", [*TINY, *overrides])[0].config
-    return TrialStore(open_storage(lab, address), config)
+    return TrialStore(open_storage(lab, address), _config(overrides))

@@ -3,7 +3,7 @@
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -28,6 +28,7 @@ from digitlab.config.schema import settings
 from digitlab.config.types import Config
 
 _GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher", "experiments")
+_SEARCHABLE = ("model", "optim")  # groups whose options a study may choose among
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAME = "name="
 CONFIG_DIR = "--config-dir="
@@ -128,10 +129,13 @@ def _plain(
     jobs = _product(kept, multirun)
     with _hydra(_own_folder(own[-1]) if own else None):
         plains = [_compose([_parse(text) for text in job]) for job in jobs]
-    for plain in plains:
-        if isinstance(plain.get("study"), dict) and isinstance(plain["study"].get("space"), dict):
-            searched = plain["study"]["space"] | space
-            plain["study"]["space"] = {k: v for k, v in searched.items() if k not in fixed}
+        for plain, job in zip(plains, jobs, strict=True):
+            study = plain.get("study")
+            if isinstance(study, dict) and isinstance(study.get("space"), dict):
+                searched = study["space"] | space
+                study["space"] = {k: v for k, v in searched.items() if k not in fixed}
+                if command == "sweep":
+                    study["options"] = _searched_options(study["space"], job)
     return [(*own, *job) for job in jobs], plains
 
 
@@ -150,6 +154,34 @@ def _own_folder(text: str) -> Path:
                     "read instead. Name it otherwise."
                 )
     return folder
+
+
+def _searched_options(
+    space: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the settings of each option that a search space names, by group and option.
+
+    They are composed as with `group=option`; values that the recipe or the overrides give for a
+    setting of the group are left out where the option has no such setting.
+    """
+    found = {}
+    for group in (group for group in _SEARCHABLE if group in space):
+        given = f"{group}={space[group]}"
+        sweep = _parse(given).value()
+        rule = f"a choice among options, such as choice({','.join(_options(group)[:2])})"
+        if not isinstance(sweep, ChoiceSweep) or sweep.tags:
+            raise UserError(f"study.space: {given} is invalid: it must be {rule}.")
+        names = [str(getattr(item, "text", item)) for item in sweep.list]
+        # Hydra would refuse a value that was typed for a setting which the option lacks.
+        texts = [f"++{text}" if text.startswith(f"{group}.") else text for text in overrides]
+        found[group] = {name: _option(group, name, texts) for name in names}
+    return found
+
+
+def _option(group: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    plain = _compose([_parse(text) for text in (*overrides, f"{group}={name}")])[group]
+    lacked = settings().keys() - settings(str(plain.get("name"))).keys()
+    return {key: value for key, value in plain.items() if f"{group}.{key}" not in lacked}
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:

@@ -92,14 +92,21 @@ def config_from_yaml(text: str) -> Config:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return a copy with the values at dotted keys replaced; UserError where one does not fit."""
+    """Return a copy with the values at dotted keys replaced; UserError where one does not fit.
+
+    At a group that the study searches, the name of an option replaces all settings of the group.
+    """
     plain = config_to_plain(config)
-    for key, value in values.items():
+    # Groups come first: the other values are of the options that replace them.
+    for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
         path, _, last = key.rpartition(".")
         node = _at(plain, path)
         if not isinstance(node, dict) or last not in node:
-            raise UserError(f"{key}: no such key, {nearest(key, settings(config.model.name))}")
-        node[last] = value
+            known = settings(str(_at(plain, "model.name")))
+            raise UserError(f"{key}: no such key, {nearest(key, known)}")
+        options = config.study.options.get(key, {})
+        is_option = isinstance(value, str) and value in options
+        node[last] = dict(options[value]) if is_option else value
     return config_from_plain(plain)
 
 

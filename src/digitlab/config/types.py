@@ -131,6 +131,10 @@ class StudyConfig:
         description="postgresql+psycopg://user@host/database; null is sqlite in the lab."
     )
     space: dict[str, str] = Field(description="Hyperparameters with their ranges.")
+    options: dict[str, dict[str, dict[str, Any]]] = Field(
+        description="Settings of each option that the space names; `sweep` writes them.",
+        json_schema_extra={"rule": "a mapping from groups to options to their settings"},
+    )
     fork_from: str | None = Field(description="Study whose trials are taken over where they fit.")
     begin_with: list[dict[str, Any]] = Field(
         description="Values of the first trials, after the recipe's own.",

@@ -43,7 +43,8 @@ def _key(study: str, kind: str) -> str:
 
 def _state(study: StudyConfig) -> dict[str, Any]:
     """Return the view's state: the trials, best first, with what was searched and measured."""
-    names = list(study.space)
+    # The choice among a group's options is no parameter of a run; its settings are.
+    names = [name if "." in name else f"{name}.name" for name in study.space]
     shown = names if "trainer.epochs" in names else [*names, "trainer.epochs"]
     pruning = study.pruner is not Pruner.none  # and pruned trials have an accuracy at a rung alone
     metric = "rung_accuracy" if pruning else "val_accuracy"

@@ -9,6 +9,7 @@ from optuna.storages import RDBStorage
 
 from digitlab.base.errors import UserError, nearest, visible
 from digitlab.base.invocation import storage_of
+from digitlab.config.recorded import result_settings, with_values
 from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
@@ -42,7 +43,9 @@ PENDING, RUNNING, SURPLUS = "pending", "running", "several runs"
 REPAIRABLE = (PENDING, RUNNING, SURPLUS)
 
 
-def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Problem]:
+def find_problems(
+    config: Config, rows: Iterable[TrialRow], runs: Iterable[RunRow]
+) -> list[Problem]:
     """Compare a study's trials with its runs; nobody leads the study meanwhile.
 
     Args:
@@ -60,7 +63,7 @@ def find_problems(rows: Iterable[TrialRow], runs: Iterable[RunRow]) -> list[Prob
         elif not run.is_ended:
             problems.append(_left_running(run, None))
     for row in rows:
-        problems += _trial_problems(row, by_trial.pop(row.number, []))
+        problems += _trial_problems(config, row, by_trial.pop(row.number, []))
     for number, orphans in by_trial.items():
         problems += [
             # Not surplus: the study may be an older copy, whose later trials a deletion would take.
@@ -80,7 +83,7 @@ def _left_running(run: RunRow, number: int | None) -> Problem:
     return Problem(RUNNING, number, run.run_id, detail)
 
 
-def _trial_problems(row: TrialRow, runs: list[RunRow]) -> list[Problem]:
+def _trial_problems(config: Config, row: TrialRow, runs: list[RunRow]) -> list[Problem]:
     if row.state == "running":
         detail = f"trial {row.number} is marked as running, and nothing runs it"
         return [Problem(RUNNING, row.number, None, detail)]
@@ -90,7 +93,7 @@ def _trial_problems(row: TrialRow, runs: list[RunRow]) -> list[Problem]:
     # Earlier attempts stay beside the one that counts: the sealed one, else the present one.
     results = [run for run in runs if has_result(run, row)]
     present = [run for run in runs if run.tags.get("digitlab.attempt") == str(row.attempt)]
-    same = [run for run in results if not _differences(row, run)]
+    same = [run for run in results if not _differences(config, row, run)]
     counted = (same or results or present)[-1:]
     if not counted:
         detail = f"the {row.state} trial {row.number} has no run; was it deleted in the tracker?"
@@ -100,17 +103,18 @@ def _trial_problems(row: TrialRow, runs: list[RunRow]) -> list[Problem]:
         for run in {id(run): run for run in (*results, *present)}.values()
         if run is not counted[0]
     ]
-    return problems + _differences(row, counted[0])
+    return problems + _differences(config, row, counted[0])
 
 
-def _differences(row: TrialRow, run: RunRow) -> list[Problem]:
+def _differences(config: Config, row: TrialRow, run: RunRow) -> list[Problem]:
     """What a trial that has ended and its run do not agree in."""
     found = []
     state = run.tags.get("digitlab.state")
     if state != row.state:
         found.append(("state differs", f"trial {row.number} is {row.state}, its run {state}"))
     refused = row.state == "failed" and "training_flops" not in run.metrics
-    for name, value in ({} if refused else row.values).items():
+    settings = {} if refused else result_settings(with_values(config, row.values))
+    for name, value in settings.items():
         if run.params.get(name) != str(value):
             detail = f"{name} is {value} in trial {row.number}, {run.params.get(name)} in its run"
             found.append(("parameter differs", detail))
@@ -273,7 +277,9 @@ def _audit_study(
         problems: list[Problem] = []
         if config.tracking.name is not TrackerName.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
-            problems = find_problems(store.rows(), runs) + find_damage(records.tracker, runs)
+            problems = find_problems(config, store.rows(), runs) + find_damage(
+                records.tracker, runs
+            )
         _print(problems, as_json)
         problems = pending + problems
         left = repair(problems, store, records) if is_repair else problems

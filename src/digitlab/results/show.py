@@ -91,9 +91,13 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings by dotted key that differ from those in conf/, before any recipe."""
+    """Return the settings by dotted key that differ from those in conf/, before any recipe.
+
+    Those of searched options are left out: the space names the options.
+    """
     usual = flat(config_to_plain(compose("train", [_NO_RECIPE])[0].config))
-    found = flat(config_to_plain(config)).items()
+    leaves = flat(config_to_plain(config)).items()
+    found = [leaf for leaf in leaves if not leaf[0].startswith("study.options.")]
     return {key: value for key, value in found if key not in usual or usual[key] != value}
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from digitlab.base.environment import training_digest
 from digitlab.base.errors import UserError
-from digitlab.config.recorded import config_to_plain, config_to_yaml, result_settings, with_values
+from digitlab.config.recorded import (
+    config_to_plain,
+    config_to_yaml,
+    flat,
+    result_settings,
+    with_values,
+)
 from digitlab.config.types import Config
 from digitlab.study.space import find_values, is_widened
 from digitlab.study.trials import TrialRow, TrialStore
@@ -55,11 +61,16 @@ def check_fingerprint(
 def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict[str, Any]:
     """Everything that a trial's result depends on, beside the values that are searched."""
     study = config_to_plain(config)["study"]
-    settings = result_settings(config).items()
+    space, options = config.study.space, config.study.options
+    fixed = {k: v for k, v in result_settings(config).items() if k.partition(".")[0] not in options}
+    for group, found in options.items():
+        for option, plain in found.items():
+            keys = flat({group: plain}).items()
+            fixed |= {f"{key} with {group}={option}": value for key, value in keys}
     return {
-        **{key: value for key, value in settings if key not in config.study.space},
+        **{key: value for key, value in fixed.items() if key.partition(" ")[0] not in space},
         **{f"study.{key}": study[key] for key in _FIXED},
-        **{f"study.space.{name}": text for name, text in config.study.space.items()},
+        **{f"study.space.{name}": text for name, text in space.items()},
         **{f"{_DATA}{file}": digest[:12] for file, digest in data_sha256.items()},
         **{f"version of {name}": version(name) for name in _LIBRARIES},
         "code of training": training_digest(),

@@ -43,7 +43,9 @@ def build_sampler(config: StudyConfig, space: list[Hyperparameter], number: int)
         case Sampler.tpe:
             return TPESampler(n_startup_trials=config.startup_trials, seed=seed)
         case Sampler.gp:
-            return GPSampler(n_startup_trials=config.startup_trials, seed=seed)
+            # It models what all trials have; a setting that only some have is drawn at random.
+            startup = config.startup_trials
+            return GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
         case Sampler.random:
             return RandomSampler(seed=seed)
         case Sampler.grid:  # which visits its points in an order of its own
@@ -64,6 +66,13 @@ def _grid(space: list[Hyperparameter]) -> dict[str, list[Any]]:
             raise UserError(
                 f"study.sampler=grid with study.space: {one.name} is invalid: a grid takes "
                 "choices only. Write choice(a,b,...), or use another sampler."
+            )
+        if one.only_with:
+            group = one.name.partition(".")[0]
+            raise UserError(
+                f"study.sampler=grid with study.space: {one.name} is invalid: only "
+                f"{group}={','.join(one.only_with)} has it, and a grid takes settings that all "
+                "trials have. Use another sampler."
             )
         grid[one.name] = list(one.distribution.choices)
     return grid

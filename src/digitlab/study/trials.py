@@ -23,7 +23,7 @@ from digitlab.study.samplers import (
     count_points,
     searched_space,
 )
-from digitlab.study.space import Hyperparameter, first_values, own_values
+from digitlab.study.space import Hyperparameter, draw_values, first_values, own_values
 from digitlab.study.storage import open_storage, refuse_deleted, study_names, study_notes
 
 _STATES = {
@@ -138,7 +138,7 @@ class TrialStore:
             return self._insert(TrialState.RUNNING, values, attributes=attributes)
         study = self.mirror.study
         study.sampler = build_sampler(self.config, self.space, len(self._rows))
-        study.ask({one.name: one.distribution for one in self.space})
+        draw_values(self.space, study.ask())
         drawn = self.mirror.trials()[-1]
         faults.point("trial.drawn")
         trial = create_trial(
@@ -163,10 +163,11 @@ class TrialStore:
         value: float | None = None,
         attributes: dict[str, Any] | None = None,
     ) -> TrialRow:
+        having = [one for one in self.space if one.name in values]
         trial = create_trial(
             state=state,
-            params={one.name: one.encode(values[one.name]) for one in self.space},
-            distributions={one.name: one.distribution for one in self.space},
+            params={one.name: one.encode(values[one.name]) for one in having},
+            distributions={one.name: one.distribution for one in having},
             value=value,
             user_attrs=attributes,
         )
@@ -217,9 +218,8 @@ class TrialStore:
     ) -> TrialRow:
         earlier = {key: x for key, x in self._rows[number].notes.items() if key != "reason"}
         result = None if notes is None else earlier | dict(notes)
-        self._rows[number] = _row_of(
-            self.space, self.mirror.set_state(number, state, values, result)
-        )
+        trial = self.mirror.set_state(number, state, values, result)
+        self._rows[number] = _row_of(self.space, trial)
         return self._rows[number]
 
     def twin(self, row: TrialRow) -> TrialRow | None:
