@@ -286,6 +286,27 @@ def test_page_of_a_study_with_one_hyperparameter_comes_too() -> None:
     assert "Contours" in page.missing()
 
 
+def test_charts_show_each_setting_of_the_trials_that_have_it() -> None:
+    study = new_study("model=choice(seed,convnet)", "study.pruner=none")
+    for number in range(12):
+        convnet = {"model": "convnet", "model.hidden": 16 + number}
+        values = convnet if number % 2 else {"model": "seed"}
+        values |= {"optim.learning_rate": 0.003 + number / 1000}
+        study.store.add(values, 0.5 + number / 100, {"metrics": METRICS})
+    charts = {chart.title: chart for chart in study_charts(study.store, 1)}
+    lines = [line for line in charts["Parallel coordinates"].figure.data if line.customdata]
+    assert len(lines) == 12  # which need a value on each axis
+    axes = {axis for line in lines for axis, _ in line.customdata}
+    assert axes == {"validation accuracy (%)", "learning rate", "model"}
+    assert [len(points.x) for points in charts["Slices"].figure.data] == [6, 12, 12]
+    assert "Not every trial has hidden" in charts["What mattered"].message
+    assert "hidden" not in list(charts["What mattered"].data["hyperparameter"])
+    assert "hidden 25 to 27" in charts["Slices"].message  # of the best quarter: 11, 10 and 9
+    cells = Page(study.report()).sections["Best trials"].split()
+    assert "None" not in cells
+    assert "nan" not in cells
+
+
 def test_what_a_trial_says_is_text_in_the_page_and_never_markup() -> None:
     reason = "Bad: </script><script>document.title='owned'</script><!--<script> \"&' <img src=x>"
     study = new_study("study.pruner=none")

@@ -82,16 +82,20 @@ class _Trials:
             line |= {self.measure: None if value is None else 100 * value}
             line |= {_TIME: metrics.get("seconds"), _SIZE: metrics.get("model_parameters")}
             lines.append(line | {"start": trial.datetime_start, "end": trial.datetime_complete})
-            if value is not None and None not in params.values():
-                ranges = {label: trial.distributions[key] for key, label in labels.items()}
+            present = {labels[key]: params[labels[key]] for key in labels if key in row.values}
+            if value is not None and None not in present.values():
+                ranges = {labels[k]: of for k, of in trial.distributions.items() if k in labels}
                 for label, found in ranges.items():
                     if isinstance(found, CategoricalDistribution):
                         choices = [c.strip("[]").replace(" ", "") if isinstance(c, str) else c
                                    for c in found.choices]  # lists are JSON text  # fmt: skip
                         ranges[label] = CategoricalDistribution(choices)
                 self.study.add_trial(
-                    create_trial(params=params, distributions=ranges, value=100 * value)
+                    create_trial(params=present, distributions=ranges, value=100 * value)
                 )
+        known = self.study.get_trials(deepcopy=False)
+        # A setting of a network or optimizer is missing in the trials of another one.
+        self.common = [name for name in self.names if all(name in one.params for one in known)]
         self.table = pd.DataFrame(lines)
         self.comparable = self.table.dropna(subset=self.measure) if lines else self.table
         self.finished = self.table.dropna(subset=_ACCURACY) if lines else self.table
@@ -115,7 +119,9 @@ class _Trials:
             sample = optuna.create_study(direction="maximize")
             sample.add_trials([known[i] for i in chance.integers(len(known), size=len(known))])
             with suppress(ValueError, RuntimeError), warnings.catch_warnings(action="ignore"):
-                found.append(get_param_importances(sample))  # fails where nothing varies
+                found.append(
+                    get_param_importances(sample, params=self.common)
+                )  # fails where nothing varies
         shares = 100 * pd.DataFrame(found).fillna(0).quantile([0.5, 0.1, 0.9]).T
         return shares.set_axis(columns, axis=1).sort_values(columns[0], ascending=False)
 
@@ -126,7 +132,9 @@ class _Trials:
         best = self.by_measure().head(max(2, len(self.comparable) // 4))
         ranges = []
         for name in self.names:
-            values = sorted(set(best[name]))
+            values = sorted(set(best[name].dropna()))
+            if not values:  # none of them has it
+                continue
             link = " or " if isinstance(values[0], str) else " to "
             shown = values if link == " or " else dict.fromkeys((values[0], values[-1]))
             ranges.append(f"{name} {link.join(map(short, shown))}")
@@ -202,7 +210,7 @@ def _curves(trials: _Trials) -> _Drawn:
 
 def _parallel(trials: _Trials) -> _Drawn:
     message = f"One line a trial, to its {trials.measure}. {trials.best_ranges()}"
-    figure = plot_parallel_coordinate(trials.study, trials.names, target_name=trials.measure)
+    figure = plot_parallel_coordinate(trials.study, trials.common, target_name=trials.measure)
     return message, figure, trials.by_measure()
 
 
@@ -213,7 +221,7 @@ def _slices(trials: _Trials) -> _Drawn:
 
 
 def _contours(trials: _Trials) -> _Drawn:
-    top = list(trials.importance.index[:2]) or trials.names[:2]
+    top = list(trials.importance.index[:2]) or trials.common[:2]
     data = trials.by_measure(*top)
     if data.empty or len(top) < 2:
         raise _NoData("trials of two hyperparameters are needed.")
@@ -235,6 +243,8 @@ def _mattered(trials: _Trials) -> _Drawn:
     shares = ", ".join(f"{name} {share:.0f} %" for name, share in data["importance (%)"].items())
     message = f"Importance for {trials.measure.removesuffix(' (%)')}: {shares} (PED-ANOVA, median "
     message += f"and 10 to 90 % of {_RESAMPLED} resamplings of the trials)."
+    if others := [name for name in trials.names if name not in trials.common]:
+        message += f" Not every trial has {', '.join(others)}: see its slice."
     return message, figure, data.rename_axis("hyperparameter").reset_index()
 
 

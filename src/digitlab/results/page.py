@@ -36,8 +36,10 @@ def render(template: str, title: str, **content: Any) -> str:
 
 def cell(value: Any) -> str:
     """Format a table's value: four digits of a fraction, times to the second."""
+    if value is None or (isinstance(value, float) and isnan(value)):
+        return ""
     if isinstance(value, float):
-        return "" if isnan(value) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return str(value)[:19] if isinstance(value, datetime) else str(value)
 
 
