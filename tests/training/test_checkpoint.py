@@ -133,6 +133,8 @@ def test_a_checkpoint_of_another_training_is_left_aside(lab: Path) -> None:
     assert fit(other, lab, TrainingObserver(), checkpoint=content).earlier.steps == 0
     # The interval changes no bit.
     assert fit(configure(*ALL), lab, Keeper(), checkpoint=content).earlier.steps == 6
+    without = configure(*ALL, "trainer.checkpoint_minutes=0")
+    assert fit(without, lab, Keeper(), checkpoint=content).earlier.steps == 0
 
 
 def test_none_is_made_where_none_is_wanted_or_could_be_used(lab: Path) -> None:

@@ -111,7 +111,8 @@ class TrainerConfig:
         "is kept; 0 is off."
     )
     checkpoint_minutes: float = Field(
-        ge=0, description="Time between two checkpoints that a run can go on from; 0 makes none."
+        ge=0,
+        description="Time between two checkpoints that a run can go on from; 0 makes and uses none.",
     )
     device: Device = Field(description="What trains; auto is the accelerator that torch finds.")
 

@@ -43,7 +43,7 @@ class Checkpoints:
         """Args: made_with: what the bits of this fit depend on; content: a state, or None."""
         self.made_with, self.batches = json.loads(json.dumps(made_with)), batches
         self.interval_s = 60 * config.trainer.checkpoint_minutes or math.inf
-        state = _unpack(content) if content else {}
+        state = _unpack(content) if content and config.trainer.checkpoint_minutes else {}
         self.state = state if state.get("made_with") == self.made_with else {}
         self.earlier = Earlier(**self.state.get("earlier", {}))
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
