@@ -96,6 +96,7 @@ def test_settings_that_no_result_depends_on_may_change(lab: Path, config: Config
         patience=4,
         retries=0,
         confirm=9,
+        confirm_fits=9,
         final_seeds=8,
     )
     check_fingerprint(open_store(lab), replace(config, study=study), DATA, "lab x")

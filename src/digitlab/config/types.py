@@ -112,7 +112,7 @@ class TrainerConfig:
     )
     checkpoint_minutes: float = Field(
         ge=0,
-        description="Time between two checkpoints that a run can go on from; 0 makes and uses none.",
+        description="Time between checkpoints that a run can go on from; 0 makes and uses none.",
     )
     device: Device = Field(description="What trains; auto is the accelerator that torch finds.")
 
