@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def test_arrays_of_an_npz_file_are_kept_as_they_are(call: Call, lab: Path, tmp_p
         ("null", "shapes", "data null is invalid"),
         ("MNIST", "shapes", "data MNIST is invalid"),
         ("mine", "times.npz", "labels timedelta64"),
+        ("mine", "unmarked.npz", "train: |S4 () and labels"),
         ("mine", "one-class.npz", "two classes or more to learn"),
         ("mine", "untaught.npz", "which hold all those of the test set"),
         ("mine", "bytes", "in printable characters"),
@@ -157,6 +159,9 @@ def test_what_cannot_be_a_data_set_is_refused_and_leaves_nothing(
     two, three = np.arange(12) % 2, np.arange(12) % 3
     times = two.astype("m8[s]")
     np.savez(tmp_path / "times.npz", **both, y_train=times, y_test=times)
+    with zipfile.ZipFile(tmp_path / "unmarked.npz", "w") as file:  # no member begins as an array
+        for array in ("x_train", "y_train", "x_test", "y_test"):
+            file.writestr(f"{array}.npy", b"0123")
     np.savez(tmp_path / "one-class.npz", **both, y_train=0 * two, y_test=0 * two)
     np.savez(tmp_path / "untaught.npz", **both, y_train=two, y_test=three)
     for kind in (b"a", b"\xff"):

@@ -178,7 +178,8 @@ def _read_arrays(source: Path) -> tuple[list[str], _Part, _Part]:
             size = sum(part.file_size for part in packed.infolist())
         require(size <= _MOST_BYTES, f"--from {source} with {size} bytes", f"<= {_MOST_BYTES}")
         with np.load(source, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _ARRAYS}
+            # A member that does not begin as an array does comes as its bytes.
+            arrays = {name: np.asanyarray(file[name]) for name in _ARRAYS}
     except (UserError, OSError):
         raise
     except Exception as error:  # whatever numpy and zipfile raise on what is no such file
