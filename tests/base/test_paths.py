@@ -44,6 +44,7 @@ def test_env_file_sets_the_known_names_that_are_not_set(lab: Path) -> None:
         ("PGPASWORD=x", "did you mean PGPASSWORD"),
         ("PGPASSWORD", "PGPASSWORD has no value"),
         (b"PGPASSWORD=\xff", "cannot be read"),
+        (b"PGPASSWORD=a\0b", "must hold no zero byte"),
     ],
 )
 def test_env_file_with_anything_else_is_refused_in_one_line(

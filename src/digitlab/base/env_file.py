@@ -45,6 +45,10 @@ def load_env_file(path: Path) -> None:
             )
         if value is None:
             raise UserError(f"{path}: {name} has no value: a line must be NAME=VALUE. Write one.")
+        if "\0" in value:  # which no environment can hold
+            raise UserError(
+                f"{path}: the value of {name} is invalid: it must hold no zero byte. Write it again."
+            )
         os.environ.setdefault(name, value)
     if mode & 0o077:
         _warn(path, mode)
