@@ -9,6 +9,10 @@ from difflib import get_close_matches
 _CODES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+_LONGEST = 2000  # characters of a message
+_ENDING = 500  # of them for its end, which says what to do
+
+
 def visible(text: str) -> str:
     """Return a text from outside, such as a name, on one line, its control characters escaped."""
     return _CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -17,11 +21,15 @@ def visible(text: str) -> str:
 class UserError(ValueError):
     """A mistake of the caller; the text names what was given, the rule and what to do.
 
-    The command line prints it as one line and exits with status 2.
+    The command line prints it as one line and exits with status 2. What is named in it, such as a
+    key of a file, can be as long as the file: the middle of a long text is left out.
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__(visible(" ".join(line.strip() for line in text.splitlines())))
+        line = visible(" ".join(line.strip() for line in text.splitlines()))
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST - _ENDING]} ... {line[-_ENDING:]}"
+        super().__init__(line)
 
 
 def require(holds: bool, given: str, rule: str) -> None:
