@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import ROOT
+from digitlab.config import compose as composing
 from digitlab.config.compose import compose, composed_text, override_values, store_words
 from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
 from digitlab.config.types import Config
@@ -442,3 +443,28 @@ def test_a_checkout_in_any_folder_composes(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == [str(checkout / "lab"), "smoke", "smoke", "robust"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("study: {name: a\n", "default.yaml"),
+        ("study:\n  name: a\n bad\n", "line 3"),
+        ("a: \x01", "special characters are not allowed"),
+        ("a: !!python/name:os.abort ''", "could not determine a constructor"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("a: &-a [x, x]\nb: &-b [*-a, *-a]\n", "it must hold no YAML anchors or aliases"),
+        ("# " + "x" * 64_000, "it must have at most 64000 bytes"),
+    ],
+)
+def test_recipe_that_is_no_yaml_is_refused_with_its_file_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "default.yaml").write_text(text)
+    monkeypatch.setattr(composing, "recipe_folders", lambda: [folder])
+    with pytest.raises(UserError) as raised:
+        compose("sweep", [])
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
@@ -23,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from digitlab.base.errors import UserError, first_line, nearest, require
 from digitlab.base.paths import CONF, recipe_folders
-from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, shown
+from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, refuse_unfolding, shown
 from digitlab.config.schema import settings
 from digitlab.config.types import Config
 
@@ -32,6 +33,8 @@ _SEARCHABLE = ("model", "optim")  # groups whose options a study may choose amon
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAME = "name="
 CONFIG_DIR = "--config-dir="
+_FILE = r"[\w.-]{1,100}"  # names of recipes
+_RECIPE = "it must be a YAML mapping of names to values. Correct it"
 
 
 @dataclass(frozen=True)
@@ -275,14 +278,33 @@ def _hydra(own: Path | None) -> Iterator[None]:
 
 def _compose(overrides: Sequence[Override]) -> dict[str, Any]:
     """Compose plain containers in Hydra; name the override that does not fit."""
+    _check_recipe(overrides)
     try:
         composed = hydra.compose("config", [str(override.input_line) for override in overrides])
         plain = OmegaConf.to_container(composed, resolve=True)
     except _ERRORS as error:
         _name_culprit(overrides)
         raise UserError(_reason(error)) from error
+    except (yaml.YAMLError, RecursionError) as error:  # of a recipe; YAML's own names the line
+        reason = error if isinstance(error, yaml.YAMLError) else "nested too deeply"
+        raise UserError(f"not a recipe ({reason}): {_RECIPE}.") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_recipe(overrides: Sequence[Override]) -> None:
+    """Refuse the recipe that is asked for if it would unfold to gigabytes when Hydra loads it."""
+    named = [override.value() for override in overrides if override.key_or_group == "experiments"]
+    name = str(named[-1]) if named else "default"
+    paths = [folder / f"{name}.yaml" for folder in recipe_folders() if re.fullmatch(_FILE, name)]
+    own = _Recipes.own.glob("*/*.yaml") if _Recipes.own else ()
+    for path in filter(Path.is_file, (*paths, *own)):
+        try:
+            refuse_unfolding(path.read_text(errors="replace"))
+        except UserError as error:
+            raise UserError(f"{path} is invalid: {error} Write its values out.") from error
+        except yaml.YAMLError:  # reported with its line when it is loaded
+            continue
 
 
 def _name_culprit(overrides: Sequence[Override]) -> None:

@@ -15,6 +15,7 @@ from digitlab.config.types import Config
 FORMAT = 1  # of `config.yaml`
 _RULE = "it must be a YAML mapping of names to values."
 _MOST_BYTES = 64_000  # of a configuration's text; the longest of ours has 2,000
+_UNFOLDING = (yaml.AnchorToken, yaml.AliasToken)
 _MOST_SHOWN = 100  # characters of a value in a message
 
 
@@ -70,11 +71,7 @@ _Dumper.add_representer(
 def config_from_yaml(text: str) -> Config:
     """Read a run's `config.yaml`; UserError as `config_from_plain`, or if its format is unknown."""
     try:
-        if len(text.encode(errors="replace")) > _MOST_BYTES:
-            raise UserError(f"it must have at most {_MOST_BYTES} bytes.")
-        # A few lines of anchors and aliases unfold to gigabytes: look before anything is loaded.
-        if any(isinstance(t, yaml.AnchorToken | yaml.AliasToken) for t in yaml.scan(text)):
-            raise UserError("it must hold no YAML anchors or aliases.")
+        refuse_unfolding(text)
         plain = OmegaConf.to_container(OmegaConf.create(text))
     except UserError as error:
         raise UserError(f"not a configuration: {error}") from error
@@ -89,6 +86,18 @@ def config_from_yaml(text: str) -> Config:
     if given != FORMAT or isinstance(given, bool):
         raise UserError(f"format={shown(given)} is invalid: it must be {FORMAT}.")
     return config_from_plain({str(key): value for key, value in plain.items()})
+
+
+def refuse_unfolding(text: str) -> None:
+    """Raise UserError for a text of YAML that could take gigabytes once it is loaded.
+
+    A few lines of anchors and aliases do.
+    """
+    if len(text.encode(errors="replace")) > _MOST_BYTES:
+        raise UserError(f"it must have at most {_MOST_BYTES} bytes.")
+    may_hold = "&" in text or "*" in text  # to scan a text takes as long as to load it
+    if may_hold and any(isinstance(token, _UNFOLDING) for token in yaml.scan(text)):
+        raise UserError("it must hold no YAML anchors or aliases.")
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
