@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -52,6 +53,13 @@ def files() -> dict[str, bytes]:
         "config.yaml": config_to_yaml(configure()).encode(),
         "environment.json": json.dumps({"libraries": {"torch": "1"}, "untracked": {}}).encode(),
     }
+
+
+def filled(value: float) -> bytes:
+    """Weights of the right names and shapes, each of them this number."""
+    weights = build_network(configure().model).state_dict()
+    filled = {name: torch.full(tensor.shape, value) for name, tensor in weights.items()}
+    return safetensors.torch.save(filled, METADATA)
 
 
 class Stored(NoTracker):
@@ -119,6 +127,8 @@ def test_damaged_file_whose_digest_is_right_is_read_or_refused(name: str, data: 
         ("environment.json", b'{"untracked": 5}'),
         ("environment.json", b"[" * 100_000),
         ("weights.safetensors", safetensors.torch.save({"a": torch.zeros(2)}, METADATA)),
+        ("weights.safetensors", filled(math.nan)),
+        ("weights.safetensors", filled(-math.inf)),
         ("predictions.safetensors", safetensors.torch.save({"predictions": torch.zeros(5)})),
         (
             "predictions.safetensors",

@@ -117,6 +117,11 @@ def _answer(
 ) -> Answer:
     if problem:
         return Answer(path, "none", message=f"no digit found: {problem}")
+    if not probabilities.isfinite().all():
+        raise UserError(
+            "the network's answers are not finite: its weights must be those of a training. Train "
+            "it again."
+        )
     digit = int(probabilities.argmax())
     label = labels[digit]
     status, message = ("unsure", f"not sure: perhaps {label}") if is_unsure else ("digit", "")

@@ -184,7 +184,10 @@ def load_network(tracker: Tracker, row: RunRow, config: Config) -> "nn.Module":
 
     network = build_network(config.model)
     with refuse_damage(_of("weights.safetensors", row), SafetensorError):
-        network.load_state_dict(safetensors.torch.load(content))
+        weights = safetensors.torch.load(content)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError("weights must be finite")
+        network.load_state_dict(weights)
     return network.eval()
 
 
