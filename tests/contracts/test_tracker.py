@@ -144,6 +144,15 @@ def test_missing_artifact_is_reported_in_one_line(tracker: Tracker, path: str) -
     assert path in str(raised.value)
 
 
+@pytest.mark.parametrize("path", ["../escaped", "/proc/escaped", "a/../../escaped", "", "."])
+def test_file_that_would_leave_its_run_is_refused(tracker: MlflowTracker, path: str) -> None:
+    run_id = create(tracker, "files")
+    with pytest.raises(TrackerRefused, match="must be the path of a file within its run") as raised:
+        tracker.upload(run_id, {path: b"1"})
+    assert "\n" not in str(raised.value)
+    assert not list(tracker.lab.rglob("escaped"))
+
+
 def test_runs_are_found_by_all_their_tags_oldest_first(tracker: Tracker) -> None:
     for name in ("c", "a", "b"):
         create(tracker, name, study="s", kind="trial")

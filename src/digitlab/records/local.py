@@ -14,6 +14,7 @@ from pathlib import Path
 
 from digitlab.base.errors import UserError
 from digitlab.base.paths import sqlite_address
+from digitlab.records.tracker import TrackerRefused
 
 LOCATION = "mlflow-artifacts:/"  # of the artifacts; MLflow's word for what its server serves
 
@@ -56,9 +57,16 @@ def place_of(lab: Path, artifact_uri: str, path: str = "") -> Path:
 
 
 def write_artifacts(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files as a whole each; the outbox syncs them before it lets go of its own copy."""
+    """Write files as a whole each; the outbox syncs them before it lets go of its own copy.
+
+    Raises:
+        TrackerRefused: a name that leads out of the folder.
+    """
     for name, content in files.items():
         path = folder / name
+        if ".." in path.parts or not path.is_relative_to(folder) or path == folder:
+            rule = "it must be the path of a file within its run"
+            raise TrackerRefused(f"Artifact {name} is invalid: {rule}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.new")
         new.write_bytes(content)
