@@ -6,7 +6,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disks import full_databases
@@ -24,7 +26,7 @@ from trackers import (
 
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
-from digitlab.records.spool import decode, encode
+from digitlab.records.spool import Changes, FileSpool, RunSpool, decode, encode
 from digitlab.records.tracker import (
     Dataset,
     LogBatch,
@@ -37,6 +39,7 @@ from digitlab.records.tracker import (
 )
 
 Open = Callable[..., Outbox]
+CREATE = {"do": "create", "run": asdict(NewRun("bad", {}, {}))}
 
 
 @pytest.fixture
@@ -538,6 +541,9 @@ def test_torn_last_operation_is_left_out(tmp_path: Path, kill_at: Callable[..., 
 
 def test_torn_files_are_left_out_wherever_they_end() -> None:
     first, second = encode({"do": "log"}), encode({"do": "files"}, FILES)
+    back = b'{"do": "log", "sizes": {"a": -3}, "crc32": 0}\n'  # to be read for ever
+    for wrong in (back, b"[" * 100_000 + b"\n", b"[]\n", b'{"sizes": [], "crc32": 0}\n'):
+        assert decode(first + wrong + second)[1] == len(first)
     for length in range(len(first), len(first) + len(second)):
         operations, end = decode((first + second)[:length])
         assert ([operation.what["do"] for operation in operations], end) == (["log"], len(first))
@@ -546,6 +552,62 @@ def test_torn_files_are_left_out_wherever_they_end() -> None:
     assert decode(bytes(damaged))[1] == len(first)
     operations, end = decode(first + second)
     assert (operations[1].files, end) == (FILES, len(first + second))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"do": "log", "metrics": {"a": 1.0}, "step": 1, "tags": {}}],
+        [CREATE, {"do": "log", "metrics": {"a": "x"}, "step": 1, "tags": {}}],
+        [CREATE, {"do": "end", "state": "gone", "tags": {}}],
+        [CREATE, {"do": "datasets", "datasets": [["mnist"]]}],
+        [CREATE, {"do": "unheard-of"}],
+        [{"do": "create", "run": {"name": "run"}}],
+        [CREATE, CREATE],
+        [{}],
+    ],
+)
+def test_a_damaged_record_is_kept_and_reported_and_no_other_waits_for_it(
+    tmp_path: Path, lines: list[dict[str, Any]]
+) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    good = outbox.open_run(new("good"))
+    folder = outbox._sessions.own()
+    content = b"".join(encode({"time_ms": 1, **what}) for what in lines)
+    (folder / "000000-bad.run").write_bytes(content)
+    (folder.with_name("damaged")).mkdir()  # of which the session cannot be read either
+    (folder.with_name("damaged") / "session.json").write_text("[]")
+    good.seal()
+    outbox._stop(5)
+    for descriptor in outbox._sessions._locks.values():
+        os.close(descriptor)  # as if the process had ended
+    other = Outbox(tmp_path, outbox.tracker)
+    other.adopt()
+    other.flush(60)
+    with pytest.raises(TrackerRefused, match=r"damaged, or of another version.* rm ") as raised:
+        other.check()
+    assert "\n" not in str(raised.value)
+    assert (folder / "000000-bad.run").read_bytes() == content
+    assert other.tracker.get("good").tags["digitlab.state"] == "interrupted"
+    other.close()
+
+
+def test_every_operation_that_is_written_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.run"
+    spool = FileSpool(path, Changes())
+    spool.create(NewRun("run", {"a": "b"}, {"c": "d"}, "parent"), FILES)
+    spool.log({"loss": float("nan"), "rate": 1.0}, 1, {"colour": "red"})
+    spool.add_datasets([Dataset("mnist", "0123", "training")])
+    spool.add_files(FILES)
+    spool.register(Registration("digits", {"a": "b"}, "card", Dataset("mnist", "0123", "test")))
+    spool.end("running")
+    spool.end("finished")
+    resumed = FileSpool(tmp_path / "b.run", Changes())
+    resumed.resume("run-id", "study-id")
+    written = {name for name in vars(RunSpool) if name[0] != "_"} - {"seal", "run_id"}
+    assert written == {"log", "add_datasets", "add_files", "register", "end"}  # all of them above
+    for one in (spool, resumed):
+        assert FileSpool.load(one.path, Changes()).size == one.size > 0
 
 
 def test_sessions_of_living_processes_are_left_alone(open_outbox: Open, gate: Gate) -> None:

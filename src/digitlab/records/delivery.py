@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from digitlab.base import faults
+from digitlab.base.errors import first_line
 from digitlab.base.files import sync_file_system
 from digitlab.records.spool import Changes, FileSpool, Operation
 from digitlab.records.tracker import (
@@ -171,6 +172,13 @@ class Delivery:
                 self._spools.remove(spool)
                 faults.point("outbox.removed")
             self._changes.notify_all()
+
+    def _keep_unread(self, path: Path, error: ValueError) -> None:
+        """Leave a file that cannot be read as it is; `check` raises why."""
+        spool = FileSpool(path, self._changes)
+        reason = f"it is damaged, or of another version: {first_line(error)}"
+        spool.name, spool.failure = path.stem, _refusal(spool, TrackerRefused(reason))
+        self._failed.append(spool)
 
     def _fail(self, spool: FileSpool, error: Exception) -> None:
         with self._changes:

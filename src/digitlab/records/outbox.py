@@ -11,7 +11,7 @@ from pathlib import Path
 
 from digitlab.records.delivery import Delivery
 from digitlab.records.sessions import Sessions
-from digitlab.records.spool import FileSpool, RunSpool
+from digitlab.records.spool import UNREADABLE, FileSpool, RunSpool
 from digitlab.records.tracker import NewRun, NoTracker, Tracker
 
 _CLOSE_S = 5.0  # for the last operations when the process ends
@@ -49,7 +49,11 @@ class Outbox(Delivery):
         lines = []
         for folder in self._sessions.left_behind():
             for path in sorted(folder.glob("*.run")):
-                spool = FileSpool.load(path, self._changes)
+                try:
+                    spool = FileSpool.load(path, self._changes)
+                except ValueError as error:
+                    self._keep_unread(path, error)
+                    continue
                 if spool.finish_interrupted():
                     lines.append(
                         f"Run {spool.name} was left unfinished by a process that has ended: "
@@ -74,7 +78,7 @@ class Outbox(Delivery):
         """Return the number of a study's records that another live process is to send."""
         count = 0
         for path in self._sessions.held_elsewhere():
-            with suppress(OSError, ValueError):  # sent, or written, just now
+            with suppress(OSError, *UNREADABLE):  # sent, or written, just now
                 with open(path, "rb") as file:
                     first = json.loads(file.readline())
                 tags = first.get("run", {}).get("tags", {})

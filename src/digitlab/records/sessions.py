@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from digitlab.base.files import sync_folder, write_synced
+from digitlab.records.spool import UNREADABLE
 
 
 class Sessions:
@@ -67,7 +68,8 @@ class Sessions:
 
     def _lock(self, folder: Path) -> bool:
         """Lock a folder unless its process is alive, or has recorded for another tracker."""
-        with suppress(OSError, ValueError), ExitStack() as opened:  # or it was removed meanwhile
+        # Or it was removed meanwhile.
+        with suppress(OSError, *UNREADABLE), ExitStack() as opened:
             file = os.open(folder / "session.json", os.O_RDWR)
             opened.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

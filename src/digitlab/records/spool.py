@@ -11,7 +11,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from digitlab.base import faults
 from digitlab.base.files import sync_folder
@@ -46,6 +49,69 @@ class RunSpool:
         return None
 
 
+# What it raises to read a line of JSON that is not what it should be.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+# What a line may hold. Another version, or a fault of the disk, can have left something else.
+_Size = Annotated[int, Field(ge=0)]
+
+
+@dataclass
+class _Line:
+    time_ms: int
+    sizes: dict[str, _Size]
+    crc32: int
+
+
+@dataclass
+class _Create(_Line):
+    do: Literal["create"]
+    run: NewRun
+
+
+@dataclass
+class _Resume(_Line):
+    do: Literal["resume"]
+    run_id: str
+    study_id: str
+
+
+@dataclass
+class _Log(_Line):
+    do: Literal["log"]
+    metrics: dict[str, float]
+    step: int
+    tags: dict[str, str]
+
+
+@dataclass
+class _Datasets(_Line):
+    do: Literal["datasets"]
+    datasets: list[Dataset]
+
+
+@dataclass
+class _Files(_Line):
+    do: Literal["files"]
+
+
+@dataclass
+class _Register(_Line):
+    do: Literal["register"]
+    registration: Registration
+
+
+@dataclass
+class _End(_Line):
+    do: Literal["end"]
+    state: Literal["running", "finished", "pruned", "failed", "interrupted"]
+    tags: dict[str, str]
+
+
+_KINDS = _Create | _Resume | _Log | _Datasets | _Files | _Register | _End
+_SHAPE: TypeAdapter[_KINDS] = TypeAdapter(Annotated[_KINDS, Field(discriminator="do")])
+
+
 class Operation(NamedTuple):
     what: dict[str, Any]
     files: dict[str, bytes]
@@ -66,9 +132,11 @@ def decode(content: bytes) -> tuple[list[Operation], int]:
     while at := content.find(b"\n", end) + 1:
         try:
             what = json.loads(content[end:at])
-            body_end = at + sum(what["sizes"].values())
-            is_whole = zlib.crc32(content[at:body_end]) == what["crc32"]
-        except (ValueError, KeyError, TypeError):
+            sizes = what["sizes"].values()
+            body_end = at + sum(sizes)
+            is_whole = min(sizes, default=0) >= 0  # or it would be read again and again
+            is_whole = is_whole and zlib.crc32(content[at:body_end]) == what["crc32"]
+        except UNREADABLE:
             break
         if body_end > len(content) or not is_whole:
             break
@@ -79,6 +147,11 @@ def decode(content: bytes) -> tuple[list[Operation], int]:
         operations.append(Operation(what, files))
         end = body_end
     return operations, end
+
+
+def _shape(operation: Operation) -> _KINDS:
+    """Return what a line holds; ValueError if it is nothing that this version writes."""
+    return _SHAPE.validate_json(json.dumps(operation.what), strict=True)
 
 
 class Changes(threading.Condition):
@@ -120,9 +193,16 @@ class FileSpool(RunSpool):
 
     @classmethod
     def load(cls, path: Path, changes: Changes) -> "FileSpool":
-        """Take over what another process left behind, without an operation that is not whole."""
+        """Take over what another process left behind, without an operation that is not whole.
+
+        Raises:
+            ValueError: it is none of this version's files.
+        """
         spool = cls(path, changes)
         operations, spool.size = decode(path.read_bytes())
+        kinds = [type(_shape(operation)) for operation in operations]
+        if kinds[:1] not in ([], [_Create], [_Resume]) or {*kinds[1:]} & {_Create, _Resume}:
+            raise ValueError("it must begin, and go on, with one run")
         os.truncate(path, spool.size)
         spool.may_exist = True
         for operation in operations:
