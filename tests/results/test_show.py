@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, CallIn
-from samples import recorded, studies
+from samples import copy_digits, recorded, stop_in_the_middle, studies
 
 from digitlab.config import compose as composing
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
+from digitlab.study.storage import open_storage
 from digitlab.study.summary import short
 
 
@@ -85,3 +86,28 @@ def test_best_prints_a_recipe_that_trains_the_champions_configuration(
     for group in ("data", "model", "optim", "trainer"):
         assert getattr(job.config, group) == getattr(wanted, group)
     assert job.config.study.name == "smoke-best"
+
+
+TEST = {"mean": 0.5, "low": None, "high": None, "n": 1}
+CHAMPION = {"test_accuracy": TEST, "values": {"model.hidden": 16}, "trial": 0}
+
+
+@pytest.mark.slow
+def test_what_is_noted_of_a_champion_is_refused_in_one_line_if_it_is_damaged(
+    tmp_path: Path, call_in: CallIn
+) -> None:
+    lab = copy_digits(tmp_path / "lab")
+    stop_in_the_middle(lab)
+    call, storage = call_in(lab), open_storage(lab)
+    number = storage.get_study_id_from_name("stopped")
+    storage.set_study_user_attr(number, "champion", CHAMPION)
+    assert call("best", "stopped")[0] == 0
+    damages = [({"test_accuracy": {"mean": 0.5}}, 0), ({"test_accuracy": 5}, 2)]
+    damages += [({"test_accuracy": TEST | {"mean": "x"}}, 2), ({"values": []}, 0)]
+    damages += [({"trial": None}, 0), ({"values": {"x": 1}}, 0)]
+    for damage, listed in damages:
+        storage.set_study_user_attr(number, "champion", CHAMPION | damage)
+        for command in ("best", "show"):
+            status, out, err = call(command, "stopped")
+            assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert call("studies")[0] == listed

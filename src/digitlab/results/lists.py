@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.console import print_table, table
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.tracker import RunRow
@@ -83,7 +83,8 @@ def list_studies(lab: Path, stores: Sequence[str], deleted: bool, form: str) -> 
             continue
         number = storage.get_study_id_from_name(study.study_name)
         trials = storage.get_all_trials(number, deepcopy=False)
-        found.append(_study(study.study_name, notes, trials))
+        with refuse_damage(f"what the storage holds of study {study.study_name!r}"):
+            found.append(_study(study.study_name, notes, trials))
     found.sort(key=lambda s: (-(s["test_accuracy"] or 0), -(s["val_accuracy"] or 0), s["study"]))
     _write(found, form, _STUDY_COLUMNS)
     return 0
@@ -100,7 +101,7 @@ def _study(name: str, notes: Mapping[str, Any], trials: Sequence[Any]) -> dict[s
         "pruned": states.count("pruned"),
         "failed": states.count("fail"),
         "val_accuracy": max(values, default=None),
-        "test_accuracy": test.get("mean"),
+        "test_accuracy": None if not test else float(test["mean"]),
         "test_seeds": test.get("n"),
         "seconds": notes.get("seconds"),
         "study_id": notes["study_id"],

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.statistics import Interval
 from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Pruner, Sampler
 from digitlab.study.mirror import RESULT, MirroredStudy
@@ -262,6 +263,9 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     with refuse_damage(f"what the storage holds of study {name!r}"):
         config = config_from_yaml(str(notes["config"]))
         config = with_values(config, {"study.name": name})  # it may have been renamed
+        if champion := notes.get("champion"):  # shown by many: refused here if it cannot be
+            str(Interval(**champion["test_accuracy"])), int(champion["trial"])
+            with_values(config, champion["values"])
         return TrialStore(storage, config), config
 
 
