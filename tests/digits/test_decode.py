@@ -2,7 +2,6 @@
 
 import io
 import re
-import struct
 import zlib
 from pathlib import Path
 from threading import Timer
@@ -10,6 +9,7 @@ from threading import Timer
 import numpy as np
 import psutil
 import pytest
+from bombs import tiff, zeros
 from conftest import DATA
 from PIL import Image
 
@@ -25,17 +25,6 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
-
-
-def tiff(width: int, height: int, tile: tuple[int, int], packed: bytes) -> bytes:
-    """A TIFF whose one tile may be larger than the picture: grey, 8 bits, deflate."""
-    entries = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1)]
-    entries += [(322, tile[0]), (323, tile[1]), (324, 0), (325, len(packed))]
-    start = 8 + 2 + 12 * len(entries) + 4
-    body = b"".join(
-        struct.pack("<HHII", tag, 4, 1, start if tag == 324 else value) for tag, value in entries
-    )
-    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + body + bytes(4) + packed
 
 
 @pytest.mark.parametrize(
@@ -69,14 +58,6 @@ def decoder() -> psutil.Process:
     """The process that decodes what is not small and simple."""
     [process] = [p for p in psutil.Process().children() if "digits.decode" in " ".join(p.cmdline())]
     return process
-
-
-def zeros(megabytes: int) -> bytes:
-    """So many, by deflate; a block that is flushed in full can be repeated as it is."""
-    packer = zlib.compressobj()
-    first = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return first + block * (megabytes - 1) + packer.flush()
 
 
 def test_colours_of_lab_are_refused_by_their_name() -> None:
