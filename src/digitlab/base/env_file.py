@@ -47,7 +47,7 @@ def load_env_file(path: Path) -> None:
             raise UserError(f"{path}: {name} has no value: a line must be NAME=VALUE. Write one.")
         if "\0" in value:  # which no environment can hold
             raise UserError(
-                f"{path}: the value of {name} is invalid: it must hold no zero byte. Write it again."
+                f"{path}: the value of {name} is invalid: it must hold no zero byte. Correct it."
             )
         os.environ.setdefault(name, value)
     if mode & 0o077:
