@@ -20,7 +20,7 @@ from digitlab.workers import processes
 # Of the counts of the longest tests; .ci/run, which has twenty minutes, asks for less than all.
 SHARE = float(os.environ.get("DIGITLAB_SHARE", "1"))
 
-pytest_plugins = ["parts", "browsing"]  # PostgreSQL, MLflow, Ray; a browser
+pytest_plugins = ["parts", "browsing", "unruly"]  # PostgreSQL, MLflow, Ray; a browser
 DATA = Path(__file__).parent / "support" / "digits"
 
 # Processes that tests start receive Ctrl-C, though this one may run in the background.

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -135,15 +135,13 @@ class MlflowTracker(Tracker):
 
     @translated
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
-        if may_exist:
-            mine = f"tags.`digitlab.record` = '{run.key}'"
-            found = self.client.search_runs([self.experiment], mine, ViewType.ALL)
-            if found:
-                return str(found[-1].info.run_id)
-        tags = {**run.tags, "digitlab.record": run.key}
-        if run.parent_run_id:
-            tags["mlflow.parentRunId"] = run.parent_run_id
-        return str(self.client.create_run(self.experiment, run.time_ms, tags, run.name).info.run_id)
+        mine = f"tags.`digitlab.record` = '{run.key}'"
+        found = self.client.search_runs([self.experiment], mine, ViewType.ALL) if may_exist else []
+        whole = max(found, key=lambda one: len(one.data.params), default=None)
+        run_id = _run_id(whole or _create(self.client, self.experiment, run))
+        if self.is_server:
+            _remove_twins(self.client, self.client.search_runs([self.experiment], mine), run_id)
+        return run_id
 
     @translated
     def log(self, run_id: str, batch: LogBatch) -> None:
@@ -157,6 +155,8 @@ class MlflowTracker(Tracker):
         # As MLflow composes the place of a run in an experiment's.
         place = self._place(f"{LOCATION}{run_id}/artifacts")
         _write(place, files, partial(self.client.log_artifacts, run_id))
+        if place is None:
+            _require_stored(self.client, run_id, files)
 
     def _place(self, uri: str) -> Path | None:
         return place_of(self.lab, uri) if self.is_local else None
@@ -245,7 +245,7 @@ class MlflowTracker(Tracker):
         place = self.client.get_run(run_id).info.artifact_uri
         if not self.is_server and place.startswith(LOCATION):
             return list_artifacts(place_of(self.lab, place))
-        return _listed(self.client, run_id)
+        return sorted(_listed(self.client, run_id))
 
     @translated
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
@@ -273,12 +273,37 @@ def _filter(tags: Mapping[str, str]) -> str:
     return " and ".join(f"tags.`{k}` = '{value}'" for k, value in tags.items() if "'" not in value)
 
 
-def _listed(client: MlflowClient, run_id: str) -> list[str]:
-    paths, folders = list[str](), [""]
+def _create(client: MlflowClient, experiment: str, run: NewRun) -> Run:
+    tags = {**run.tags, "digitlab.record": run.key}
+    if run.parent_run_id:
+        tags["mlflow.parentRunId"] = run.parent_run_id
+    return client.create_run(experiment, run.time_ms, tags, run.name)
+
+
+def _remove_twins(client: MlflowClient, found: Iterable[Run], run_id: str) -> None:
+    """Delete what was made twice: MLflow's client repeats a request that is answered too late."""
+    for other in found:
+        if _run_id(other) != run_id and not other.data.params:
+            client.delete_run(other.info.run_id)
+
+
+def _require_stored(client: MlflowClient, run_id: str, files: Mapping[str, bytes]) -> None:
+    """Raise ConnectionError for a file that is not there: MLflow's client believes any 200."""
+    sizes = _listed(client, run_id)
+    if any(sizes.get(path) != len(content) for path, content in files.items()):
+        raise ConnectionError("a file that was sent is not there")
+
+
+def _listed(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """Return the bytes of each artifact, by its path."""
+    sizes, folders = dict[str, int](), [""]
     while folders:
         for file in client.list_artifacts(run_id, folders.pop() or None):
-            (folders if file.is_dir else paths).append(file.path)
-    return sorted(paths)
+            if file.is_dir:
+                folders.append(file.path)
+            else:
+                sizes[file.path] = file.file_size or 0
+    return sizes
 
 
 def _parts(batch: LogBatch) -> Iterator[tuple[list[Metric], list[Param], list[RunTag]]]:
@@ -345,7 +370,14 @@ def save_tables() -> None:
         new.replace(local.TABLES)
 
 
+def _run_id(run: Run) -> str:
+    """Return a run's id; MLflow's client takes an empty answer of a server for a run without."""
+    if not run.info.run_id:
+        raise ConnectionError("the answer holds no run")
+    return str(run.info.run_id)
+
+
 def _row(run: Run) -> RunRow:
     data, info = run.data, run.info
     held = data.tags, data.params, data.metrics, info.start_time or 0, info.end_time or 0
-    return RunRow(info.run_id, visible(info.run_name), info.status, *held)
+    return RunRow(_run_id(run), visible(info.run_name), info.status, *held)

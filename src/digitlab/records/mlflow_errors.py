@@ -65,8 +65,8 @@ def http_status(error: Exception) -> int | None:
             status = 503 if str(error).startswith("API request to ") else None
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
-    elif isinstance(error, _AWAY):
-        status = 503
+    elif isinstance(error, _AWAY) or type(error).__module__ == "google.protobuf.json_format":
+        status = 503  # the latter: the answer is none of MLflow's
     elif isinstance(error, (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError)):
         status = 400
     return status
