@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from digitlab.digits.decode import Grey, decode
 from digitlab.digits.prepare import prepare, stroke_width
+from digitlab.digits.sheet import _threshold, find_sheet
 
 RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
 DIGITS = np.fromfile(RAW, np.uint8)[16:].reshape(-1, 28, 28)
@@ -203,3 +204,11 @@ def test_printed_digits_are_found() -> None:
         font = ImageFont.load_default(80)
         ImageDraw.Draw(image).text((20, 10), str(digit), fill=30, font=font)
         assert prepare(np.asarray(image, np.float32)).problem == ""
+
+
+def test_levels_that_hardly_differ_are_one_tone() -> None:
+    paper = np.full((60, 60), 200, np.float32)
+    paper[20:40, 20:40] = np.nextafter(np.float32(200), np.float32(201))
+    for inked in (paper, 200 - paper):
+        find_sheet(inked)
+        _threshold(inked)

@@ -73,7 +73,10 @@ def _has_edge(sheet: Mask, calm: Grey) -> bool:
 
 def _threshold(levels: Grey) -> float:
     """Return the level that parts them best into two classes (Otsu 1979)."""
-    counts, edges = np.histogram(levels, 64)
+    low, high = float(levels.min()), float(levels.max())
+    if high - low < 0.01:  # levels; as numpy does where all are equal: it makes no finer classes
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(levels, 64, (low, high))
     middle = (edges[1:] + edges[:-1]) / 2
     below, total = np.cumsum(counts)[:-1], np.cumsum(counts * middle)
     rest = np.maximum(below * (levels.size - below), 1)
