@@ -188,7 +188,10 @@ def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
         raise UserError(f"{given} is invalid: it must be range(low,high,step), step > 0, no tag.")
     # In decimals, as written: in binary 0.1 + 3 * 0.1 is not the 0.4 to be left out.
     first, end, each = (Decimal(str(number)) for number in (start, stop, step))
-    count = math.ceil((end - first) / each)
+    try:
+        count = math.ceil((end - first) / each)
+    except ArithmeticError as error:  # more values than decimals can count
+        raise UserError(f"{given} is invalid: it must have fewer values.") from error
     require(count >= 2, given, "a range of two or more values")
     last = first + (count - 1) * each
     if all(isinstance(number, int) for number in (start, stop, step)):
