@@ -91,9 +91,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each configuration")
     options = parser.parse_args()
     document = json.loads(FILE.read_text()) if FILE.exists() else {"figures": []}
-    for images in CURVE_IMAGES if options.record == "curve" else (ALL,):
-        figure = measure(document, options.record, images, options.seeds)
-        is_curve = options.record == "curve"
+    is_curve = options.record == "curve"
+    counts = CURVE_IMAGES if is_curve else (ALL,)
+    for seeds in range(1, options.seeds + 1):  # so that a curve that was stopped is a whole one
+        figures = [measure(document, options.record, images, seeds) for images in counts]
+    for figure in figures:
         print(curve_row(figure) if is_curve else f"{record_row(figure)}\n{runs_row(figure)}")
 
 
