@@ -106,7 +106,7 @@ def test_a_target_in_a_stored_configuration_is_refused(
 def test_an_unknown_model_in_a_stored_configuration_is_refused(stored: dict[str, Any]) -> None:
     stored["model"]["name"] = "os.abort"
     assert stored_refusal(stored) == (
-        "model.name=os.abort: no such network, known are convnet, seed."
+        "model.name=os.abort: no such network, known are convnet, seed, shared."
     )
 
 
