@@ -60,10 +60,11 @@ def problems(text: str, folder: Path = ROOT / "experiments") -> Iterator[str]:
 
 def _value(figures: list[dict[str, Any]], key: str, what: str, printed: str) -> str:
     """Return a figure as it should be printed, with as many digits as it is."""
-    values = next((f["values"] for f in figures if f["name"] == key), [])
-    if not values:
+    figure = next((f for f in figures if f["name"] == key), None)
+    if figure is None:
         return f"one that is measured: {key} is not"
-    is_share = "%" in printed and max(values) <= 1
+    values = figure["values"]
+    is_share = figure["unit"] == "fraction" or ("%" in printed and max(values) <= 1)
     decimals = re.findall(r"\d+\.?(\d*)", printed)[-1]
     return f"{COMPUTED[what](values) * (100 if is_share else 1):.{len(decimals)}f}"
 

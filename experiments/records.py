@@ -65,7 +65,13 @@ def measure(document: dict[str, Any], record: str, images: int, seeds: int) -> d
         figure["name"], figure = f"{name}, until {figure['commit'][:7]}", None
     if figure is None:
         target, largest = TARGETS.get(record, (None, None))
-        figure = {"name": name, "unit": "%", "least": target, "most": None, "largest": largest}
+        figure = {
+            "name": name,
+            "unit": "fraction",
+            "least": target,
+            "most": None,
+            "largest": largest,
+        }
         figure |= {"settings_digest": digest, "values": [], "run_ids": []}
         figures.append(figure)
     for seed in range(len(figure["values"]) + 1, seeds + 1):
