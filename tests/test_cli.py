@@ -533,8 +533,9 @@ def test_help_of_train_names_what_can_be_chosen(call: Call) -> None:
     status, out, err = call("train", "--help")
     assert (status, err) == (0, "")
     assert out.startswith("usage: digitlab train ")
-    for group in ("model        convnet, narrow, seed, strided", "optim        adam, adamw, sgd",
-                  "digitlab sweep experiments=smoke", "tag(log,interval"):  # fmt: skip
+    for group in ("model        convnet, narrow, seed, shared, strided",
+                  "optim        adam, adamw, sgd", "digitlab sweep experiments=smoke",
+                  "tag(log,interval"):  # fmt: skip
         assert group in out
 
 

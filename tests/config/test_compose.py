@@ -109,7 +109,8 @@ def test_an_unknown_recipe_is_refused_with_all_recipes() -> None:
 
 def test_an_unknown_model_is_refused_with_all_models() -> None:
     message = refusal("train", "model=resnet")
-    assert message == "model=resnet is invalid: it must be one of convnet, narrow, seed, strided."
+    known = "convnet, narrow, seed, shared, strided"
+    assert message == f"model=resnet is invalid: it must be one of {known}."
     assert refusal("train", "model.name=convnt") == (
         "model.name=convnt: no such network, did you mean convnet?"
     )

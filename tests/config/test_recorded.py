@@ -20,7 +20,7 @@ from digitlab.config.recorded import (
     with_values,
 )
 from digitlab.config.types import Config
-from digitlab.networks.settings import ArticleConfig, ConvnetConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig, SharedConfig
 
 
 def stored_refusal(plain: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def test_a_target_in_a_stored_configuration_is_refused(
 def test_an_unknown_model_in_a_stored_configuration_is_refused(stored: dict[str, Any]) -> None:
     stored["model"]["name"] = "os.abort"
     assert stored_refusal(stored) == (
-        "model.name=os.abort: no such network, known are convnet, seed."
+        "model.name=os.abort: no such network, known are convnet, seed, shared."
     )
 
 
@@ -267,6 +267,11 @@ OPTIONS = st.sampled_from([{}, {"model": {"seed": {"name": "seed"}}}])
 BEGIN = st.sampled_from([[], [{"model.widths": [4, 8], "optim.learning_rate": 0.1}]])
 
 
+SHARED = SharedConfig(
+    name="shared", width=4, kernel_size=5, stride=2, repeat_pools=[2, 1], separable=True
+)
+
+
 @st.composite
 def convnets(draw: st.DrawFn) -> ConvnetConfig:
     n = draw(st.integers(1, 4))
@@ -354,7 +359,7 @@ CONFIGS = st.builds(
         ),
         allow_unknown=st.booleans(),
     ),
-    model=convnets() | st.just(ArticleConfig(name="seed")),
+    model=convnets() | st.just(ArticleConfig(name="seed")) | st.just(SHARED),
     optim=st.builds(
         limits.OptimConfig,
         name=st.sampled_from(limits.Optimizer),

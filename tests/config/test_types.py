@@ -339,7 +339,8 @@ def test_a_message_gives_value_and_rule(
 
 def test_the_json_schema_knows_limits_and_networks() -> None:
     schema = json_schema()
-    assert set(schema["properties"]["model"]["discriminator"]["mapping"]) == {"convnet", "seed"}
+    known = {"convnet", "seed", "shared"}
+    assert set(schema["properties"]["model"]["discriminator"]["mapping"]) == known
     assert schema["$defs"]["TrainerConfig"]["properties"]["epochs"]["minimum"] == 1
     json.dumps(schema)
 

@@ -15,7 +15,8 @@ from digitlab.base.paths import CONF
 from digitlab.config.compose import compose
 from digitlab.networks.article import ArticleNetwork
 from digitlab.networks.convnet import Convnet, FlattenLast
-from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig, SharedConfig
+from digitlab.networks.shared import SharedNetwork
 from digitlab.networks.table import NETWORKS, build_network
 
 PLAIN = ConvnetConfig(
@@ -27,6 +28,10 @@ PLAIN = ConvnetConfig(
     batch_norm=True,
     dropout=0.0,
     hidden=64,
+)
+
+SHARED = SharedConfig(
+    name="shared", width=4, kernel_size=5, stride=2, repeat_pools=[2, 1, 3], separable=True
 )
 
 
@@ -63,7 +68,9 @@ def test_every_model_option_has_an_entry_in_the_table() -> None:
     assert types == set(NETWORKS)
 
 
-@pytest.mark.parametrize("config", [PLAIN, but(batch_norm=False), ArticleConfig(name="seed")])
+@pytest.mark.parametrize(
+    "config", [PLAIN, but(batch_norm=False), ArticleConfig(name="seed"), SHARED]
+)
 def test_weights_of_convolutions_are_in_channels_last_layout(config: ModelConfig) -> None:
     convolutions = [m for m in build_network(config).modules() if isinstance(m, nn.Conv2d)]
     assert convolutions
@@ -237,6 +244,59 @@ def test_dropout_changes_training_only() -> None:
     x = images(8)
     assert not torch.equal(module.train()(x), module(x))
     assert torch.equal(module.eval()(x), module(x))
+
+
+# --- shared ---
+
+
+@pytest.mark.parametrize(("is_separable", "of_shared"), [(True, 4 * 9 + 4 * 4), (False, 4 * 4 * 9)])
+def test_a_shared_network_s_convolution_is_counted_once(is_separable: bool, of_shared: int) -> None:
+    config = dataclasses.replace(SHARED, separable=is_separable)
+    norms = 4 * 2 * 4  # four, each of a scale and a bias a channel
+    assert parameters(build_network(config)) == 4 * 25 + of_shared + norms + 4 * 2 * 2 * 10 + 10
+
+
+@pytest.mark.parametrize("is_separable", [True, False])
+def test_a_shared_network_computes_what_its_layers_do(is_separable: bool) -> None:
+    module = build_network(dataclasses.replace(SHARED, separable=is_separable))
+    assert isinstance(module, SharedNetwork)
+    module.train()
+    for _ in range(3):
+        module(images(16))  # so that the norms have something to subtract
+    module.eval()
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 4
+    with torch.no_grad():
+        x = F.relu(norms[0](F.conv2d(images(4), module.first.weight, stride=2, padding=2)))
+        for norm, pool in zip(norms[1:], [2, 1, 3], strict=True):
+            if isinstance(module.shared, nn.Sequential):
+                each, point = module.shared
+                x = F.conv2d(x, each.weight, padding=1, groups=4)
+                x = torch.einsum("oi,nihw->nohw", point.weight[:, :, 0, 0], x)
+            else:
+                x = F.conv2d(x, module.shared.weight, padding=1)
+            x = F.max_pool2d(F.relu(norm(x)), pool)
+        expected = x.permute(0, 2, 3, 1).reshape(4, -1) @ module.head[1].weight.T
+        torch.testing.assert_close(
+            module(images(4)), expected + module.head[1].bias, atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"repeat_pools": [5, 3]}, ["model.repeat_pools=[5, 3]", "model.stride=2"]),
+        ({"stride": 15}, ["model.repeat_pools=[2, 1, 3]", "model.stride=15"]),
+        ({"kernel_size": 4}, ["model.kernel_size=4", "an odd integer"]),
+        ({"repeat_pools": []}, ["repeat_pools"]),
+        ({"width": 0}, ["width"]),
+    ],
+)
+def test_an_impossible_shared_network_is_refused(values: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        dataclasses.replace(SHARED, **values)
+    for field in named:
+        assert field in str(caught.value)
 
 
 # --- impossible combinations ---

@@ -333,10 +333,11 @@ NETWORKS = [
     ["experiments=default"],
     ["model=convnet", "model.widths=[4,8,8]", "model.kernel_sizes=[5,3,1]", "model.strides=[2,1,1]",
      "model.pools=[1,3,1]", "model.hidden=0", "model.dropout=0.5", "model.batch_norm=false"],
+    ["model=shared", "model.width=6", "model.separable=true"],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", NETWORKS, ids=["article", "default", "mixed"])
+@pytest.mark.parametrize("overrides", NETWORKS, ids=["article", "default", "mixed", "shared"])
 def test_a_saved_page_computes_what_the_network_does(
     browser: Browser, lab: Path, tmp_path: Path, overrides: list[str]
 ) -> None:

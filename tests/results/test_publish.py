@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 from samples import WHOLE, copy_digits, studies
 
 from digitlab.base.console import Board
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
+from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.images import as_tensors
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.reader import damage, find_run, trained
+from digitlab.records.reader import damage, find_run, load_network, recorded_config, trained
 from digitlab.records.tracker import RunRow
 from digitlab.results.publish import publish
 from digitlab.study.session import StudySession, open_session
+from digitlab.training.evaluate import evaluate
 
 STUDY = {"digitlab.study": "smoke", "digitlab.kind": "study"}
 CHAMPION = {"digitlab.study": "smoke", "digitlab.kind": "champion"}
@@ -45,7 +49,7 @@ def champions(session: StudySession) -> list[RunRow]:
     noted = publish(session, session.store.notes()["champion"])
     session.flush_records()
     found = session.records.tracker.find(CHAMPION)
-    assert noted == {"run_id": found[-1].run_id}
+    assert noted["run_id"] == found[-1].run_id
     return found
 
 
@@ -104,6 +108,27 @@ def test_champion_has_the_weights_of_the_first_final_fit_and_the_figures_of_all(
     assert champion.metrics["test_seeds"] == 2
     kept = json.loads(tracker.artifact(champion.run_id, "summary.json"))
     assert kept["trial"] == summary["trial"]
+
+
+def test_the_vote_of_the_final_fits_is_that_of_their_networks_mean_probability(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    tracker = session.records.tracker
+    runs = tracker.find({**STUDY, "digitlab.kind": "final"})
+    assert len(runs) == 2
+    images, labels = as_tensors(load_digits(session.lab, "sample", TEST))
+    shares = torch.zeros(len(labels), 10)
+    for run in runs:
+        config = recorded_config(tracker, run)
+        logits = evaluate(load_network(tracker, run, config), images, config.data)
+        shares += logits.softmax(1)
+    right = (shares.argmax(1) == labels).double().mean().item()
+    kept = json.loads(tracker.artifact(champions[1].run_id, "summary.json"))
+    assert kept["vote"] == {"fits": 2, "test_accuracy": pytest.approx(right)}
+    [study] = tracker.find(STUDY)
+    text = f"vote of the 2 fits (mean probability) {right:.2%}".replace("%", " % (n=1)")
+    assert text in study.tags["mlflow.note.content"]
+    assert text in tracker.artifact(study.run_id, "report.html").decode()
 
 
 def test_studys_own_run_names_the_new_champion_in_text_figures_and_report(

@@ -3,7 +3,7 @@
 They stand apart from the networks so that a configuration can be read without importing torch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -73,4 +73,42 @@ class ArticleConfig:
     name: Literal["seed"] = Field(description="Name of the network.")
 
 
-ModelConfig = ConvnetConfig | ArticleConfig
+@dataclass(config=STRICT)
+class SharedConfig:
+    """Settings of `SharedNetwork`: few numbers, used again and again."""
+
+    batch_norm: ClassVar[bool] = True  # always
+
+    name: Literal["shared"] = Field(description="Name of the network.")
+    width: Positive = Field(description="Output channels of every convolution.")
+    kernel_size: Positive = Field(description="Side of the first kernel, odd, pixels.")
+    stride: Positive = Field(description="Stride of the first convolution, pixels.")
+    repeat_pools: list[Positive] = Field(
+        min_length=1,
+        description="The shared convolution is applied once for each: side of the max-pooling "
+        "window after it, pixels; 1 pools nothing.",
+    )
+    separable: bool = Field(
+        description="Whether the shared convolution is one of each channel, then one of pixels."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "SharedConfig":
+        odd = self.kernel_size % 2 == 1
+        require(odd, f"model.kernel_size={self.kernel_size}", "an odd integer")
+        if self.side() < 1:
+            raise UserError(
+                f"model.repeat_pools={self.repeat_pools} with model.stride={self.stride} leaves no "
+                f"pixel of {PIXELS}: it must leave one. Lower one of them."
+            )
+        return self
+
+    def side(self) -> int:
+        """Return the pixels that are left on a side after the last convolution."""
+        side = -(-PIXELS // self.stride)
+        for pool in self.repeat_pools:
+            side //= pool
+        return side
+
+
+ModelConfig = ConvnetConfig | ArticleConfig | SharedConfig

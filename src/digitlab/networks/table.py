@@ -8,11 +8,13 @@ from torch import nn
 
 from digitlab.networks.article import ArticleNetwork
 from digitlab.networks.convnet import Convnet
-from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig
+from digitlab.networks.settings import ArticleConfig, ConvnetConfig, ModelConfig, SharedConfig
+from digitlab.networks.shared import SharedNetwork
 
 NETWORKS: dict[type, Callable[[Any], nn.Module]] = {
     ConvnetConfig: Convnet,
     ArticleConfig: ArticleNetwork,
+    SharedConfig: SharedNetwork,
 }
 
 

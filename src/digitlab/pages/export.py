@@ -55,6 +55,8 @@ class _Operations(TorchFunctionMode):
         match name:
             case "conv2d":
                 weight = args[1]  # (out, in, k, k); the page reads (k, k, in, out)
+                if len(args) > 6 and args[6] > 1:  # depthwise: to the page, most weights are 0
+                    weight = torch.diag_embed(weight[:, 0].permute(1, 2, 0)).permute(3, 2, 0, 1)
                 bias = args[2] if len(args) > 2 and args[2] is not None else None
                 stride, padding = (args[3][0], args[4][0]) if len(args) > 4 else (1, 0)
                 self._add("convolution", weight.permute(2, 3, 1, 0), bias, stride=stride,

@@ -10,11 +10,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from digitlab.base.statistics import Interval
+from digitlab.base.statistics import Interval, softmax
 from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
 from digitlab.records.mlflow_models import save_servable
-from digitlab.records.reader import verified
+from digitlab.records.reader import recorded_guesses, recorded_logits, verified
 from digitlab.records.record import RunRecorder, datasets_of, trial_tags
 from digitlab.records.tracker import Registration, RunRow
 from digitlab.study.champion import Fit, final_fits, test_metrics
@@ -29,7 +29,8 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]
     """
     if session.config.tracking.name is TrackerName.none or session.parent is None:
         return {}
-    summary = {**summary, "run_id": register_champion(session, summary)}
+    summary = {**summary, "vote": vote(session, summary)}
+    summary["run_id"] = register_champion(session, summary)
     session.store.note("champion", summary)  # the report is made from what is noted
     text = champion_text(session.config, summary, session.overrides)
     note = describe_study(session.config, session.overrides, text)
@@ -38,7 +39,24 @@ def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]
 
     page = report(session.store, session.config, session.records.tracker, session.lab)
     session.parent.add_files({"report.html": page.encode()})
-    return {"run_id": summary["run_id"]}
+    return {key: summary[key] for key in ("run_id", "vote")}
+
+
+def vote(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the test accuracy of the final fits' mean probability; None of a single fit.
+
+    It is of the answers that the fits gave when each was tested: no new look at the test set.
+    """
+    tracker = session.records.tracker
+    row = session.store.rows()[summary["trial"]]
+    runs = [_final_runs(session, fit) for fit in final_fits(session.config, row)]
+    last = [found[-1] for found in runs if found]
+    if len(last) < 2:
+        return None
+    _, labels = recorded_guesses(tracker, last[0])
+    shares = sum(softmax(recorded_logits(tracker, run, len(labels))) for run in last)
+    accuracy = float((np.argmax(shares, axis=1) == labels).mean())
+    return {"fits": len(last), "test_accuracy": accuracy}
 
 
 def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str | None:
@@ -47,7 +65,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     study_id, study = session.store.study_id, config.study.name
     row = session.store.rows()[summary["trial"]]
     fit = next(f for f in final_fits(config, row) if f.key == summary["weights_of"])
-    weights_run = _final_run(session, fit)
+    weights_run = _final_runs(session, fit)[-1]
     weights = verified(tracker, weights_run, "weights")
     earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
     tags = trial_tags(study_id, study, row.number, 1) | {
@@ -79,10 +97,11 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     return run_id
 
 
-def _final_run(session: StudySession, fit: Fit) -> RunRow:
+def _final_runs(session: StudySession, fit: Fit) -> list[RunRow]:
+    """Return the finished runs of a final fit, the last one last."""
     tags = {"digitlab.study_id": session.store.study_id, "digitlab.kind": "final"}
     tags |= {"digitlab.trial": str(fit.number), "digitlab.seed": str(fit.seed)}
-    return session.records.tracker.find(tags | {"digitlab.state": "finished"})[-1]
+    return session.records.tracker.find(tags | {"digitlab.state": "finished"})
 
 
 class _Served(torch.nn.Module):

@@ -22,12 +22,16 @@ def layers_table(config: ModelConfig) -> Table:
 def layer_rows(config: ModelConfig, device: str = "cpu") -> list[tuple[str, str, int]]:
     """Return each layer's kind, output for one image, and number of parameters.
 
+    A layer that is applied again has a row each time, and its parameters are counted once.
     On the device `meta` a network of any size is built at once, without memory.
     """
     rows: list[tuple[str, str, int]] = []
+    counted: set[nn.Module] = set()
 
     def note(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
-        count = sum(parameter.numel() for parameter in layer.parameters())
+        parameters = () if layer in counted else layer.parameters()
+        count = sum(parameter.numel() for parameter in parameters)
+        counted.add(layer)
         rows.append((_kind(layer), "x".join(map(str, output.shape[1:])), count))
 
     with torch.device(device), torch.no_grad():
