@@ -563,6 +563,7 @@ def test_torn_files_are_left_out_wherever_they_end() -> None:
         [CREATE, {"do": "datasets", "datasets": [["mnist"]]}],
         [CREATE, {"do": "unheard-of"}],
         [{"do": "create", "run": {"name": "run"}}],
+        [{"do": "create", "run": {**CREATE["run"], "color": "red"}}],
         [CREATE, CREATE],
         [{}],
     ],

@@ -492,6 +492,7 @@ def test_a_name_and_the_options_that_have_it_are_not_searched_at_once(whole: Con
         ("model.hidden", "range(5,1,-1)"),
         ("model.hidden", "range(1,5,0)"),
         ("optim.learning_rate", "range(0.1,0.5,0.0)"),
+        ("optim.learning_rate", "range(0,1,1e-300)"),
         # log
         ("model.hidden", "tag(log,int(interval(0,64)))"),
         ("optim.ema", "tag(log,interval(0,0.9))"),

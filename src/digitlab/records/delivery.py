@@ -173,19 +173,20 @@ class Delivery:
                 faults.point("outbox.removed")
             self._changes.notify_all()
 
-    def _keep_unread(self, path: Path, error: ValueError) -> None:
-        """Leave a file that cannot be read as it is; `check` raises why."""
-        spool = FileSpool(path, self._changes)
-        reason = f"it is damaged, or of another version: {first_line(error)}"
-        spool.name, spool.failure = path.stem, _refusal(spool, TrackerRefused(reason))
-        self._failed.append(spool)
-
     def _fail(self, spool: FileSpool, error: Exception) -> None:
         with self._changes:
             spool.failure = _refusal(spool, error) if isinstance(error, TrackerRefused) else error
             self._spools.remove(spool)
             self._failed.append(spool)
             self._changes.notify_all()
+
+
+def unreadable_spool(path: Path, changes: Changes, error: ValueError) -> FileSpool:
+    """Return a spool of a file that cannot be read, which stays as it is, with why."""
+    spool = FileSpool(path, changes)
+    reason = f"it is damaged, or of another version: {first_line(error)}"
+    spool.name, spool.failure = path.stem, _refusal(spool, TrackerRefused(reason))
+    return spool
 
 
 def _postponed(spools: Sequence[FileSpool], failing: FileSpool) -> list[FileSpool]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from digitlab.records.delivery import Delivery
+from digitlab.records.delivery import Delivery, unreadable_spool
 from digitlab.records.sessions import Sessions
 from digitlab.records.spool import UNREADABLE, FileSpool, RunSpool
 from digitlab.records.tracker import NewRun, NoTracker, Tracker
@@ -52,7 +52,7 @@ class Outbox(Delivery):
                 try:
                     spool = FileSpool.load(path, self._changes)
                 except ValueError as error:
-                    self._keep_unread(path, error)
+                    self._failed.append(unreadable_spool(path, self._changes, error))
                     continue
                 if spool.finish_interrupted():
                     lines.append(

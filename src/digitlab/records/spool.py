@@ -151,7 +151,12 @@ def decode(content: bytes) -> tuple[list[Operation], int]:
 
 def _shape(operation: Operation) -> _KINDS:
     """Return what a line holds; ValueError if it is nothing that this version writes."""
-    return _SHAPE.validate_json(json.dumps(operation.what), strict=True)
+    found = _SHAPE.validate_json(json.dumps(operation.what), strict=True)
+    for name in ("run", "registration"):  # of which pydantic passes over what it does not know
+        held = getattr(found, name, None)
+        if held is not None and vars(held).keys() != operation.what[name].keys():
+            raise ValueError(f"{name} must hold {', '.join(vars(held))}, and nothing else")
+    return found
 
 
 class Changes(threading.Condition):
