@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -42,6 +42,7 @@ _FIXED_KEYS = {
 }
 _FIXED_GROUPS = {"study", "tracking", "launcher"}
 _NO_OPTION = "none of these"  # what the recipe's own settings are among options that are searched
+_MOST_VALUES = 10**9  # of a range
 _GRAMMAR = "interval(a,b), int(interval(a,b)), tag(log,...), range(a,b,step) or choice(a,b,...)"
 
 
@@ -188,11 +189,9 @@ def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
         raise UserError(f"{given} is invalid: it must be range(low,high,step), step > 0, no tag.")
     # In decimals, as written: in binary 0.1 + 3 * 0.1 is not the 0.4 to be left out.
     first, end, each = (Decimal(str(number)) for number in (start, stop, step))
-    try:
+    with localcontext(prec=400):  # digits: as many as the count of any floats can take
         count = math.ceil((end - first) / each)
-    except ArithmeticError as error:  # more values than decimals can count
-        raise UserError(f"{given} is invalid: it must have fewer values.") from error
-    require(count >= 2, given, "a range of two or more values")
+    require(2 <= count <= _MOST_VALUES, given, f"a range of 2 to {_MOST_VALUES} values")
     last = first + (count - 1) * each
     if all(isinstance(number, int) for number in (start, stop, step)):
         return IntDistribution(int(start), int(last), step=int(step))
