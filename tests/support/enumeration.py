@@ -16,12 +16,14 @@ import threading
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import alembic.util
 import pytest
 import safetensors.torch
 import torch
@@ -32,19 +34,23 @@ from scripted import Script, predictions
 
 from digitlab.base import faults
 from digitlab.base.usage import MACHINE_METRICS
+from digitlab.config import compose as composing
+from digitlab.config.compose import compose
+from digitlab.config.recorded import config_from_yaml
 from digitlab.networks.table import build_network
-from digitlab.records import delivery, record
+from digitlab.records import delivery, reader, record
 from digitlab.records.outbox import Outbox
 from digitlab.records.record import Records, open_records
 from digitlab.records.tracker import RunRow
 from digitlab.results import publish, report
 from digitlab.results.audit import find_damage, find_problems
-from digitlab.study import session
+from digitlab.study import session, trials
 from digitlab.study.trials import load_study
 from digitlab.workers.base import Decision, Epoch, Finished, Job, Rung, Started, Stopped
 
 TRIALS = 3
 KILLED = -signal.SIGKILL
+COUNTED = ("finished", "pruned", "failed")  # states of runs that are not interrupted
 OURS = ("log.txt",)  # what the harness writes in a lab
 # What two studies of the same settings never share.
 PRIVATE = {*MACHINE_METRICS, "digitlab.seal", "digitlab.study_id", "digitlab.record"}
@@ -85,13 +91,19 @@ def stub(job: Job) -> Script:
             yield Stopped()
             return
     yield Epoch(1, {"train_loss": 1 - accuracy, "val_accuracy": accuracy})
-    torch.manual_seed(config.trainer.seed)
+    yield finished(job, accuracy)
+
+
+def finished(job: Job, accuracy: float) -> Finished:
+    """Return a result of that accuracy, with weights that the job's network can load."""
+    torch.manual_seed(job.config.trainer.seed)
+    network = build_network(job.config.model)
     files = {
-        "weights.safetensors": safetensors.torch.save(build_network(config.model).state_dict()),
+        "weights.safetensors": safetensors.torch.save(network.state_dict()),
         "predictions.safetensors": predictions(accuracy),
     }
     metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy}
-    yield Finished(metrics, files, {}, {"train": "0" * 64})
+    return Finished(metrics, files, {}, {"train": "0" * 64})
 
 
 def new_lab(lab: Path) -> Path:
@@ -121,11 +133,14 @@ class Clock:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.states is not None:
                 self._keep(self.states / f"{self.count:04d}")
-        is_driver = threading.current_thread() is threading.main_thread()
+        is_driver = "_send_until_closed" not in threading.current_thread().name
         # The study's own run is waited for anyway, and the rest of it sent in the meantime.
         is_first = name == "trial.drawn"
         if is_driver and self.outbox is not None and (name in SENT[self.course.sent] or is_first):
             self.outbox.flush(60)
+
+    def opened(self, outbox: Outbox) -> None:
+        self.outbox = outbox
 
     def _keep(self, state: Path) -> None:
         digest = digest_of(self.lab)
@@ -175,13 +190,26 @@ def run_study(clock: Clock, then: Callable[[], None] = lambda: None) -> int:
         os._exit(status)
 
 
+@cache
+def _composed(command: str, overrides: tuple[str, ...]) -> list[composing.Composed]:
+    return compose(command, overrides)
+
+
+def _compose(command: str, overrides: Sequence[str]) -> list[composing.Composed]:
+    return _composed(command, tuple(overrides))
+
+
+_load_migration = cache(alembic.util.load_python_file)
+_read_config = cache(config_from_yaml)
+
+
 @contextmanager
-def stubs(clock: Clock) -> Iterator[None]:
+def stubs(clock: Clock) -> Iterator[pytest.MonkeyPatch]:
     """Install the clock; the model that MLflow serves and the report, which take seconds, go."""
 
     def open_box(*given: Any) -> Records:
         records = open_records(*given)
-        clock.outbox = records.outbox
+        clock.opened(records.outbox)
         return records
 
     def save_servable(_network: Any, _example: Any, folder: Path) -> None:
@@ -194,9 +222,14 @@ def stubs(clock: Clock) -> Iterator[None]:
         patch.setattr(session, "open_records", open_box)
         patch.setattr(delivery, "_GATHER_S", 1e6)
         patch.setattr(faults, "hook", clock)
+        # What takes most of the time of so small a study, and is the same each time.
+        patch.setattr(composing, "compose", _compose)
+        patch.setattr(alembic.util, "load_python_file", _load_migration)
+        for room in (reader, trials):
+            patch.setattr(room, "config_from_yaml", _read_config)
         if clock.course.tracker == "plain":
             patch.setattr(record, "open_tracker", lambda _, lab: PlainTracker(lab))
-        yield
+        yield patch
 
 
 # What a study comes to
@@ -204,20 +237,23 @@ def stubs(clock: Clock) -> Iterator[None]:
 Facts = dict[str, Any]
 
 
-def facts(lab: Path, name: str = "smoke") -> Facts:
+def facts(lab: Path, is_won: bool = True) -> Facts:
     """Return what a finished study holds, but for what no two studies share.
 
     Fails where its books are not whole: a trial without its run, a run that is left open or
     damaged, a record that waits in the outbox.
+
+    Args:
+        is_won: whether it has a champion, which needs a trial that finished.
     """
-    store, config = load_study(lab, name)
+    store, config = load_study(lab, "smoke")
     with open_records(config, lab) as records:
         tracker = records.tracker
         runs = tracker.find({"digitlab.study_id": store.study_id})
         assert find_problems(store.rows(), runs) == []
         assert find_damage(tracker, runs) == []
         assert records.outbox.leftovers() == 0
-        counted = [run for run in runs if run.tags["digitlab.state"] in ("finished", "pruned")]
+        counted = [run for run in runs if run.tags["digitlab.state"] in COUNTED]
         current = [run for run in counted if "digitlab.superseded_by" not in run.tags]
         held = {_title(run): _content(run, tracker.history(run.run_id)) for run in current}
         # No run twice, whatever became of earlier attempts.
@@ -225,13 +261,17 @@ def facts(lab: Path, name: str = "smoke") -> Facts:
         others = Counter(run.tags["digitlab.state"] for run in runs if run not in counted)
         assert set(others) <= {"interrupted"}
     notes = store.notes()
-    return {
+    found = {
         "trials": [(row.number, row.state, row.value, row.values) for row in store.rows()],
         **{"/".join(title): content for title, content in held.items()},
+        "outbox": sorted(path.name for path in (lab / "outbox").iterdir()),
+    }
+    if not is_won:
+        return found
+    return found | {
         "champion": {k: v for k, v in notes["champion"].items() if k != "run_id"},
         "published": notes["published"],
         "looks": [look["fits"] for look in notes["tested"]],
-        "outbox": sorted(path.name for path in (lab / "outbox").iterdir()),
     }
 
 
