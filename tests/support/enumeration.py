@@ -50,7 +50,7 @@ from digitlab.workers.base import Decision, Epoch, Finished, Job, Rung, Started,
 
 TRIALS = 3
 KILLED = -signal.SIGKILL
-COUNTED = ("finished", "pruned", "failed")  # states of runs that are not interrupted
+COUNTED = ("finished", "pruned")  # states of a run that holds a result
 OURS = ("log.txt",)  # what the harness writes in a lab
 # What two studies of the same settings never share.
 PRIVATE = {*MACHINE_METRICS, "digitlab.seal", "digitlab.study_id", "digitlab.record"}
@@ -259,11 +259,12 @@ def facts(lab: Path, is_won: bool = True) -> Facts:
         # No run twice, whatever became of earlier attempts.
         assert Counter(map(_title, current)).most_common(1)[0][1] == 1
         others = Counter(run.tags["digitlab.state"] for run in runs if run not in counted)
-        assert set(others) <= {"interrupted"}
+        assert set(others) <= {"interrupted", "failed"}
     notes = store.notes()
     found = {
         "trials": [(row.number, row.state, row.value, row.values) for row in store.rows()],
         **{"/".join(title): content for title, content in held.items()},
+        "failed": others["failed"],
         "outbox": sorted(path.name for path in (lab / "outbox").iterdir()),
     }
     if not is_won:
