@@ -191,12 +191,14 @@ def run_study(clock: Clock, then: Callable[[], None] = lambda: None) -> int:
 
 
 @cache
-def _composed(command: str, overrides: tuple[str, ...]) -> list[composing.Composed]:
-    return compose(command, overrides)
+def _composed(command: str, overrides: tuple[str, ...], multirun: bool) -> list[composing.Composed]:
+    return compose(command, overrides, multirun)
 
 
-def _compose(command: str, overrides: Sequence[str]) -> list[composing.Composed]:
-    return _composed(command, tuple(overrides))
+def _compose(
+    command: str, overrides: Sequence[str], multirun: bool = False
+) -> list[composing.Composed]:
+    return _composed(command, tuple(overrides), multirun)
 
 
 _load_migration = cache(alembic.util.load_python_file)
