@@ -32,11 +32,11 @@ def build_shim(folder: Path) -> Path:
     return made
 
 
-def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this program with the library preloaded."""
+def start(program: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that stands beside this one, with the library preloaded."""
     paths = [SUPPORT.parents[1] / "src", SUPPORT.parent, SUPPORT]
     known = {"PYTHONPATH": ":".join(map(str, paths)), "LD_PRELOAD": str(build_shim(folder))}
-    command = [sys.executable, str(SUPPORT / "io_faults.py"), *arguments]
+    command = [sys.executable, str(SUPPORT / program), *arguments]
     return subprocess.run(
         command, env=os.environ | known, capture_output=True, text=True, check=False
     )
@@ -124,18 +124,26 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def enumerate_calls(tracker: str, numbers: list[int], step: int) -> dict[str, Any]:
-    from enumeration import Clock, Course, new_lab, stubs, undisturbed
+def warm_up(tracker: str, folder: Path) -> Any:
+    """Return what an undisturbed study comes to; forks of this process know all it needs then."""
+    from enumeration import Clock, Course, stubs, undisturbed
 
     from digitlab.config import compose as composing
 
-    wrong, calls = [], Counter[str]()
     course = Course(1, "sealed", tracker)
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference, _ = undisturbed(course, folder / "reference")
+    with stubs(Clock(course)):
+        composing.compose("sweep", [*_tiny(), *course.overrides], False)
+    return reference
+
+
+def enumerate_calls(tracker: str, numbers: list[int], step: int) -> dict[str, Any]:
+    from enumeration import new_lab
+
+    wrong, calls = [], Counter[str]()
     with place() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):
-            reference, _ = undisturbed(course, folder / "reference")
-        with stubs(Clock(course)):  # the processes that are forked know it then
-            composing.compose("sweep", [*_tiny(), *course.overrides], False)
+        reference = warm_up(tracker, folder)
         status, errors, count, _ = sweep(new_lab(folder / "counted"), tracker)
         assert (status, errors) == (0, ""), errors
         for at in numbers or range(1, count + 1, step):
@@ -148,6 +156,7 @@ def enumerate_calls(tracker: str, numbers: list[int], step: int) -> dict[str, An
                     wrong.append(f"{at} {name}: {problem}")
                     print(wrong[-1], file=sys.stderr, flush=True)
                 shutil.rmtree(lab)
+            print(f"{at} of {count}: {dict(calls)}", file=sys.stderr, flush=True)
     return {"count": count, "calls": calls, "wrong": wrong}
 
 
