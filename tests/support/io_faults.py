@@ -148,7 +148,7 @@ def enumerate_calls(tracker: str, numbers: list[int], step: int) -> dict[str, An
         assert (status, errors) == (0, ""), errors
         for at in numbers or range(1, count + 1, step):
             for name in FAULTS:
-                lab = folder / "lab"
+                lab = folder / f"{at}-{name}"  # another each time: MLflow remembers databases
                 call, problem = check(lab, tracker, at, name, reference)
                 if name == "EIO":
                     calls[call] += 1

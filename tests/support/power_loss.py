@@ -188,7 +188,7 @@ def enumerate_states(tracker: str, numbers: list[int], step: int) -> dict[str, A
             seen.add(digest)
             if len(seen) not in numbers if numbers else len(seen) % step:
                 continue
-            left = new_lab(folder / "left")
+            left = new_lab(folder / f"left-{len(seen)}")  # MLflow remembers databases
             lay_out(state, left)
             kinds[
                 state[0].split()[0] if state[0].startswith(("torn", "all", "names")) else "file"
