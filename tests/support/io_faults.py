@@ -157,7 +157,7 @@ def enumerate_calls(tracker: str, numbers: list[int], step: int) -> dict[str, An
                     print(wrong[-1], file=sys.stderr, flush=True)
                 shutil.rmtree(lab)
             print(f"{at} of {count}: {dict(calls)}", file=sys.stderr, flush=True)
-    return {"count": count, "calls": calls, "wrong": wrong}
+    return {"count": count, "checked": calls, "wrong": wrong}
 
 
 if __name__ == "__main__":
