@@ -53,6 +53,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"{report.nodeid}: {value} {name}")
 
 
+Wanted = Callable[..., bool]
+
+
+@pytest.fixture
+def is_wanted(request: pytest.FixtureRequest) -> Wanted:
+    """Whether numbers are asked for: all are, but where `--number N` or `N/M` names some."""
+    only = request.config.getoption("--number")
+    parts = [int(part) for part in only.split("/")] if only else []
+    return lambda *numbers: all(a == b for a, b in zip(numbers, parts, strict=False))
+
+
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty lab but for the sample of digits; also what the command line takes for its lab.

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,19 +24,16 @@ from typing import Any
 
 import alembic.util
 import pytest
-import safetensors.torch
-import torch
 from conftest import DATA
 from leading import lead
 from plain import PlainTracker
-from scripted import Script, predictions
+from scripted import stub
 
 from digitlab.base import faults
 from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config import compose as composing
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
-from digitlab.networks.table import build_network
 from digitlab.records import delivery, reader, record
 from digitlab.records.outbox import Outbox
 from digitlab.records.record import Records, open_records
@@ -46,7 +42,6 @@ from digitlab.results import publish, report
 from digitlab.results.audit import find_damage, find_problems
 from digitlab.study import session, trials
 from digitlab.study.trials import load_study
-from digitlab.workers.base import Decision, Epoch, Finished, Job, Rung, Started, Stopped
 
 TRIALS = 3
 KILLED = -signal.SIGKILL
@@ -78,32 +73,6 @@ class Course:
 # The points at which the driver waits until the tracker has everything: all of them, so that each
 # operation is sent alone; those where a record is whole; only where the driver waits by itself.
 SENT = {"at-once": ("outbox.appended",), "sealed": ("outbox.sealed",), "late": ()}
-
-
-def stub(job: Job) -> Script:
-    """A job whose accuracies follow from its configuration, with weights that can be loaded."""
-    config = job.config
-    known = f"{config.model.hidden} {config.optim.learning_rate} {config.trainer.seed}"
-    accuracy = 0.5 + zlib.crc32(known.encode()) % 50 / 100
-    yield Started({"model_parameters": 100.0, "training_flops": 1000.0})
-    for index, rung in enumerate(job.rungs):
-        if (yield Rung(index, accuracy * (0.5 + rung / 2))) is Decision.stop:
-            yield Stopped()
-            return
-    yield Epoch(1, {"train_loss": 1 - accuracy, "val_accuracy": accuracy})
-    yield finished(job, accuracy)
-
-
-def finished(job: Job, accuracy: float) -> Finished:
-    """Return a result of that accuracy, with weights that the job's network can load."""
-    torch.manual_seed(job.config.trainer.seed)
-    network = build_network(job.config.model)
-    files = {
-        "weights.safetensors": safetensors.torch.save(network.state_dict()),
-        "predictions.safetensors": predictions(accuracy),
-    }
-    metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy}
-    return Finished(metrics, files, {}, {"train": "0" * 64})
 
 
 def new_lab(lab: Path) -> Path:

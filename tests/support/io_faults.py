@@ -51,8 +51,8 @@ def shim() -> Any:
 
 def sweep(lab: Path, tracker: str, at: int = 0, fault: int = 0, record: int = -1) -> Any:
     """Call `digitlab sweep` in a fork; return its status, its errors, its calls, which failed."""
-    from enumeration import Clock, Course, stub, stubs
-    from scripted import ScriptedWorkers
+    from enumeration import Clock, Course, stubs
+    from scripted import ScriptedWorkers, stub
 
     from digitlab.cli import main
     from digitlab.study import driver

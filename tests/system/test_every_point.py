@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Wanted
 from enumeration import (
     KILLED,
     SENT,
@@ -21,15 +22,6 @@ from enumeration import (
 COURSES = {f"{n}-{sent}": Course(n, sent) for n in VALUES for sent in SENT}
 MLFLOW = {name: Course(it.workers, it.sent, "mlflow") for name, it in COURSES.items()}
 SHARDS = 8  # of the pairs of a course, each a test of its own
-Wanted = Callable[..., bool]
-
-
-@pytest.fixture
-def is_wanted(request: pytest.FixtureRequest) -> Wanted:
-    """Whether numbers are asked for: all are, but where `--number N` or `N/M` names some."""
-    only = request.config.getoption("--number")
-    parts = [int(part) for part in only.split("/")] if only else []
-    return lambda *numbers: all(a == b for a, b in zip(numbers, parts, strict=False))
 
 
 def kill_at_points(course: Course, tmp_path: Path, is_wanted: Wanted) -> tuple[int, list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enumeration import SENT, Clock, Course, facts, finished, new_lab, stubs
+from enumeration import SENT, Clock, Course, facts, new_lab, stubs
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 from leading import compose_tiny, kind_of
 from plain import PlainTracker
+from scripted import finished
 from stepped import Line, ShakyTracker, SteppedDriver
 
 from digitlab.base.errors import UserError
