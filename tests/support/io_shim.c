@@ -13,6 +13,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
@@ -99,13 +100,15 @@ ssize_t pwrite64(int file, const void *data, size_t n, off64_t at) {
 
 ssize_t pwrite(int file, const void *data, size_t n, off_t at) { return pwrite64(file, data, n, at); }
 
-/* Python copies a file with it; here its data goes the way of all others. */
-ssize_t sendfile(int to, int from, off_t *at, size_t n) {
+/* Python copies a file with it; here the data goes the way of all others. */
+ssize_t sendfile64(int to, int from, off64_t *at, size_t n) {
     char path[PATH_MAX];
-    if (!lab[0] || !path_of(to, path)) return REAL(sendfile)(to, from, at, n);
+    if (!lab[0] || !path_of(to, path)) return REAL(sendfile64)(to, from, at, n);
     errno = EINVAL; /* Python falls back on read and write */
     return -1;
 }
+
+ssize_t sendfile(int to, int from, off_t *at, size_t n) { return sendfile64(to, from, at, n); }
 
 #define SYNC(name)                                                     \
     int name(int file) {                                               \

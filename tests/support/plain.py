@@ -16,12 +16,12 @@ STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}  # K
 
 
 class PlainTracker(Tracker):
-    """Runs in lab/plain.db, in the order of their creation; artifacts in lab/plain."""
+    """Runs in lab/plain.db, in the order of their creation; artifacts in lab/artifacts."""
 
     identity = "plain"
 
     def __init__(self, lab: Path) -> None:
-        self.folder, self.lock = lab / "plain", threading.Lock()
+        self.folder, self.lock = lab / "artifacts", threading.Lock()
         self.database = sqlite3.connect(
             lab / "plain.db", check_same_thread=False, isolation_level=None
         )

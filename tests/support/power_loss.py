@@ -137,6 +137,21 @@ def crash_states(calls: list[Call]) -> Iterator[State]:
             yield f"all lost but what was synced {where}", disk.synced_names, disk.synced
 
 
+def early_names(calls: list[Call]) -> list[str]:
+    """Return the files that got their names before their data was on the disk.
+
+    Artifacts may: the outbox keeps its own copy of them until all of them are synced.
+    """
+    disk, found = Disk(), []
+    for call in calls:
+        number = disk.names.get(call.path, FOLDER)
+        is_early = number != FOLDER and disk.files[number] != disk.synced[number]
+        if call.name == "rename" and is_early and "artifacts" not in PurePath(call.path).parts:
+            found.append(f"{call.more} is renamed before it is synced")
+        disk.apply(call)
+    return found
+
+
 def lay_out(state: State, lab: Path) -> None:
     """Make a lab of what is left; a name in a folder that was lost is lost too."""
     _, names, files = state
@@ -181,7 +196,9 @@ def enumerate_states(tracker: str, numbers: list[int], step: int) -> dict[str, A
         with open(folder / "record", "wb") as record:
             status, errors, _, _ = sweep(lab, tracker, record=record.fileno())
         assert (status, errors) == (0, ""), errors
-        for state in crash_states(read_calls(folder / "record", lab)):
+        calls = read_calls(folder / "record", lab)
+        wrong += early_names(calls)
+        for state in crash_states(calls):
             digest = digest_of(state)
             if digest in seen:
                 continue

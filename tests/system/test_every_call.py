@@ -10,6 +10,7 @@ import pytest
 from io_faults import start
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler is needed")
+# Of the program that enumerates them
 PROGRAMS = {"io_faults.py": "calls", "power_loss.py": "crash states"}
 Count = Callable[[str, object], None]
 
@@ -24,7 +25,7 @@ def enumerate_by(program: str, folder: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_study_goes_on_from_some(program: str, tmp_path: Path) -> None:
-    assert enumerate_by(program, tmp_path, "plain", "100")["wrong"] == []
+    assert enumerate_by(program, tmp_path, "mlflow", "200")["wrong"] == []
 
 
 @pytest.mark.exhaustive
