@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from digitlab.base.files import sync_folder, write_synced
+from digitlab.base.files import sync, write_synced
 
 
 class Sessions:
@@ -33,7 +33,7 @@ class Sessions:
             write_synced(hidden / "session.json", content.encode())
             self._lock(hidden)
             self._own = hidden.rename(self.outbox / name)
-            sync_folder(self.outbox)
+            sync(self.outbox)
             self._locks[self._own] = self._locks.pop(hidden)
         return self._own
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from digitlab.base import faults
-from digitlab.base.files import sync_folder
+from digitlab.base.files import sync
 from digitlab.records.tracker import Dataset, NewRun, Registration, now_ms
 
 
@@ -162,9 +162,8 @@ class FileSpool(RunSpool):
 
     def seal(self) -> None:
         try:
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
-            sync_folder(self.path.parent)
+            sync(self.path)
+            sync(self.path.parent)
         except FileNotFoundError:  # the tracker has all of it
             return
         faults.point("outbox.sealed")
