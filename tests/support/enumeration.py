@@ -252,7 +252,8 @@ def _title(run: RunRow) -> tuple[str, ...]:
 
 
 def _content(run: RunRow, history: list[tuple[str, int, float]]) -> Mapping[str, Any]:
-    metrics = [point for point in history if point[0] not in PRIVATE]
+    # A publication that was broken off is repeated, and logs the study's figures again.
+    metrics = sorted({point for point in history if point[0] not in PRIVATE})
     tags = {key: run.tags.get(f"digitlab.{key}") for key in ("state", "weights_sha256")}
     return {"name": run.name, "params": run.params, "metrics": metrics, "tags": tags}
 
@@ -268,7 +269,10 @@ def resume(lab: Path, course: Course, reference: Facts) -> str:
 def compare(found: Facts, reference: Facts) -> None:
     assert found.keys() == reference.keys(), set(found) ^ set(reference)
     for key, value in reference.items():
-        assert found[key] == value, f"{key}: {found[key]} is not {value}"
+        if isinstance(value, dict):
+            compare(found[key], value)
+        else:
+            assert found[key] == value, f"{key}: {found[key]} is not {value}"
 
 
 def undisturbed(course: Course, lab: Path) -> tuple[Facts, int]:
