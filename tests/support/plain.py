@@ -10,7 +10,7 @@ from typing import Any
 
 from digitlab.base.errors import UserError, nearest
 from digitlab.records.local import list_artifacts, write_artifacts
-from digitlab.records.tracker import LogBatch, NewRun, RunRow, Tracker, TrackerRefused
+from digitlab.records.tracker import LogBatch, NewRun, Registration, RunRow, Tracker, TrackerRefused
 
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}  # KILLED else
 
@@ -127,8 +127,8 @@ class PlainTracker(Tracker):
     def files(self, run_id: str) -> list[str]:
         return list_artifacts(self.folder / run_id)
 
-    def register(self, model: str, run_id: str, tags: Mapping[str, str], card: str) -> None:
-        self._change(run_id, tags={f"registered.{model}": "champion", **tags})
+    def register(self, run_id: str, what: Registration) -> None:
+        self._change(run_id, tags={f"registered.{what.model}": "champion", **what.tags})
 
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         """Nobody looks at this tracker's pages."""
