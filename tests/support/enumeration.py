@@ -221,7 +221,7 @@ def facts(lab: Path, is_won: bool = True) -> Facts:
     with open_records(config, lab) as records:
         tracker = records.tracker
         runs = tracker.find({"digitlab.study_id": store.study_id})
-        assert find_problems(store.rows(), runs) == []
+        assert find_problems(config, store.rows(), runs) == []
         assert find_damage(tracker, runs) == []
         assert records.outbox.leftovers() == 0
         counted = [run for run in runs if run.tags["digitlab.state"] in COUNTED]
