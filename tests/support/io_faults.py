@@ -59,7 +59,7 @@ def sweep(lab: Path, tracker: str, at: int = 0, fault: int = 0, record: int = -1
     from digitlab.workers import processes
 
     course = Course(1, "sealed", tracker)
-    told = lab.with_suffix(".told")
+    result = lab.with_suffix(".result")
     child = os.fork()
     if not child:
         status = 70
@@ -78,12 +78,12 @@ def sweep(lab: Path, tracker: str, at: int = 0, fault: int = 0, record: int = -1
         finally:
             count, failed = shim().io_count(), shim().io_failed().decode()
             shim().io_arm(b"", 0, 0, -1)
-            told.write_text(json.dumps([count, failed]))
+            result.write_text(json.dumps([count, failed]))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count, failed = json.loads(told.read_text()) if status != -9 else (0, "")
+    count, failed = json.loads(result.read_text()) if status != -9 else (0, "")
     return status, lab.with_suffix(".err").read_text(), count, failed
 
 
@@ -102,8 +102,8 @@ def check(lab: Path, tracker: str, at: int, name: str, reference: Any) -> tuple[
     if name == "KILL":
         is_right = status == -9
     else:
-        is_told = status == 2 and len(lines) == 1 and lines[0].startswith("digitlab: ")
-        is_right = is_told or (status == 0 and not lines)
+        is_reported = status == 2 and len(lines) == 1 and lines[0].startswith("digitlab: ")
+        is_right = is_reported or (status == 0 and not lines)
     if not is_right:
         return failed, f"status {status}, {failed}: {errors[-1500:]}"
     status, errors, _, _ = sweep(lab, tracker)

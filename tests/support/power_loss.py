@@ -152,7 +152,7 @@ def early_names(calls: list[Call]) -> list[str]:
     return found
 
 
-def lay_out(state: State, lab: Path) -> None:
+def write_out(state: State, lab: Path) -> None:
     """Make a lab of what is left; a name in a folder that was lost is lost too."""
     _, names, files = state
     for path in sorted(names):  # a folder stands before what is in it
@@ -206,7 +206,7 @@ def enumerate_states(tracker: str, numbers: list[int], step: int) -> dict[str, A
             if len(seen) not in numbers if numbers else len(seen) % step:
                 continue
             left = new_lab(folder / f"left-{len(seen)}")  # MLflow remembers databases
-            lay_out(state, left)
+            write_out(state, left)
             kinds[
                 state[0].split()[0] if state[0].startswith(("torn", "all", "names")) else "file"
             ] += 1
