@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -40,6 +40,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--number", help="of what a test enumerates, as it prints it: that one alone")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests have counted by `record_property`."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {value} {name}")
+
+
+Wanted = Callable[..., bool]
+
+
+@pytest.fixture
+def is_wanted(request: pytest.FixtureRequest) -> Wanted:
+    """Whether numbers are asked for: all are, but where `--number N` or `N/M` names some."""
+    only = request.config.getoption("--number")
+    parts = [int(part) for part in only.split("/")] if only else []
+    return lambda *numbers: all(a == b for a, b in zip(numbers, parts, strict=False))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from plain import PlainTracker
 from trackers import FILES, LONG, Server
 
 from digitlab.base.errors import UserError
@@ -23,9 +24,20 @@ from digitlab.records.tracker import (
 )
 
 
-@pytest.fixture(params=["sqlite", pytest.param("server", marks=pytest.mark.slow)])
-def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> MlflowTracker:
-    """Each tracker that records, without runs."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test on every tracker that records, or on those that it is annotated with."""
+    kinds = ["sqlite", pytest.param("server", marks=pytest.mark.slow)]
+    if metafunc.function.__annotations__.get("tracker") is Tracker:
+        kinds.append("plain")  # which tests use that run studies by the thousand
+    if "tracker" in metafunc.fixturenames:
+        metafunc.parametrize("tracker", kinds, indirect=True)
+
+
+@pytest.fixture
+def tracker(request: pytest.FixtureRequest, tmp_path: Path) -> Tracker:
+    """A tracker without runs."""
+    if request.param == "plain":
+        return PlainTracker(tmp_path)
     if request.param == "sqlite":
         return MlflowTracker(None, request.node.name, tmp_path)
     server: Server = request.getfixturevalue("tracker_server")

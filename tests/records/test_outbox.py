@@ -167,6 +167,16 @@ def test_run_that_nobody_ended_is_interrupted_when_the_outbox_closes(open_outbox
     assert outbox.tracker.get("run").tags["digitlab.state"] == "interrupted"
 
 
+def test_folder_of_a_process_that_was_killed_before_it_had_a_name_is_removed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "outbox" / ".18e-7").mkdir(parents=True)
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    record(outbox)
+    outbox.close()
+    assert waiting(tmp_path) == []
+
+
 def test_run_that_ended_takes_no_more_operations(open_outbox: Open) -> None:
     outbox = open_outbox()
     spool = outbox.open_run(new())

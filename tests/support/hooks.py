@@ -7,6 +7,8 @@ folder of a lab without orders does nothing. Jobs are numbered from 1 over all w
         kill itself with its role's probability at each point, n times in all; `killed` lists them
     {"kill_at": {"point": name, "count": n}}    kill itself once, at the n-th call of that point
     {"hang": {"point": name, "jobs": [n, ...]}, "raise": {the same}, "die": {the same}}
+    {"stub": true}    train nothing: a job's result follows from its configuration
+    {"kill_nth": n}    kill a worker once, at the n-th point that workers pass in this lab
     {"record": true}    note each point that the driver passes in `points`
 
 A role is driver or worker. Every opening of a test file is noted in `opened`, with the role of the
@@ -39,6 +41,10 @@ def hook(name: str) -> None:
         _state["role"] = "worker"
         if Path("log.txt").exists():  # in a lab, and not where the tests themselves run
             _append("workers", str(os.getpid()))
+        if Path("faults.json").exists() and json.loads(Path("faults.json").read_text()).get("stub"):
+            import stub_fit
+
+            stub_fit.install()
         return  # three deaths before a worker is ready end a study
     if not Path("faults.json").exists():
         return
@@ -60,7 +66,12 @@ def hook(name: str) -> None:
 
 
 def _next_job() -> int:
-    with open("jobs", "a+") as file:
+    return _next("jobs")
+
+
+def _next(path: str) -> int:
+    """Return how often this was asked for in a lab, by all of its processes."""
+    with open(path, "a+") as file:
         file.write("x")
         return file.tell()
 
@@ -75,6 +86,9 @@ def _kill(name: str, orders: dict[str, Any]) -> None:
         struck = _state["chance"].random() < order["probability"][_state["role"]]
         if struck and len(lines) < order["left"]:
             _die(name)
+    is_counted = _state["role"] == "worker" and "kill_nth" in orders
+    if is_counted and _next("passed") == orders["kill_nth"]:
+        _die(name)
     exact = orders.get("kill_at", {})
     if exact.get("point") == name and _counts[name] == exact.get("count", 1) and not lines:
         _die(name)

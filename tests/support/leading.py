@@ -32,7 +32,7 @@ def train_well(job: Job) -> Script:
 
 
 @cache
-def _composed(overrides: tuple[str, ...]) -> Composed:
+def compose_tiny(overrides: tuple[str, ...]) -> Composed:
     return compose("sweep", [*TINY, *overrides])[0]
 
 
@@ -45,7 +45,7 @@ def lead(
     publish: Publish = lambda _session, _summary: {},
 ) -> tuple[int, list[Job]]:
     """Run a study, or go on with it; return the exit status and the jobs that were submitted."""
-    composed = _composed(overrides)
+    composed = compose_tiny(overrides)
     stop = stop or StopSignal()
     with Board() as board, open_session(composed, lab, board, stop) as session:
         workers = ScriptedWorkers(write, count)

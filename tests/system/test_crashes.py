@@ -148,6 +148,35 @@ def test_every_point_of_the_driver_is_one_to_be_killed_at(recorded) -> None:
     assert set(recorded[0]) == set(POINTS)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    "study",
+    [("study.workers=1",), ("study.workers=2", "study.sampler=random", "study.pruner=none")],
+    ids=["one-worker", "two-workers"],
+)
+def test_a_worker_killed_at_every_point_changes_nothing(
+    lab, study, record_property, is_wanted
+) -> None:
+    """Nothing is trained in these workers; they and the driver are real processes."""
+    study = (*STUDY, *study, "study.trials=3")
+    orders = {"stub": True, "kill_nth": 0}
+    order(lab, **orders)
+    assert Parent(lab, [*TINY, *study]).wait() == 0
+    results, count = results_of(lab), len((lab / "passed").read_text())
+    record_property("points of workers", count)
+    for number in filter(is_wanted, range(1, count + 1)):
+        beside = lab.parent / f"killed-{number}"
+        beside.mkdir()
+        (beside / "data").symlink_to(lab / "data")
+        order(beside, **orders | {"kill_nth": number})
+        parent = Parent(beside, [*TINY, *study])
+        assert parent.wait() == 0, (number, parent.log.read_text()[-2000:])
+        assert len(lines_of(beside, "killed")) == 1, number
+        assert_whole(beside, 3)
+        assert results_of(beside) == results, number
+
+
 @pytest.mark.parametrize("role", ["confirm", "final"])
 @pytest.mark.long
 def test_a_worker_that_dies_in_a_fit_is_replaced(lab, run_sweep, role: str) -> None:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from digitlab.base.errors import UserError
+from digitlab.base.files import sync
 from digitlab.base.paths import sqlite_address
 from digitlab.records.tracker import TrackerRefused
 
@@ -41,7 +42,10 @@ def prepare_database(lab: Path, make_tables: Callable[[Path], None]) -> None:
             make_tables(new)
         with closing(sqlite3.connect(new)) as database, database:
             database.execute("UPDATE experiments SET artifact_location = ?", [f"{LOCATION}0"])
+        # Or a power loss leaves the name of a database, and an empty file.
+        sync(new)
         new.replace(path)
+        sync(lab)
     with closing(sqlite3.connect(path, timeout=60)) as database:
         # Readers and a writer go on side by side; the file remembers it.
         database.execute("PRAGMA journal_mode=WAL")

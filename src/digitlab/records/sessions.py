@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from digitlab.base.files import sync_folder, write_synced
+from filelock import FileLock
+
+from digitlab.base.files import sync, write_synced
 from digitlab.records.spool import UNREADABLE
 
 
@@ -29,12 +31,16 @@ class Sessions:
         if self._own is None:
             name = f"{time.time_ns():x}-{os.getpid()}"
             hidden = self.outbox / f".{name}"
-            hidden.mkdir(parents=True)
-            content = json.dumps({"tracker": self.tracker})
-            write_synced(hidden / "session.json", content.encode())
-            self._lock(hidden)
-            self._own = hidden.rename(self.outbox / name)
-            sync_folder(self.outbox)
+            self.outbox.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.outbox.with_suffix(".lock")):
+                for left in self.outbox.glob(".*/"):  # by a process that was killed here
+                    shutil.rmtree(left)
+                hidden.mkdir()
+                content = json.dumps({"tracker": self.tracker})
+                write_synced(hidden / "session.json", content.encode())
+                self._lock(hidden)
+                self._own = hidden.rename(self.outbox / name)
+            sync(self.outbox)
             self._locks[self._own] = self._locks.pop(hidden)
         return self._own
 

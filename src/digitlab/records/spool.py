@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from digitlab.base import faults
-from digitlab.base.files import sync_folder
+from digitlab.base.files import sync
 from digitlab.records.tracker import Dataset, NewRun, Registration, now_ms
 
 
@@ -247,9 +247,8 @@ class FileSpool(RunSpool):
 
     def seal(self) -> None:
         try:
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
-            sync_folder(self.path.parent)
+            sync(self.path)
+            sync(self.path.parent)
         except FileNotFoundError:  # the tracker has all of it
             return
         faults.point("outbox.sealed")
