@@ -54,3 +54,13 @@ def test_all_go_at_the_end(tmp_path: Path) -> None:
     folder.add(b"one")
     folder.remove()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_who_has_used_none_removes_none(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "key")
+    folder.add(b"one")
+    other = CheckpointFolder(tmp_path, "key")
+    other.remove()
+    assert other.latest() == b"one"
+    other.remove()
+    assert folder.latest() is None

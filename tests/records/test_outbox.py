@@ -39,6 +39,7 @@ from digitlab.records.tracker import (
 )
 
 Open = Callable[..., Outbox]
+LOG = {"do": "log", "metrics": {"a": 1.0}, "step": 1, "tags": {}}
 CREATE = {"do": "create", "run": asdict(NewRun("bad", {}, {}))}
 
 
@@ -567,7 +568,7 @@ def test_torn_files_are_left_out_wherever_they_end() -> None:
 @pytest.mark.parametrize(
     "lines",
     [
-        [{"do": "log", "metrics": {"a": 1.0}, "step": 1, "tags": {}}],
+        [LOG],
         [CREATE, {"do": "log", "metrics": {"a": "x"}, "step": 1, "tags": {}}],
         [CREATE, {"do": "end", "state": "gone", "tags": {}}],
         [CREATE, {"do": "datasets", "datasets": [["mnist"]]}],
@@ -601,6 +602,17 @@ def test_a_damaged_record_is_kept_and_reported_and_no_other_waits_for_it(
     assert (folder / "000000-bad.run").read_bytes() == content
     assert other.tracker.get("good").tags["digitlab.state"] == "interrupted"
     other.close()
+
+
+def test_a_record_that_is_damaged_in_its_middle_is_kept_whole(tmp_path: Path) -> None:
+    lines = [CREATE, LOG, {"do": "end", "state": "finished", "tags": {}}]
+    content = bytearray(b"".join(encode({**what, "time_ms": 1}) for what in lines))
+    content[content.index(b'"metrics"')] ^= 1
+    path = tmp_path / "1.run"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read from byte"):
+        FileSpool.load(path, Changes())
+    assert path.read_bytes() == content
 
 
 def test_every_operation_that_is_written_is_taken_over(tmp_path: Path) -> None:

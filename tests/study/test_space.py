@@ -493,6 +493,8 @@ def test_a_name_and_the_options_that_have_it_are_not_searched_at_once(whole: Con
         ("model.hidden", "range(1,5,0)"),
         ("optim.learning_rate", "range(0.1,0.5,0.0)"),
         ("optim.learning_rate", "range(0,1,1e-300)"),
+        ("optim.learning_rate", "range(0,inf,1)"),
+        ("optim.learning_rate", "range(0,1,nan)"),
         # log
         ("model.hidden", "tag(log,int(interval(0,64)))"),
         ("optim.ema", "tag(log,interval(0,0.9))"),

@@ -8,7 +8,7 @@ from pathlib import Path
 # Metrics of a run that no two runs share.
 MACHINE_METRICS = (
     *("seconds", "images_per_second", "cpu_seconds", "peak_memory_mb"),
-    "resumed_at_step",  # by a run that went on from a checkpoint
+    *("resumed_at_step", "resumed_at_seconds"),  # of a run that went on from a checkpoint
 )
 _PROC = Path("/proc/self")
 

@@ -54,18 +54,18 @@ class Batches:
         # Batch norm cannot train on a batch of one image: such a last batch is left out.
         is_last_alone = len(labels) % config.batch_size == 1 < len(labels)
         self.count = len(labels) - is_last_alone  # images of a pass
-        self.begin_at = 0  # batches that the next pass leaves out
-        self.given = 0  # batches of the present pass
+        self.first_batch = 0  # of the next pass
+        self.yielded = 0  # batches of the present pass
 
     def __len__(self) -> int:
         return math.ceil(self.count / self.config.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, changes = self.config.batch_size, self.config.augment
-        self.given, self.begin_at = self.begin_at, 0
+        self.yielded, self.first_batch = self.first_batch, 0
         self.pass_order = self.order.get_state()
         order = torch.randperm(len(self.labels), generator=self.order)[: self.count]
-        order = order[self.given * size :].to(self.images.device)
+        order = order[self.yielded * size :].to(self.images.device)
         # Index and convert several batches in one go: small ones cost more in calls than in work.
         for indices in torch.split(order, _GATHERED * size):
             images = to_unit(self.images.index_select(0, indices))
@@ -74,19 +74,19 @@ class Batches:
                 torch.split(images, size), torch.split(labels, size), strict=True
             ):
                 moved = augment(part, changes, self.augmentation)
-                self.given += 1
+                self.yielded += 1
                 yield standardise(moved, self.config), digits
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the present pass is, as tensors and numbers."""
         augmentation = self.augmentation.get_state()
-        return {"order": self.pass_order, "augmentation": augmentation, "given": self.given}
+        return {"order": self.pass_order, "augmentation": augmentation, "yielded": self.yielded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on where another one was."""
         self.order.set_state(state["order"])
         self.augmentation.set_state(state["augmentation"])
-        self.begin_at = state["given"]
+        self.first_batch = state["yielded"]
 
 
 class EvaluationBatches:

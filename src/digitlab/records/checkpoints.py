@@ -16,9 +16,11 @@ class CheckpointFolder:
     def __init__(self, lab: Path, key: str) -> None:
         """Args: key: of the configuration; a training of the same one finds them."""
         self.folder = lab / "checkpoints" / key
+        self.is_used = False
 
     def add(self, content: bytes) -> None:
         """Keep a checkpoint on the disk. Where that fails the training goes on without it."""
+        self.is_used = True
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             files = self._files()
@@ -33,11 +35,14 @@ class CheckpointFolder:
             with suppress(OSError):
                 content = path.read_bytes()
                 if path.name.endswith(_digest(content)):
+                    self.is_used = True
                     return content
         return None
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what this object has kept or given; others may still train the same."""
+        if self.is_used:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*-*") if path.suffix != ".new")

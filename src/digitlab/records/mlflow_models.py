@@ -51,13 +51,13 @@ def register_model(
     if not client.search_registered_models(f"name = '{what.model}'"):
         client.create_registered_model(what.model)
     versions = client.search_model_versions(f"name = '{what.model}'")
-    version = next((made for made in versions if made.run_id == run_id), None)
-    if version is None:
+    made = next((one for one in versions if one.run_id == run_id), None)
+    if made is None:
         source = logged.artifact_location
-        version = client.create_model_version(
+        made = client.create_model_version(
             what.model, source, run_id, dict(what.tags), None, what.card, model_id=logged.model_id
         )
-    client.set_registered_model_alias(what.model, "champion", version.version)
+    client.set_registered_model_alias(what.model, "champion", made.version)
 
 
 def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:

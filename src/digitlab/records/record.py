@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from digitlab.config.recorded import config_to_plain, config_to_yaml, flat
+from digitlab.config.recorded import config_to_plain, config_to_yaml, flat, result_settings
 from digitlab.config.types import Config, DataConfig, EvaluateOn, Pruner, TrackerName
 from digitlab.records.checkpoints import CheckpointFolder
 from digitlab.records.outbox import Outbox
@@ -130,7 +130,7 @@ class RunRecorder:
         self._digests |= {path: _sha256(content) for path, content in files.items()}
         run = NewRun(identity.name, self.tags, params, identity.parent_run_id)
         self.spool = outbox.open_run(run, files)
-        settings = json.dumps(row_params(config, "train"))
+        settings = json.dumps(result_settings(config))
         self.checkpoints = CheckpointFolder(outbox.lab, _sha256(settings.encode())[:16])
 
     def started(self, facts: Mapping[str, float]) -> None:

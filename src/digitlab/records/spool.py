@@ -112,6 +112,9 @@ _KINDS = _Create | _Resume | _Log | _Datasets | _Files | _Register | _End
 _SHAPE: TypeAdapter[_KINDS] = TypeAdapter(Annotated[_KINDS, Field(discriminator="do")])
 
 
+_END = b'{"do": "end"'  # as `encode` writes it
+
+
 class Operation(NamedTuple):
     what: dict[str, Any]
     files: dict[str, bytes]
@@ -204,7 +207,11 @@ class FileSpool(RunSpool):
             ValueError: it is none of this version's files.
         """
         spool = cls(path, changes)
-        operations, spool.size = decode(path.read_bytes())
+        content = path.read_bytes()
+        operations, spool.size = decode(content)
+        end = content.find(_END, spool.size)
+        if end >= 0 and decode(content[end:])[0]:  # what a kill has torn has no end
+            raise ValueError(f"it cannot be read from byte {spool.size} on")
         kinds = [type(_shape(operation)) for operation in operations]
         if kinds[:1] not in ([], [_Create], [_Resume]) or {*kinds[1:]} & {_Create, _Resume}:
             raise ValueError("it must begin, and go on, with one run")
@@ -276,7 +283,10 @@ class FileSpool(RunSpool):
             size = self.size
         with open(self.path, "rb") as file:
             file.seek(self.sent)
-            return decode(file.read(size - self.sent))[0], size
+            operations, end = decode(file.read(size - self.sent))
+        if self.sent + end != size:  # else what follows would be taken for sent, and removed
+            raise ValueError(f"{self.path} is damaged after {self.sent + end} bytes")
+        return operations, size
 
     def _append(self, what: Mapping[str, Any], files: Mapping[str, bytes] = {}) -> None:
         """Write an operation as a whole, or leave the file as it was and raise."""

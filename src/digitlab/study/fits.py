@@ -61,7 +61,7 @@ class FitPhase:
         return Task(title, job, recorder, about=fit)
 
     def _note_ending(self, task: Task, ending: Ending) -> bool:
-        """Note how a fit ended; return whether it is over for good.
+        """Note how a fit ended; return whether this call is done with it.
 
         One that would fail again is noted as failed: the study goes on without it.
         """

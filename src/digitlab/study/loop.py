@@ -113,7 +113,7 @@ class JobLoop:
 
     def _cancel(self) -> None:
         for worker, task in self.running.items():
-            late = 0 < task.time_limit_s < time.monotonic() - task.submitted
+            late = 0 < task.time_limit_s < _seconds(task)["seconds"]
             if (late or self.stop()) and not task.is_cancelled:
                 task.is_cancelled, task.is_late = True, not self.stop()
                 self.workers.cancel(worker)
@@ -159,7 +159,7 @@ class JobLoop:
         self.workers.answer(worker, Decision.stop if task.is_pruned else Decision.proceed)
 
     def _finish(self, task: Task, event: Finished) -> Ending:
-        results = event.metrics | _seconds(task, event.earlier_s)
+        results = event.metrics | _seconds(task)
         task.metrics |= results
         task.files = event.files
         task.recorder.finish(results, event.files, event.environment, event.data_sha256)
@@ -182,5 +182,7 @@ class JobLoop:
         return Ending("interrupted", "it was stopped", is_final=False)
 
 
-def _seconds(task: Task, earlier_s: float = 0.0) -> dict[str, float]:
-    return {"seconds": earlier_s + time.monotonic() - task.submitted}
+def _seconds(task: Task) -> dict[str, float]:
+    """Return the seconds of a training, those before the checkpoint that it went on from too."""
+    earlier = task.metrics.get("resumed_at_seconds", 0.0)
+    return {"seconds": earlier + time.monotonic() - task.submitted}

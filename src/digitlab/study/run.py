@@ -36,7 +36,7 @@ class Outcome:
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     run_id: str | None = None  # None where nothing is recorded, or the tracker is away
-    epochs: int = 0  # that were trained
+    epochs: int = 0  # that were trained and validated
 
     @property
     def exit_status(self) -> int:
@@ -85,9 +85,11 @@ def run_once(
         with suppress(OSError):  # a full disk: the next process ends the run
             recorder.end("interrupted")
         raise
+    if not endings:  # a signal came before the training
+        ended(task, Ending("interrupted", "it was stopped"))
+    [ending] = endings
     records.outbox.flush(_DELIVERY_S)
     records.outbox.check()
-    ending = endings[0] if endings else Ending("interrupted")
     reason, trained = ending.reason, len(task.curve)
     if ending.state == "interrupted" and recorder.checkpoints.latest():
         reason += "; the same command goes on from there"

@@ -189,9 +189,11 @@ def _range(sweep: RangeSweep, log: bool, given: str) -> BaseDistribution:
         raise UserError(f"{given} is invalid: it must be range(low,high,step), step > 0, no tag.")
     # In decimals, as written: in binary 0.1 + 3 * 0.1 is not the 0.4 to be left out.
     first, end, each = (Decimal(str(number)) for number in (start, stop, step))
-    with localcontext(prec=400):  # digits: as many as the count of any floats can take
+    rule = f"a range of 2 to {_MOST_VALUES} values"
+    require(all(number.is_finite() for number in (first, end, each)), given, rule)
+    with localcontext(prec=700):  # digits: the count of any two floats takes up to 632
         count = math.ceil((end - first) / each)
-    require(2 <= count <= _MOST_VALUES, given, f"a range of 2 to {_MOST_VALUES} values")
+    require(2 <= count <= _MOST_VALUES, given, rule)
     last = first + (count - 1) * each
     if all(isinstance(number, int) for number in (start, stop, step)):
         return IntDistribution(int(start), int(last), step=int(step))

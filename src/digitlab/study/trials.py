@@ -93,7 +93,7 @@ class TrialStore:
         self.mirror = MirroredStudy(storage, self.config.name, stopped, self.space)
         self.study_id = str(self.notes()["study_id"])  # its identity; its name is not one
         self._rows = [_row_of(self.space, trial) for trial in self.mirror.trials()]
-        # Only where no hyperparameter is continuous can two trials have the same values.
+        # Only where no hyperparameter is continuous can the sampler draw the same values twice.
         self._is_finite = not any(
             isinstance(one.distribution, FloatDistribution) and one.distribution.step is None
             for one in self.space

@@ -92,7 +92,7 @@ class Checkpoints:
         return reporter
 
 
-def describe_making(
+def describe_training(
     config: Config,
     rungs: Sequence[float],
     data_sha256: Mapping[str, str],

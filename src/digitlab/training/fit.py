@@ -19,7 +19,7 @@ from digitlab.data.datamodule import DigitsData, Labelled
 from digitlab.data.datasets import class_names
 from digitlab.training.blocks import BlockModule, Blocks
 from digitlab.training.captured import CapturedModule
-from digitlab.training.checkpoint import Checkpoints, Earlier, describe_making
+from digitlab.training.checkpoint import Checkpoints, Earlier, describe_training
 from digitlab.training.device import find_device, numerics
 from digitlab.training.evaluate import count_flops, count_parameters, evaluate, measure
 from digitlab.training.film import Frame
@@ -66,7 +66,7 @@ def fit(
         snapshots: steps after which it receives the network; 0 is before the first one. A fit that
             is to show any makes no checkpoints.
         checkpoint: what an observer received of such a fit, which this one then goes on with.
-            One made with anything else that bits depend on is left aside.
+            One made with anything else that bits depend on is ignored.
 
     Raises:
         Diverged: the loss is no longer finite.
@@ -81,15 +81,17 @@ def fit(
     kind = CapturedModule if device.type == "cuda" else BlockModule
     steps = config.trainer.epochs * len(batches)
     module = kind(config, steps)
-    made_with = describe_making(config, rungs, data.sha256, numerics(device))
+    made_with = describe_training(config, rungs, data.sha256, numerics(device))
     checkpoints = Checkpoints(config, made_with, batches, checkpoint)
-    passes = 3 * len(batches.labels) * config.trainer.epochs  # the way back is twice the way forth
+    passes = 3 * len(batches.labels) * config.trainer.epochs  # a backward pass costs two
     flops = passes * count_flops(module.network)
     parameters = count_parameters(module.network)
-    facts = {"model_parameters": parameters, "training_flops": flops}
-    done = checkpoints.earlier.steps
-    observer.started(facts | ({"resumed_at_step": done} if done else {}))
-    module.earlier_epochs = done // len(batches)
+    facts: dict[str, float] = {"model_parameters": parameters, "training_flops": flops}
+    if checkpoints.state:
+        earlier = checkpoints.earlier
+        facts |= {"resumed_at_step": earlier.steps, "resumed_at_seconds": earlier.seconds}
+        module.earlier_epochs = earlier.steps // len(batches)
+    observer.started(facts)
     stopping = EarlyStopping(config.trainer.early_stopping)
     shown = (steps, len(batches))
     reporter = Reporter(data, observer, stopping, rungs, snapshots, shown, checkpoints)
@@ -103,8 +105,8 @@ def fit(
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in learned.items()}
     measured = (logits.cpu(), labels.cpu(), images.cpu())
     film, classes = reporter.film, class_names(config.data.name, lab)
-    used, earlier = numerics(device), checkpoints.earlier
-    return FitResult(weights, *measured, metrics, data.sha256, film, used, classes, earlier)
+    used, before = numerics(device), checkpoints.earlier
+    return FitResult(weights, *measured, metrics, data.sha256, film, used, classes, before)
 
 
 def _measure(

@@ -17,8 +17,8 @@ class TrainingObserver:
     def started(self, facts: Mapping[str, float]) -> None:
         """Receive what is known before the first step: model_parameters, training_flops.
 
-        A fit that goes on from a checkpoint adds resumed_at_step, then repeats the events of
-        epochs and rungs before it.
+        A fit that goes on from a checkpoint adds resumed_at_step and resumed_at_seconds, then
+        repeats the events of epochs and rungs before it.
         """
 
     def batch(self, fraction: float) -> None:

@@ -101,16 +101,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of a job: its metrics, its files by path, and what it was computed with.
-
-    `earlier_s`: seconds that other jobs have trained before the checkpoint that it went on from.
-    """
+    """The result of a job: its metrics, its files by path, and what it was computed with."""
 
     metrics: dict[str, float]
     files: dict[str, bytes]
     environment: dict[str, Any]
     data_sha256: dict[str, str]
-    earlier_s: float = 0.0
 
 
 @dataclass(frozen=True)

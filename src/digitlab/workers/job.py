@@ -114,8 +114,7 @@ def _run(
     except Exception as error:  # noqa: BLE001  the driver decides whether to try again
         return Failed(f"{type(error).__name__}: {error}", is_deterministic=False)
     known = {**environment, "numerics": result.numerics}
-    metrics, earlier_s = result.metrics | used, result.earlier.seconds
-    return Finished(metrics, files, known, dict(result.data_sha256), earlier_s)
+    return Finished(result.metrics | used, files, known, dict(result.data_sha256))
 
 
 class _JobObserver(TrainingObserver):
