@@ -341,17 +341,26 @@ def test_an_option_is_without_the_given_values_that_it_has_no_setting_for(
     assert options["model"]["seed"] == {"name": "seed"}  # widths and dropout are given
 
 
-def test_a_group_that_is_given_an_option_and_a_training_have_none_to_choose() -> None:
+def test_a_training_has_no_options_to_choose() -> None:
     assert compose("train", ["experiments=smoke"])[0].config.study.options == {}
-    (composed,) = compose("sweep", ["model=choice(seed,convnet)", "model=convnet"])
-    assert "model" not in composed.config.study.space
-    assert composed.config.study.options == {}
+
+
+@pytest.mark.parametrize("key", ["model", "data", "optim.ema"])
+def test_a_range_and_a_value_of_one_key_are_refused_by_both_texts(key: str) -> None:
+    given, value = f"{key}=choice(sample,convnet)", f"{key}=0.5"
+    assert refusal("sweep", given, value).startswith(f"{given} with {value} is invalid: ")
+    assert refusal("sweep", f"~{given}").startswith(f"~{given} is invalid: ")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("choice(seed,resnet)", "model=resnet is invalid: it must be one of convnet, narrow, seed"),
+        ("choice(seed,[convnet])", "study.space: model=choice(seed,[convnet]) is invalid: it"),
+        (
+            "choice(seed,seed)",
+            "study.space: model=choice(seed,seed) is invalid: it must be a choice",
+        ),
         ("interval(1,2)", "study.space: model=interval(1,2) is invalid: it must be a choice"),
         ("range(1,3)", "study.space: model=range(1,3) is invalid: it must be a choice"),
         ("tag(log,choice(seed,convnet))", "study.space: model=tag(log,choice(seed,convnet)) is"),

@@ -24,10 +24,13 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
         folder.add(content)
     older, newer = sorted(folder.folder.iterdir())
+    (folder.folder / "notes-old.txt").write_text("not ours")
     newer.write_bytes(b"twp")
     assert folder.latest() == b"one"
     older.write_bytes(b"")
     assert folder.latest() is None
+    folder.add(b"three")
+    assert folder.latest() == b"three"
 
 
 def test_a_write_that_was_cut_off_is_passed_over(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from small import ALL, STEPS, Listener, configure, digest
 
@@ -133,6 +134,8 @@ def test_a_checkpoint_of_another_training_is_left_aside(lab: Path) -> None:
     assert fit(other, lab, TrainingObserver(), checkpoint=content).earlier.steps == 0
     # The interval changes no bit.
     assert fit(configure(*ALL), lab, Keeper(), checkpoint=content).earlier.steps == 6
+    for foreign in (b"hello", safetensors.torch.save({"state": torch.zeros(1)})):
+        assert fit(configure(*ALL), lab, Keeper(), checkpoint=foreign).earlier.steps == 0
     without = configure(*ALL, "trainer.checkpoint_minutes=0")
     assert fit(without, lab, Keeper(), checkpoint=content).earlier.steps == 0
 

@@ -127,6 +127,11 @@ def _plain(
     parsed = {text: _parse(text) for text in texts}
     swept = [text for text in texts if command == "sweep" and parsed[text].is_sweep_override()]
     kept = [text for text in texts if text not in swept]
+    for text in swept:
+        key = parsed[text].key_or_group
+        again = next((other for other in kept if parsed[other].key_or_group == key), None)
+        require(again is None, f"{text} with {again}", "one of them: a range, or a value")
+        require(not parsed[text].is_delete(), text, "a range without '~'")
     space = {parsed[text].key_or_group: text.partition("=")[2] for text in swept}
     fixed = {parsed[text].key_or_group for text in kept if command == "sweep"}
     jobs = _product(kept, multirun)
@@ -175,6 +180,9 @@ def _searched_options(
         if not isinstance(sweep, ChoiceSweep) or sweep.tags:
             raise UserError(f"study.space: {given} is invalid: it must be {rule}.")
         names = [str(getattr(item, "text", item)) for item in sweep.list]
+        are_names = not any(isinstance(item, list | dict) for item in sweep.list)
+        is_plain = are_names and len(set(names)) == len(names)
+        require(is_plain, f"study.space: {given}", f"{rule}, each once")
         # Hydra would refuse a value that was typed for a setting which the option lacks.
         texts = [f"++{text}" if text.startswith(f"{group}.") else text for text in overrides]
         found[group] = {name: _option(group, name, texts) for name in names}

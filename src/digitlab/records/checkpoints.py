@@ -1,12 +1,14 @@
 """The checkpoints of trainings that are under way: files in the lab, gone when a training ends."""
 
 import hashlib
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from digitlab.base.files import write_synced
 
+_NAME = re.compile("[0-9]{6}-[0-9a-f]{64}")  # number and SHA-256
 _KEPT = 2  # the older one is for a disk that gives the newer back damaged
 
 
@@ -45,7 +47,7 @@ class CheckpointFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("*-*") if path.suffix != ".new")
+        return sorted(path for path in self.folder.glob("*") if _NAME.fullmatch(path.name))
 
 
 def _digest(content: bytes) -> str:

@@ -66,13 +66,22 @@ class Delivery:
         with self._changes:
             return sum(spool.is_pending for spool in self._spools)
 
-    def check(self) -> None:
-        """Raise what the tracker refused, or what went wrong on this machine."""
+    def check(self, study_id: str | None = None) -> None:
+        """Raise what the tracker refused, or what went wrong on this machine.
+
+        Args:
+            study_id: of what was adopted, only this study's counts, or nothing if it is empty.
+        """
         if self._disk_error is not None:
             raise self._disk_error
         for spool in self._failed:
             assert spool.failure is not None
-            raise spool.failure
+            if (
+                study_id is None
+                or not spool.is_adopted
+                or (study_id and spool.study_id == study_id)
+            ):
+                raise spool.failure
 
     def _stop(self, timeout_s: float) -> bool:
         """End the thread; return False if it waits for an answer of the tracker for longer."""
@@ -185,7 +194,8 @@ def unreadable_spool(path: Path, changes: Changes, error: ValueError) -> FileSpo
     """Return a spool of a file that cannot be read, which stays as it is, with why."""
     spool = FileSpool(path, changes)
     reason = f"it is damaged, or of another version: {first_line(error)}"
-    spool.name, spool.failure = path.stem, _refusal(spool, TrackerRefused(reason))
+    spool.name, spool.is_adopted = path.stem, True
+    spool.failure = _refusal(spool, TrackerRefused(reason))
     return spool
 
 

@@ -44,7 +44,7 @@ class Outbox(Delivery):
         Runs that they did not end are ended as interrupted.
 
         Returns:
-            A line for each such run.
+            A line for each such run, and for each file that cannot be read.
         """
         lines = []
         for folder in self._sessions.left_behind():
@@ -53,6 +53,7 @@ class Outbox(Delivery):
                     spool = FileSpool.load(path, self._changes)
                 except ValueError as error:
                     self._failed.append(unreadable_spool(path, self._changes, error))
+                    lines.append(str(self._failed[-1].failure))
                     continue
                 if spool.finish_interrupted():
                     lines.append(
@@ -66,24 +67,18 @@ class Outbox(Delivery):
         self._sessions.remove_empty()
         return lines
 
-    def leftovers(self) -> int:
-        """Return the number of records that `adopt` would take over."""
+    def leftovers(self, study_id: str = "") -> int:
+        """Return the number of records, or of a study's, that `adopt` would take over."""
         count = 0
         for folder in self._sessions.left_behind():
-            count += len(list(folder.glob("*.run")))
+            paths = list(folder.glob("*.run"))
+            count += sum(not study_id or _belongs_to(path, study_id) for path in paths)
             self._sessions.release(folder)
         return count
 
     def held_elsewhere(self, study_id: str) -> int:
         """Return the number of a study's records that another live process is to send."""
-        count = 0
-        for path in self._sessions.held_elsewhere():
-            with suppress(OSError, *UNREADABLE):  # sent, or written, just now
-                with open(path, "rb") as file:
-                    first = json.loads(file.readline())
-                tags = first.get("run", {}).get("tags", {})
-                count += study_id in (first.get("study_id"), tags.get("digitlab.study_id"))
-        return count
+        return sum(_belongs_to(path, study_id) for path in self._sessions.held_elsewhere())
 
     def close(self) -> None:
         """Send for a few seconds more, then end the thread; what is left stays on the disk.
@@ -110,3 +105,13 @@ class Outbox(Delivery):
     def _open_spools(self) -> list[FileSpool]:
         with self._changes:
             return [spool for spool in self._spools if not spool.is_closed]
+
+
+def _belongs_to(path: Path, study_id: str) -> bool:
+    """Whether a record is of a study's run."""
+    with suppress(OSError, *UNREADABLE):  # sent, or written, just now
+        with open(path, "rb") as file:
+            first = json.loads(file.readline())
+        tags = first.get("run", {}).get("tags", {})
+        return study_id in (first.get("study_id"), tags.get("digitlab.study_id"))
+    return False

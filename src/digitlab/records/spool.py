@@ -193,11 +193,13 @@ class FileSpool(RunSpool):
         self.path, self.changes = path, changes
         self.size = self.sent = 0  # bytes that are whole in the file; that the tracker has
         self.name = ""
+        self.study_id = ""  # of a run that belongs to a study
         self.known_id: str | None = None
         self.failure: Exception | None = None  # why nothing more of this run is sent
         self.may_exist = False  # whether the tracker may have the run, though its id is not known
         self.is_running = False  # whether the run goes on, and somebody has to end it
         self.is_closed = False  # whether no operation follows
+        self.is_adopted = False  # whether another process has written it
 
     @classmethod
     def load(cls, path: Path, changes: Changes) -> "FileSpool":
@@ -216,7 +218,7 @@ class FileSpool(RunSpool):
         if kinds[:1] not in ([], [_Create], [_Resume]) or {*kinds[1:]} & {_Create, _Resume}:
             raise ValueError("it must begin, and go on, with one run")
         os.truncate(path, spool.size)
-        spool.may_exist = True
+        spool.may_exist = spool.is_adopted = True
         for operation in operations:
             spool._note(operation.what)
         return spool
@@ -315,8 +317,10 @@ class FileSpool(RunSpool):
     def _note(self, what: Mapping[str, Any]) -> None:
         if what["do"] == "create":
             self.name, self.is_running = what["run"]["name"], True
+            self.study_id = what["run"]["tags"].get("digitlab.study_id", "")
         elif what["do"] == "resume":
             self.name = self.known_id = what["run_id"]
+            self.study_id = what["study_id"]
         elif what["do"] == "end":
             self.is_running = what["state"] == "running"
             self.is_closed = not self.is_running

@@ -39,7 +39,7 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
         store, config = load_study(lab, name, storage_of(stores))
         with open_records(config, lab) as records:
             tracker = records.tracker
-            if records.outbox.leftovers():
+            if records.outbox.leftovers(store.study_id):
                 repair = command("audit", name, "--repair", *stores)
                 raise UserError(
                     f"records of study {name} wait in the outbox, and an export must be whole. "

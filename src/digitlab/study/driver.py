@@ -188,7 +188,7 @@ class StudyDriver:
 
         def tick(loop: JobLoop) -> None:
             self.session.check_lock()
-            self.session.records.outbox.check()
+            self.session.records.outbox.check(self.store.study_id)
             show(loop)
 
         def refused(reason: str) -> None:

@@ -120,7 +120,7 @@ class StudySession:
         if pending and not self.stop():
             self.board.say(f"waiting for the tracker, which has yet to take {pending} records")
             pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
-        self.records.outbox.check()
+        self.records.outbox.check(self.store.study_id)
         if pending and not self.stop():
             why = self.records.outbox.problem.rstrip(".") or "the tracker is slow"
             raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from digitlab.base.environment import training_digest
@@ -43,8 +44,8 @@ class Checkpoints:
         """Args: made_with: what the bits of this fit depend on; content: a state, or None."""
         self.made_with, self.batches = json.loads(json.dumps(made_with)), batches
         self.interval_s = 60 * config.trainer.checkpoint_minutes or math.inf
-        state = _unpack(content) if content and config.trainer.checkpoint_minutes else {}
-        self.state = state if state.get("made_with") == self.made_with else {}
+        is_wanted = config.trainer.checkpoint_minutes > 0
+        self.state = _unpack(content, self.made_with) if content and is_wanted else {}
         self.earlier = Earlier(**self.state.get("earlier", {}))
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.taken = self.began
@@ -125,12 +126,16 @@ def _pack(state: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _unpack(content: bytes) -> dict[str, Any]:
-    tensors = safetensors.torch.load(content)
+def _unpack(content: bytes, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state that `_pack` made a file of; {} if that is another training's."""
 
     def put_back(found: dict[str, Any]) -> Any:
         return tensors[found[_TENSOR]] if found.keys() == {_TENSOR} else found
 
-    text = tensors.pop(_STATE).numpy().tobytes()
-    state: dict[str, Any] = json.loads(text, object_hook=put_back)
-    return state
+    try:
+        tensors = safetensors.torch.load(content)
+        text = tensors[_STATE].numpy().tobytes()
+        state: dict[str, Any] = json.loads(text, object_hook=put_back)
+    except (SafetensorError, ValueError, KeyError):  # anything may lie in a lab's folder
+        return {}
+    return state if state.get("made_with") == made_with else {}
