@@ -143,9 +143,10 @@ def _note(outcome: Outcome, number: int, kind: str, seconds: float, text: str) -
 def _lines(descriptor: int) -> Iterator[list[Any]]:
     """Yield the lines of a process, until it ends; TimeoutError where one takes too long."""
     kept, limit = b"", 600.0  # what is read first has to be made
+    waiting = select.poll()  # of a descriptor of any number, and select takes 1,024
+    waiting.register(descriptor, select.POLLIN | select.POLLHUP)
     while True:
-        ready, _, _ = select.select([descriptor], [], [], limit)
-        if not ready:
+        if not waiting.poll(1000 * limit):
             raise TimeoutError
         part = os.read(descriptor, 1 << 16)
         *lines, kept = (kept + part).split(b"\n")
@@ -168,6 +169,7 @@ def _serve(name: str, number: int, end: int, folder: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what is printed goes elsewhere
     # The package's own order, of tests too: this folder's modules import each other.
+    sys.path.append(str(Path(__file__).parents[1]))
     reader: Reader = getattr(import_module(READERS[name]), name)(folder)
     assert reader.known  # made before what they take is measured
     before = _status("VmHWM")

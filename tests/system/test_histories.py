@@ -415,7 +415,7 @@ def run_histories(count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_comes_to_what_the_model_does() -> None:
-    run_histories(100)
+    run_histories(40)
 
 
 @pytest.mark.exhaustive

@@ -9,7 +9,7 @@ from typing import Any
 
 from digitlab.base.console import Board
 from digitlab.base.environment import training_digest
-from digitlab.base.errors import UserError, first_line
+from digitlab.base.errors import UserError, first_line, refuse_damage
 from digitlab.base.limits import usable_cores
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -175,7 +175,8 @@ class StudyDriver:
         self.board.print(trials_table(rows, self.study))
         self.board.say(pruning_text(rows, finished_results(unpruned)))
         overrides = None if self.again else self.session.overrides
-        self.board.say(champion_text(self.session.config, summary, overrides))
+        with refuse_damage(f"what the storage holds of study {self.study.name!r}"):
+            self.board.say(champion_text(self.session.config, summary, overrides))
         return 0
 
     def _fits(self, phase: str, fits: list[Fit]) -> Results:
