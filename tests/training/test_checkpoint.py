@@ -77,8 +77,13 @@ def go_on_everywhere(config: Config, lab: Path, places: slice = slice(None)) -> 
     "words",
     [
         ALL,
-        ["optim=sgd", "optim.schedule=cosine", "optim.momentum=0.9"],
-        ["optim.schedule=constant", "trainer.early_stopping=1", "trainer.epochs=3"],
+        pytest.param(
+            ["optim=sgd", "optim.schedule=cosine", "optim.momentum=0.9"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["optim.schedule=constant", "trainer.early_stopping=1", "trainer.epochs=3"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_fit_goes_on_with_equal_bits(lab: Path, words: list[str]) -> None:
@@ -92,6 +97,7 @@ def test_a_fit_goes_on_with_equal_bits_after_every_block(lab: Path) -> None:
     assert go_on_everywhere(compose("train", WHOLE)[0].config, lab) == 3 * 19
 
 
+@pytest.mark.slow
 def test_a_fit_that_goes_on_can_be_cut_off_again(lab: Path) -> None:
     config = configure(*ALL, ALWAYS)
     first = Keeper()

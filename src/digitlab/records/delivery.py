@@ -135,7 +135,7 @@ class Delivery:
                 if self._changes.is_closing:
                     break
                 try:
-                    sent.append((spool, self._send(spool)))
+                    sent.append((spool, _send(self.tracker, self._changes, spool)))
                 except TrackerAway:
                     with self._changes:
                         self._spools = _postponed(self._spools, spool)
@@ -144,24 +144,6 @@ class Delivery:
                     self._fail(spool, error)
         finally:
             self._acknowledge(sent)
-
-    def _send(self, spool: FileSpool) -> int:
-        """Send what a run's file holds beyond what was sent; return how far that is."""
-        operations, size = spool.unsent()
-        try:
-            if spool.known_id is None:
-                may_exist, spool.may_exist = spool.may_exist, True
-                run_id = self.tracker.create_run(NewRun(**operations[0].what["run"]), may_exist)
-                faults.point("outbox.sent")
-                with self._changes:
-                    spool.known_id = run_id
-                    self._changes.notify_all()
-            _send_operations(self.tracker, spool.known_id, operations)
-        except TrackerRefused:
-            # What somebody deleted in the tracker meanwhile is not wanted any more.
-            if spool.known_id is None or not self.tracker.is_deleted(spool.known_id):
-                raise
-        return size
 
     def _acknowledge(self, sent: Sequence[tuple[FileSpool, int]]) -> None:
         """Note what was sent, and remove the files that the tracker has all of."""
@@ -215,6 +197,25 @@ def _refusal(spool: FileSpool, error: TrackerRefused) -> TrackerRefused:
         "waits for it. Remove the cause and start again, or give the record up with: "
         f"rm {shlex.quote(str(spool.path))}"
     )
+
+
+def _send(tracker: Tracker, changes: Changes, spool: FileSpool) -> int:
+    """Send what a run's file holds beyond what was sent; return how far that is."""
+    operations, size = spool.unsent()
+    try:
+        if spool.known_id is None:
+            may_exist, spool.may_exist = spool.may_exist, True
+            run_id = tracker.create_run(NewRun(**operations[0].what["run"]), may_exist)
+            faults.point("outbox.sent")
+            with changes:
+                spool.known_id = run_id
+                changes.notify_all()
+        _send_operations(tracker, spool.known_id, operations)
+    except TrackerRefused:
+        # What somebody deleted in the tracker meanwhile is not wanted any more.
+        if spool.known_id is None or not tracker.is_deleted(spool.known_id):
+            raise
+    return size
 
 
 def _send_operations(tracker: Tracker, run_id: str, operations: Sequence[Operation]) -> None:
