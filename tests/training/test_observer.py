@@ -20,6 +20,7 @@ def test_an_observer_that_overrides_nothing_receives_everything() -> None:
     observer.rung(0.5, 0.9)
     observer.snapshot(0, torch.nn.Identity())
     observer.epoch(1, {})
+    observer.checkpoint(b"")
 
 
 def test_start_blocks_rungs_and_epochs_are_reported_in_order(lab: Path) -> None:
