@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from digitlab.base.console import Board, print_table, table
-from digitlab.base.errors import UserError, visible
+from digitlab.base.errors import UserError, refuse_damage, visible
 from digitlab.base.invocation import storage_of
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
@@ -82,7 +82,8 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
     board.print(trials_table(rows, config.study))
     if champion:
         overrides = None if "again" in notes else notes.get("overrides", [])
-        board.say(champion_text(config, champion, overrides))
+        with refuse_damage(f"what the storage holds of study {name!r}"):
+            board.say(champion_text(config, champion, overrides))
         return 0
     ended = sum(row.is_ended for row in rows)
     board.say(f"no champion yet: {ended} of {config.study.trials} trials have ended")

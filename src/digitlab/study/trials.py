@@ -11,7 +11,6 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
-from digitlab.base.choice import describe_choice
 from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.base.statistics import Interval
 from digitlab.config.recorded import config_from_yaml, with_values
@@ -267,7 +266,6 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
         if champion := notes.get("champion"):  # shown by many: refused here if it cannot be
             str(Interval(**champion["test_accuracy"])), int(champion["trial"])
             with_values(config, champion["values"])
-            describe_choice(champion)
         return TrialStore(storage, config), config
 
 
