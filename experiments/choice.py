@@ -19,7 +19,7 @@ from digitlab.base.statistics import Difference, accuracy_interval, estimate
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
 from digitlab.study.champion import Results, confirm_fits, select_champion
-from digitlab.study.trials import TrialRow
+from digitlab.study.goal import TrialRow
 
 IMAGES, HARD, ERRORS = 10_000, 0.04, 0.0067
 ALIKE = 0.9  # of an image's difficulty is the same for all candidates

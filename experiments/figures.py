@@ -30,7 +30,7 @@ COMPUTED: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
     "sd": statistics.stdev,
 }
-COMMENT = re.compile(r"<!-- (.+) = (\S+\.json)(?:: (.+), (\w+))? -->")
+COMMENT = re.compile(r"<!-- ((?:(?!-->).)+) = (\S+\.json)(?:: (.+?), (\w+))? -->")
 MEASURED = re.compile(r"\d\.\d+ (%|s\b|ms)")  # percentages and times
 
 

@@ -30,8 +30,8 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Sampler
 from digitlab.study.champion import Results, candidates, confirm_fits, select_champion
+from digitlab.study.goal import TrialRow
 from digitlab.study.samplers import HalvingPruner, build_sampler, searched_space
-from digitlab.study.trials import TrialRow
 
 WORKERS, FITS = 2, 10  # the budget is as many mean fits of the table
 MOST_TRIALS = 200  # where a sampler draws the same point for ever

@@ -1,11 +1,19 @@
 """Which of several candidates is taken, and whether that is shown."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
-from digitlab.base.choice import Choice, choose, describe_choice, note_predictions, read_right
+from digitlab.base.choice import (
+    Choice,
+    choose,
+    choose_least_costly,
+    describe_choice,
+    note_predictions,
+    read_right,
+)
 from digitlab.base.statistics import Interval, accuracy_difference, accuracy_interval
 
 IMAGES = 10_000
@@ -114,10 +122,49 @@ def test_a_choice_takes_less_than_a_second() -> None:
     assert time.process_time() - started < 1
 
 
-def notes(choice: Choice, own: int | None, budget: int = 6, **measured: np.ndarray) -> str:
+COSTS = {number: (float(number), number) for number in range(9)}
+AT_995 = {"cost": "model_parameters", "costs": {1: "10 parameters"}, "required": 0.995}
+
+
+def test_the_least_costly_that_is_shown_to_be_accurate_enough_is_taken() -> None:
+    choice = choose_least_costly({1: fits(3, 80), 2: fits(3, 20), 3: fits(3, 10)}, COSTS, 0.995)
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [])
+    assert "it is the smallest at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+
+
+def test_a_less_costly_one_that_may_be_accurate_enough_keeps_the_race_open() -> None:
+    choice = choose_least_costly({1: fits(3, 46), 2: fits(3, 20)}, COSTS, 0.995)
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [2, 1])
+    text = notes(choice, None, goal=AT_995)
+    assert "shown to be at least 99.5 % accurate; whether a smaller one is" in text
+    assert "on new seeds, 10 parameters" in text
+
+
+def test_one_fit_shows_no_candidate_to_be_accurate_enough() -> None:
+    choice = choose_least_costly({1: fits(1, 80), 2: fits(1, 20), 3: fits(1, 10)}, COSTS, 0.995)
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [2, 1, 3])
+    assert "is not shown to be at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+
+
+def test_where_none_can_be_accurate_enough_the_best_is_taken_and_that_is_said() -> None:
+    choice = choose_least_costly({1: fits(3, 300), 2: fits(3, 200)}, COSTS, 0.995)
+    assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [])
+    assert "no candidate is at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+
+
+ACCURATE = {"cost": "training_flops", "costs": {}, "required": None}
+
+
+def notes(
+    choice: Choice,
+    own: int | None,
+    budget: int = 6,
+    goal: dict[str, Any] = ACCURATE,
+    **measured: np.ndarray,
+) -> str:
     """What is said of a choice; `measured` are fits of the `best` and of `its_own` values."""
     spent = sum(len(group) for group in choice.groups.values())
-    noted = {"trial": choice.best, "accuracy": 0.997, "own": own}
+    noted = {"trial": choice.best, "accuracy": 0.997, "own": own} | goal
     noted |= {"confirm_fits": {"spent": spent, "budget": budget}}
     if measured:
         noted |= choice.measure(measured["best"], measured.get("its_own"))

@@ -307,12 +307,21 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         rungs = rungs[:1]
         sampler = draw(st.sampled_from([s for s in limits.Sampler if s != "grid"]))
     finish = draw(COUNTS)
+    goals = [["val_accuracy"], ["val_accuracy", "model_parameters"], ["training_flops"]]
+    goal = draw(st.sampled_from(goals[: 1 if pruner is not limits.Pruner.none else 3]))
+    least = draw(st.none() | fractions(0.01, 1)) if len(goal) > 1 else 0.5
     return limits.StudyConfig(
         name=draw(NAMES),
         storage=draw(st.none() | NAMES),
         space=draw(st.dictionaries(NAMES, WORDS, max_size=3)),
         options=draw(OPTIONS),
         fork_from=draw(st.sampled_from(others[: 1 if sampler == "grid" else 2])),
+        objectives=[limits.Objective(name) for name in goal],
+        require=limits.RequireConfig(
+            val_accuracy=None if goal == ["val_accuracy"] else least,
+            model_parameters=draw(st.none() | COUNTS),
+            training_flops=draw(st.none() | fractions(1, 1e15)),
+        ),
         begin_with=draw(BEGIN) if sampler is not limits.Sampler.grid else [],
         trials=draw(COUNTS) + (finish if is_screening else 0),
         workers=draw(st.integers(0, 64)),

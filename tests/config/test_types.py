@@ -138,6 +138,12 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "trainer.checkpoint_minutes": ([0, 0.5, 60], [-1]),
     "study.margin": ([0.0, 0.5], [-0.1, 1.0, NAN]),
     "study.begin_with": ([[], [{"model.hidden": 8}]], [[1], 1]),
+    "study.objectives": (
+        [["val_accuracy"], ["val_accuracy", "training_flops"]],
+        [[], ["seconds"], ["val_accuracy"] * 3, ["model_parameters", "training_flops"]],
+    ),
+    "study.require.model_parameters": ([None, 1], [0, 1.5]),
+    "study.require.training_flops": ([None, 0.1], [0, NAN]),
     "study.final_seeds": ([1], [0]),
     "launcher.workers": ([0, 10_000], [-1]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
@@ -286,6 +292,26 @@ def test_a_study_takes_over_trials_of_another_one_only(config: Config) -> None:
     message = refusal(config, {"study.name": "a", "study.fork_from": "a"})
     assert "study.name=a" in message
     assert "study.fork_from=a" in message
+
+
+SMALLEST = {"study.objectives": ["model_parameters"], "study.require.val_accuracy": 0.99}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"study.require.val_accuracy": None}, "without a least accuracy"),
+        ({"study.objectives": ["val_accuracy"]}, "study.require.val_accuracy=0.99"),
+        ({"study.pruner": "median", "study.rungs": [0.5]}, "study.pruner=median with"),
+        ({"study.require.val_accuracy": 1.1}, "study.require.val_accuracy=1.1"),
+        ({"study.require.val_accuracy": 0.0}, "study.require.val_accuracy=0.0"),
+    ],
+)
+def test_objectives_that_contradict_other_settings_are_refused(
+    config: Config, given: dict[str, Any], named: str
+) -> None:
+    assert with_values(config, SMALLEST).study.require.val_accuracy == 0.99
+    assert named in refusal(config, SMALLEST | given)
 
 
 @pytest.mark.parametrize("password", ["postgresql://u:secret@h/d", "http://h/?password=secret"])

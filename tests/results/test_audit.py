@@ -20,8 +20,8 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.tracker import NewRun, RunRow
 from digitlab.results import audit
 from digitlab.results.audit import find_problems
+from digitlab.study.goal import TrialRow
 from digitlab.study.storage import leader_lock, open_storage
-from digitlab.study.trials import TrialRow
 
 SMOKE = compose("sweep", ["experiments=smoke"])[0].config
 OPTIONS = {"model": {"convnet": config_to_plain(SMOKE)["model"]}}

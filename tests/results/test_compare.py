@@ -21,7 +21,6 @@ from digitlab.cli import main
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
 from digitlab.results.page import render
-from digitlab.study.trials import best_first
 
 RUN = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
 RUN += ["trainer.epochs=1"]
@@ -158,8 +157,9 @@ def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(
     status, out, err = call("compare", "smoke/", "--json")
     assert (status, err) == (0, "")
     document = json.loads(out)
-    best = [f"smoke-{row.number}" for row in best_first(smoke.store.rows())]
-    pruned = [f"smoke-{n.number} (pruned)" for n in best_first(smoke.store.rows(), "pruned")]
+    goal, rows = smoke.store.goal, smoke.store.rows()
+    best = [f"smoke-{row.number}" for row in goal.best_first(rows)]
+    pruned = [f"smoke-{row.number} (pruned)" for row in goal.best_first(rows, "pruned")]
     names = [*best, *pruned][:5]
     assert len(best) < 5 <= len(best + pruned)
     assert [run["name"] for run in document["runs"]] == names

@@ -10,11 +10,11 @@ import pytest
 from digitlab.base.choice import Choice, read_right
 from digitlab.base.statistics import accuracy_interval
 from digitlab.config.compose import compose
-from digitlab.config.types import Config, EvaluateOn
+from digitlab.config.recorded import with_values
+from digitlab.config.types import Config, EvaluateOn, Objective
 from digitlab.study.champion import (
     Fit,
     Results,
-    candidates,
     confirm_fits,
     describe_selection,
     final_fits,
@@ -22,8 +22,9 @@ from digitlab.study.champion import (
     select_champion,
     summarise,
 )
+from digitlab.study.champion import candidates as best_candidates
 from digitlab.study.champion import test_metrics as metrics_of
-from digitlab.study.trials import TrialRow
+from digitlab.study.goal import Goal, TrialRow
 
 
 def row(
@@ -57,24 +58,33 @@ def config() -> Config:
     return compose("sweep", ["experiments=smoke", "study.confirm_fits=6"])[0].config
 
 
+ACCURACY = Goal((Objective.val_accuracy,), {})
+
+
+def candidates(
+    rows: list[TrialRow], most: int, own: dict[str, Any] | None = None, goal: Goal = ACCURACY
+) -> list[int]:
+    return [one.number for one in best_candidates(rows, most, own, goal)]
+
+
 def test_candidates_are_the_best_finished_trials_best_first() -> None:
     rows = [row(0, 0.91), row(1, 0.95), row(2, 0.93), row(3, 0.94)]
-    assert [r.number for r in candidates(rows, 3)] == [1, 3, 2]
+    assert candidates(rows, 3) == [1, 3, 2]
 
 
 def test_of_equal_candidates_the_earlier_comes_first() -> None:
-    assert [r.number for r in candidates([row(2), row(0), row(1)], 2)] == [0, 1]
+    assert candidates([row(2), row(0), row(1)], 2) == [0, 1]
 
 
 def test_trials_that_did_not_finish_are_no_candidates() -> None:
     states = ["pruned", "failed", "running", "waiting"]
     rows = [row(number, 0.99, state) for number, state in enumerate(states)]
-    assert candidates([*rows, row(9, 0.5), row(10, None)], 5) == [row(9, 0.5)]
+    assert candidates([*rows, row(9, 0.5), row(10, None)], 5) == [9]
 
 
 def test_candidates_have_different_values() -> None:
     rows = [row(0, 0.95, hidden=32), row(1, 0.96, hidden=32), row(2, 0.90, hidden=64)]
-    assert [r.number for r in candidates(rows, 2)] == [1, 2]
+    assert candidates(rows, 2) == [1, 2]
 
 
 def test_there_are_no_candidates_where_nothing_finished() -> None:
@@ -84,12 +94,40 @@ def test_there_are_no_candidates_where_nothing_finished() -> None:
 def test_the_recipe_s_own_values_are_one_candidate_more_and_never_twice() -> None:
     rows = [row(0, 0.91), row(1, 0.95), row(2, 0.93), row(3, 0.94)]
     own = {"model.hidden": 16}
-    assert [r.number for r in candidates(rows, 2, own)] == [1, 3, 0]
-    assert [r.number for r in candidates(rows, 4, own)] == [1, 3, 2, 0]
-    assert [r.number for r in candidates(rows, 2, {"model.hidden": 99})] == [1, 3]
-    assert [r.number for r in candidates(rows, 1, own)] == [1]  # there is no choice
+    assert candidates(rows, 2, own) == [1, 3, 0]
+    assert candidates(rows, 4, own) == [1, 3, 2, 0]
+    assert candidates(rows, 2, {"model.hidden": 99}) == [1, 3]
+    assert candidates(rows, 1, own) == [1]  # there is no choice
     failed = [row(0, None, "failed"), *rows[1:]]
-    assert [r.number for r in candidates(failed, 2, own)] == [1, 3]
+    assert candidates(failed, 2, own) == [1, 3]
+
+
+SMALL = {Objective.training_flops: 3e9}
+
+
+def test_candidates_miss_no_bound_if_one_of_them_does_not() -> None:
+    rows = [row(0, 0.99, flops=9e9), row(1, 0.91, flops=1e9), row(2, 0.92, flops=3e9)]
+    goal = Goal(ACCURACY.objectives, SMALL)
+    assert candidates(rows, 2, rows[0].values, goal) == [2, 1]
+    assert candidates(rows, 2, None, Goal(ACCURACY.objectives, {Objective.training_flops: 1})) == [
+        *(1, 2),
+    ]
+
+
+def test_candidates_of_two_objectives_are_those_on_the_front() -> None:
+    both = Goal((Objective.val_accuracy, Objective.training_flops), {})
+    rows = [row(0, 0.90, flops=2e9), row(1, 0.95, flops=2e9), row(2, 0.91, flops=1e9)]
+    assert candidates(rows, 3, rows[0].values, both) == [1, 2]
+
+
+def test_with_a_cost_as_the_objective_the_least_costly_that_is_accurate_enough_is_chosen(
+    config: Config,
+) -> None:
+    wanted = {"study.objectives": ["training_flops"], "study.require.val_accuracy": 0.9}
+    config = with_values(config, wanted | {"study.pruner": "none"})
+    rows = [row(0, flops=1e9), row(1, flops=2e9), row(2, flops=3e9)]
+    found = {0: [0.89, 0.8901], 1: [0.93, 0.9301], 2: [0.99, 0.9901]}
+    assert choose(rows, found, config).best == 1
 
 
 def choose(rows: list[TrialRow], accuracies: dict[int, list[float]], config: Config) -> Choice:

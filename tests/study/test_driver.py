@@ -18,6 +18,7 @@ from studies import assert_whole, problems_of, results_of, rows_of, runs_of, sta
 from digitlab.base.console import Board
 from digitlab.config.compose import compose
 from digitlab.study import driver
+from digitlab.study.trials import load_study
 
 
 def is_published(lab: Path, *overrides: str) -> bool:
@@ -58,6 +59,36 @@ def test_the_test_set_is_read_by_final_fits_alone_once_each(lab, run_sweep) -> N
     opened = (lab / "opened").read_text().splitlines()
     files = ["worker t10k-images-idx3-ubyte", "worker t10k-labels-idx1-ubyte"]
     assert sorted(line for line in opened if line.startswith("worker")) == sorted(2 * files)
+
+
+@pytest.mark.slow
+def test_the_smallest_network_that_is_accurate_enough_is_found(lab, run_sweep) -> None:
+    goal = ("study.objectives=[model_parameters]", "study.require.val_accuracy=0.05")
+    goal += ("study.confirm_fits=9",)
+    parent = run_sweep(*goal, "study.confirm=2", "study.pruner=none", published=True)
+    assert parent.wait() == 0
+    assert_whole(lab, 3)
+    rows = rows_of(lab)
+    size = {row.number: row.notes["metrics"]["model_parameters"] for row in rows}
+    champion = load_study(lab, "smoke")[0].notes()["champion"]
+    assert size[champion["trial"]] == min(size.values())
+    log = parent.log.read_text()
+    assert "it is the smallest at least 5 % accurate, as shown" in log
+    assert f"on new seeds, {min(size.values()):,.0f} parameters" in log
+
+
+@pytest.mark.slow
+def test_two_objectives_give_a_front_whose_points_are_confirmed(lab, run_sweep) -> None:
+    goal = ("study.objectives=[val_accuracy,model_parameters]", "study.confirm=3")
+    parent = run_sweep(*goal, "study.pruner=none", published=True)
+    assert parent.wait() == 0
+    assert_whole(lab, 3)
+    store, _ = load_study(lab, "smoke")
+    champion = store.notes()["champion"]
+    assert champion["front"] == [row.number for row in store.goal.front(store.rows())]
+    assert champion["trial"] in champion["front"]
+    assert set(champion["val_accuracy"]) == {str(number) for number in champion["front"]}
+    assert "Pareto front: trials" in parent.log.read_text()
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 
 from digitlab.records.tracker import RunRow
+from digitlab.study.goal import TrialRow
 from digitlab.study.settle import has_result, trial_value
-from digitlab.study.trials import TrialRow
 
 
 def run(state: str, attempt: int, status: str = "FINISHED") -> RunRow:

@@ -12,8 +12,8 @@ from rich.console import Console
 from digitlab.base.statistics import Interval
 from digitlab.cli import build_parser
 from digitlab.config.compose import compose
+from digitlab.study.goal import TrialRow
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
-from digitlab.study.trials import TrialRow
 
 SUMMARY = {
     "trial": 4,
@@ -47,6 +47,14 @@ def test_a_printed_command_names_the_folder_of_ones_own(tmp_path: Path) -> None:
     (composed,) = compose("sweep", [f"--config-dir={given.config_dir}", *given.overrides])
     again = parsers["sweep"].parse_args(words_of(sweep_command(composed.overrides)))
     assert again == given
+
+
+def test_a_front_and_a_bound_that_no_trial_keeps_are_in_the_text() -> None:
+    config = compose("sweep", ["experiments=smoke"])[0].config
+    text = champion_text(config, SUMMARY | {"front": [4, 2], "is_met": False}, None)
+    assert "Pareto front: trials 4, 2; 1 confirmed; study.confirm=2 confirms all" in text
+    assert "no trial meets study.require: it comes nearest" in text
+    assert "Pareto" not in champion_text(config, SUMMARY | {"front": []}, None)
 
 
 def test_the_default_recipe_is_not_named_and_a_later_override_replaces() -> None:

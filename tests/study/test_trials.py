@@ -9,7 +9,8 @@ from studies import open_store
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError
-from digitlab.study.trials import TrialRow, TrialStore, load_study
+from digitlab.study.goal import TrialRow
+from digitlab.study.trials import TrialStore, load_study, twin
 
 Open = Callable[..., TrialStore]
 
@@ -267,12 +268,12 @@ def test_equal_values_of_a_finite_space_are_found(open_again: Open) -> None:
     finite = ("model.hidden=choice(16)", "optim.learning_rate=0.01")
     store = open_again(*finite)
     number = finish(store, 0.7)
-    twin = store.twin(store.ask())
-    assert twin is not None
-    assert (twin.number, twin.value) == (number, 0.7)
+    same = twin(store, store.ask())
+    assert same is not None
+    assert (same.number, same.value) == (number, 0.7)
     endless = open_again("study.name=endless")
     finish(endless)
-    assert endless.twin(endless.ask()) is None
+    assert twin(endless, endless.ask()) is None
 
 
 def test_a_study_that_does_not_exist_is_named(lab: Path) -> None:
@@ -281,3 +282,32 @@ def test_a_study_that_does_not_exist_is_named(lab: Path) -> None:
         load_study(lab, "smoke")
     with pytest.raises(UserError, match="did you mean smoke"):
         load_study(lab, "smok")
+
+
+FRONT = "study.objectives=[val_accuracy,model_parameters]"
+SMALLEST = ("study.objectives=[model_parameters]", "study.require.val_accuracy=0.5")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+@pytest.mark.parametrize("goal", [(FRONT,), SMALLEST, ("study.require.model_parameters=50",)])
+def test_a_sampler_learns_from_objectives_and_bounds(
+    open_again: Open, sampler: str, goal: tuple[str, ...]
+) -> None:
+    overrides = (
+        *(*goal, "study.pruner=none"),
+        *(f"study.sampler={sampler}", "study.startup_trials=2"),
+    )
+    store = open_again(*overrides)
+    for number in range(5):
+        row = store.ask()
+        metrics = {"val_accuracy": 0.4 + 0.1 * number, "model_parameters": 30 + 10 * number}
+        store.tell(row.number, "finished", metrics["val_accuracy"], {"metrics": metrics})
+    again = open_again(*overrides)
+    assert again.rows() == store.rows()
+    assert [row.value for row in again.rows()] == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
+    broken = [one.constraints for one in again.study.get_trials()]
+    assert broken == [one.constraints for one in store.study.get_trials()]
+    assert [store.goal.meets(row) for row in store.rows()] == [
+        all(share <= 0 for share in one.values()) for one in broken
+    ]
+    assert again.ask().values == store.ask().values

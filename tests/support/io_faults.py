@@ -7,6 +7,7 @@ what is wrong after each call N (else every STEP-th), at the end as one line of 
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 SUPPORT = Path(__file__).parent
+_LIMIT_S = 150  # of a call, which takes two
 FAULTS = {"KILL": -1, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
 
@@ -67,6 +69,7 @@ def sweep(lab: Path, tracker: str, at: int = 0, fault: int = 0, record: int = -1
             for stream, name in ((1, ".out"), (2, ".err")):
                 os.dup2(os.open(lab.with_suffix(name), os.O_WRONLY | os.O_CREAT), stream)
                 os.ftruncate(stream, 0)
+            faulthandler.dump_traceback_later(_LIMIT_S, exit=True)  # what hangs says where
             os.environ["DIGITLAB_HOME"] = str(lab)
             with stubs(Clock(course, lab=lab)) as patch:
                 patch.setattr(driver, "_build_workers", lambda _: ScriptedWorkers(stub, 1))
@@ -83,7 +86,8 @@ def sweep(lab: Path, tracker: str, at: int = 0, fault: int = 0, record: int = -1
             sys.stderr.flush()
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count, failed = json.loads(result.read_text()) if status != -9 else (0, "")
+    count, failed = json.loads(result.read_text()) if result.exists() else (0, "")
+    result.unlink(missing_ok=True)
     return status, lab.with_suffix(".err").read_text(), count, failed
 
 

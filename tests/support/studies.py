@@ -10,8 +10,9 @@ from digitlab.config.types import Config
 from digitlab.records.record import open_records
 from digitlab.records.tracker import RunRow
 from digitlab.results.audit import Problem, find_damage, find_problems
+from digitlab.study.goal import TrialRow
 from digitlab.study.storage import open_storage
-from digitlab.study.trials import TrialRow, TrialStore, load_study
+from digitlab.study.trials import TrialStore, load_study
 
 
 def rows_of(lab: Path, name: str = "smoke", address: str | None = None) -> list[TrialRow]:

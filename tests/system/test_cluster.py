@@ -22,8 +22,9 @@ from digitlab.base.paths import ROOT
 from digitlab.base.retry import retry
 from digitlab.base.server import is_away
 from digitlab.config.compose import compose
+from digitlab.study.goal import TrialRow
 from digitlab.study.storage import open_storage
-from digitlab.study.trials import TrialRow, TrialStore
+from digitlab.study.trials import TrialStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -100,6 +100,34 @@ def choose(
     return Choice(groups, best, shown is not None or not rivals, undecided)
 
 
+def choose_least_costly(
+    groups: Mapping[int, Right], costs: Mapping[int, tuple[float, int]], required: float
+) -> Choice:
+    """Take the least costly of the candidates whose accuracy is shown to be at least `required`.
+
+    Their intervals over seeds and images must lie above it, each at 5 % divided by the number of
+    candidates (Bonferroni). Where none does, the least costly is taken whose mean does, else the
+    best mean, and nothing is shown. A candidate is out where its interval lies below.
+
+    Args:
+        groups: of each candidate, one fit or more; a single one shows nothing.
+        costs: of each candidate, and what decides between equal ones.
+    """
+    by_cost = sorted(groups, key=lambda n: costs[n])
+    level = 1 - (1 - LEVEL) / len(groups)
+    found = {n: accuracy_interval(list(groups.values()), i, level) for i, n in enumerate(groups)}
+    lows = {n: 0.0 if one.low is None else one.low for n, one in found.items()}
+    highs = {n: 1.0 if one.high is None else one.high for n, one in found.items()}
+    means = {number: one.mean for number, one in found.items()}
+    shown = next((number for number in by_cost if lows[number] >= required), None)
+    likely = [number for number in by_cost if means[number] >= required]
+    best = shown if shown is not None else [*likely, max(by_cost, key=means.__getitem__)][0]
+    rivals = by_cost if shown is None else by_cost[: by_cost.index(shown)]
+    rivals = [number for number in rivals if highs[number] >= required]
+    undecided = list(dict.fromkeys((best, *rivals))) if rivals else []
+    return Choice(groups, best, shown is not None, undecided)
+
+
 def _bounds(
     groups: Mapping[int, Right], level: float
 ) -> dict[tuple[int, int], tuple[float, float]]:
@@ -117,24 +145,39 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     found = notes["val_accuracy"].items()
     if len(found) < 2:
         return []
-    lines = [f"  candidate {n}: validation {Interval(**i)} on new seeds" for n, i in found]
-    margin = f"{100 * notes['margin']:g} points"
+    costs = {n: f", {cost}" for n, cost in notes["costs"].items()}
+    lines = [
+        f"  candidate {n}: validation {Interval(**i)} on new seeds{costs.get(n, '')}"
+        for n, i in found
+    ]
     spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
     more = f"study.confirm_fits={2 * budget} may settle it"
+    least, less = _LEAST[notes["cost"]]
+    aim = f"within {100 * notes['margin']:g} points of the "
+    aim, others = f"{aim}best", f"{aim}others"
+    if notes["required"]:
+        aim = others = f"at least {100 * notes['required']:g} % accurate"
     if notes["is_settled"] and not notes["is_fastest"]:
         lines.append(
-            f"  it is shown to be within {margin} of the best; whether a faster one is, too, is "
-            f"not settled by {spent} fits; {more}"
+            f"  it is shown to be {aim}; whether a {less} one is, too, is not settled by {spent} "
+            f"fits; {more}"
         )
     elif notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
-        lines.append(f"  it is the fastest to train within {margin} of the best, as shown{saved}")
+        lines.append(f"  it is the {least} {aim}, as shown{saved}")
+    elif notes["is_fastest"]:
+        lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {spent} fits")
     else:
-        lines.append(
-            f"  not settled by {spent} fits: it has the best mean, and is not shown to be within "
-            f"{margin} of the others; {more}"
-        )
+        mean = "" if notes["required"] else "has the best mean, and "
+        lines.append(f"  not settled by {spent} fits: it {mean}is not shown to be {others}; {more}")
     return [*lines, *_describe_measure(notes)]
+
+
+# What a candidate is called that costs least, or less than another.
+_LEAST = {
+    "training_flops": ("fastest to train", "faster"),
+    "model_parameters": ("smallest", "smaller"),
+}
 
 
 def _describe_measure(notes: Mapping[str, Any]) -> list[str]:

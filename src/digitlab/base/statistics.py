@@ -142,7 +142,9 @@ def estimate(
 _LEAST_SPREAD = 0.8  # of what fits that differ at single images alone would spread
 
 
-def accuracy_interval(groups: Sequence[NDArray[np.bool_]], place: int) -> Interval:
+def accuracy_interval(
+    groups: Sequence[NDArray[np.bool_]], place: int, level: float = (1 + LEVEL) / 2
+) -> Interval:
     """Return the interval of a group's accuracy over seeds and images; none of a single fit.
 
     It is Wilson's (1927), for as many independent images as would make it as certain as it is
@@ -154,7 +156,7 @@ def accuracy_interval(groups: Sequence[NDArray[np.bool_]], place: int) -> Interv
         return Interval(mean, None, None, n)
     # The square of the quantile, divided by the effective number of images.
     error = max(found.error, 1 / images)
-    square = (quantile(found.freedom) * error) ** 2 / max(mean * (1 - mean), 1 / images)
+    square = (quantile(found.freedom, level) * error) ** 2 / max(mean * (1 - mean), 1 / images)
     return Interval(mean, *_wilson(mean, square), n)
 
 

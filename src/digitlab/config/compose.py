@@ -225,7 +225,8 @@ def _parse(text: str) -> Override:
             "see an error's traceback."
         )
     schema = settings().get(key.lstrip("+"), {"type": ""})
-    is_text = "anyOf" in schema or (schema["type"] == "string" and "enum" not in schema)
+    kinds = [part.get("type") for part in schema.get("anyOf", [schema])]
+    is_text = "string" in kinds and "enum" not in schema
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(text)

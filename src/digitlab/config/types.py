@@ -26,6 +26,8 @@ Optimizer = StrEnum("Optimizer", "adamw adam sgd")
 Schedule = StrEnum("Schedule", "onecycle cosine constant")
 Sampler = StrEnum("Sampler", "tpe gp random grid")
 Pruner = StrEnum("Pruner", "none median halving hyperband screening")
+# Metrics of a trial that a study may look for. Seconds are none: they differ at each training.
+Objective = StrEnum("Objective", "val_accuracy model_parameters training_flops")
 TrackerName = StrEnum("TrackerName", "mlflow none")
 
 
@@ -118,6 +120,19 @@ class TrainerConfig:
 
 
 @dataclass(config=STRICT)
+class RequireConfig:
+    """What a champion must have, beside being best; null is no bound."""
+
+    val_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        description="Least validation accuracy."
+    )
+    model_parameters: Positive | None = Field(description="Most numbers that a network learns.")
+    training_flops: Annotated[float, Field(gt=0)] | None = Field(
+        description="Most floating-point operations of a training."
+    )
+
+
+@dataclass(config=STRICT)
 class StudyConfig:
     """What a search does; `digitlab train` does not look at it."""
 
@@ -141,6 +156,13 @@ class StudyConfig:
         description="Values of the first trials, after the recipe's own.",
         json_schema_extra={"rule": "a list of mappings from hyperparameters to values"},
     )
+    objectives: list[Objective] = Field(
+        description="What is searched for: high accuracy, low cost, or a front of both.",
+        json_schema_extra={
+            "rule": "a list of val_accuracy, model_parameters and training_flops, of one or two"
+        },
+    )
+    require: RequireConfig = Field(description="What a champion must have.")
     trials: Positive = Field(description="Trials in all, however often the study is restarted.")
     workers: Count = Field(description="Processes; 0 is cores divided by trainer.threads.")
     minutes: float = Field(ge=0, description="Time after which no trial starts; 0 is no limit.")
@@ -188,6 +210,7 @@ class StudyConfig:
                 f"study.pruner={self.pruner} with study.rungs=[] never prunes: give a rung, or "
                 "study.pruner=none."
             )
+        self._check_objectives()
         if self.pruner is Pruner.screening:
             self._check_screening()
         if self.fork_from is not None and self.sampler is Sampler.grid:
@@ -212,6 +235,29 @@ class StudyConfig:
                 "takes trials from another one. Name that."
             )
         return self
+
+    def _check_objectives(self) -> None:
+        given = f"study.objectives={[str(name) for name in self.objectives]}"
+        accuracy = Objective.val_accuracy
+        costs = [name for name in self.objectives if name is not accuracy]
+        is_valid = 1 <= len(self.objectives) <= 2 and len(costs) < 2
+        require(is_valid, given, "val_accuracy, a cost, or both")
+        least = self.require.val_accuracy
+        if costs == self.objectives and least is None:
+            raise UserError(
+                f"{given} is invalid without a least accuracy: the smallest network reads nothing. "
+                "Set study.require.val_accuracy, such as 0.99."
+            )
+        if not costs and least is not None:
+            raise UserError(
+                f"study.require.val_accuracy={least} with {given} is invalid: the most accurate "
+                "is searched for already. Leave it null, or give a cost as the objective."
+            )
+        if costs and self.pruner is not Pruner.none:
+            raise UserError(
+                f"study.pruner={self.pruner} with {given} is invalid: trials are pruned by their "
+                "accuracy alone. Set study.pruner=none."
+            )
 
     def _check_screening(self) -> None:
         if len(self.rungs) != 1:

@@ -14,6 +14,7 @@ from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
 from digitlab.records.tracker import RunRow, Tracker
+from digitlab.study.goal import TrialRow
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import (
     leader_lock,
@@ -22,7 +23,7 @@ from digitlab.study.storage import (
     study_names,
     study_notes,
 )
-from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
+from digitlab.study.trials import TrialStore, is_own, load_study
 
 
 @dataclass(frozen=True)

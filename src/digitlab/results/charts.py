@@ -20,9 +20,10 @@ from optuna.visualization import plot_contour, plot_parallel_coordinate, plot_sl
 
 from digitlab.base.statistics import softmax
 from digitlab.config.types import Pruner
+from digitlab.study.goal import TrialRow
 from digitlab.study.samplers import PROMOTED_FROM
 from digitlab.study.summary import short
-from digitlab.study.trials import TrialRow, TrialStore
+from digitlab.study.trials import TrialStore
 
 _Logits = NDArray[np.floating]
 _Labels = NDArray[np.integer]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from optuna.storages import RDBStorage
-from optuna.study import StudyDirection
 
 from digitlab.base.errors import UserError
 from digitlab.base.invocation import command, storage_of
@@ -18,6 +17,7 @@ from digitlab.records.record import open_records, open_tracker
 from digitlab.records.tracker import LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
 from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
+from digitlab.study.goal import Goal
 from digitlab.study.storage import leader_lock, open_storage, study_names
 from digitlab.study.trials import load_study
 
@@ -177,7 +177,7 @@ def _insert(
     storage: RDBStorage, index: Index, trials: Sequence[Any], recorded: Config, tracker: str,
     ids: dict[str, str],
 ) -> None:  # fmt: skip
-    study = storage.create_new_study([StudyDirection.MAXIMIZE], index.study)
+    study = storage.create_new_study(Goal.of(recorded.study).directions, index.study)
     storage.set_study_user_attr(study, _IMPORTING, True)
     for trial in trials:
         storage.create_new_trial(study, template_trial=trial)

@@ -13,6 +13,7 @@ from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.tracker import RunRow
+from digitlab.study.mirror import RESULT
 from digitlab.study.storage import DELETED, listed_studies, open_storage
 from digitlab.study.trials import is_own
 
@@ -93,7 +94,8 @@ def list_studies(lab: Path, stores: Sequence[str], deleted: bool, form: str) -> 
 def _study(name: str, notes: Mapping[str, Any], trials: Sequence[Any]) -> dict[str, Any]:
     states = [trial.state.name.lower() for trial in trials]
     test = notes.get("champion", {}).get("test_accuracy", {})
-    values = [t.values[0] for t in trials if t.state.name == "COMPLETE" and t.values]
+    finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    values = [trial.user_attrs[RESULT]["metrics"]["val_accuracy"] for trial in finished]
     return {
         "study": name,
         "trials": len(trials),
@@ -103,6 +105,7 @@ def _study(name: str, notes: Mapping[str, Any], trials: Sequence[Any]) -> dict[s
         "val_accuracy": max(values, default=None),
         "test_accuracy": None if not test else float(test["mean"]),
         "test_seeds": test.get("n"),
+        "front": notes.get("champion", {}).get("front", []),
         "seconds": notes.get("seconds"),
         "study_id": notes["study_id"],
     }

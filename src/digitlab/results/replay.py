@@ -26,9 +26,10 @@ from digitlab.results.verdict import (
     differences,
 )
 from digitlab.study.driver import sweep
+from digitlab.study.goal import TrialRow
 from digitlab.study.storage import DELETED, study_names, study_notes
 from digitlab.study.summary import continue_command
-from digitlab.study.trials import TrialRow, TrialStore, load_study
+from digitlab.study.trials import TrialStore, load_study
 
 _DELIVERY_S = 30.0  # to wait for the tracker at the end
 

@@ -25,7 +25,7 @@ from digitlab.results.page import render
 from digitlab.study.champion import finished_results, unpruned_fits
 from digitlab.study.storage import listed_studies, open_storage, study_notes
 from digitlab.study.summary import champion_text, continue_command, pruning_text, short
-from digitlab.study.trials import TrialRow, TrialStore, is_own, load_study
+from digitlab.study.trials import TrialStore, is_own, load_study
 
 _TOP = 20  # trials in the table
 _STATES = ("finished", "pruned", "failed", "running", "waiting")
@@ -100,7 +100,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
         summary=champion_text(config, champion, overrides) if champion else "",
         looks=[[look["when"], look["n"], ", ".join(look["fits"])] for look in looks],
         labels=in_words(config.study.space),
-        best=_best(rows, champion, config),
+        best=_best(store, champion),
         best_name=f"{champion.get('trial')} (champion)",
         reasons=sorted({str(row.notes["reason"]) for row in rows if "reason" in row.notes})[:3],
         charts=charts,
@@ -113,10 +113,9 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
     )
 
 
-def _best(rows: Sequence[TrialRow], champion: Mapping[str, Any], config: Config) -> list[list[str]]:
-    finished = [row for row in rows if row.state == "finished"]
+def _best(store: TrialStore, champion: Mapping[str, Any]) -> list[list[str]]:
     seeds, lines = champion.get("val_accuracy", {}), []
-    for row in sorted(finished, key=lambda row: (-(row.value or 0), row.number))[:_TOP]:
+    for row in store.goal.best_first(store.rows())[:_TOP]:
         metrics = row.notes.get("metrics", {})
         interval = seeds.get(str(row.number))
         lines.append(
@@ -124,7 +123,7 @@ def _best(rows: Sequence[TrialRow], champion: Mapping[str, Any], config: Config)
                 f"{row.number}" + " (champion)" * (row.number == champion.get("trial")),
                 f"{row.value:.2%}",
                 str(Interval(**interval)) if interval else "",
-                *(short(row.values.get(key, "")) for key in config.study.space),
+                *(short(row.values.get(key, "")) for key in store.config.space),
                 f"{metrics.get('model_parameters', 0):,.0f}",
                 f"{metrics.get('seconds', 0):.1f}",
             ]

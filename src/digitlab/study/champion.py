@@ -1,16 +1,15 @@
 """From candidates to the champion: which fits are needed, and who is selected."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from digitlab.base.choice import NOTHING_CHOSEN, Choice, choose, read_right
+from digitlab.base.choice import NOTHING_CHOSEN, Choice, choose, choose_least_costly, read_right
 from digitlab.base.statistics import accuracy_interval, estimate
 from digitlab.config.recorded import with_values
-from digitlab.config.types import Config
-from digitlab.study.trials import TrialRow, best_first, promotable
+from digitlab.config.types import Config, Objective
+from digitlab.study.goal import Goal, TrialRow, promotable
 
 # Seeds of the confirmation and of the final fits, counted from the trials' own seed, so that no
 # fit that selects shares a seed with one that is reported.
@@ -48,19 +47,24 @@ def finished_results(results: Results) -> Results:
 
 
 def candidates(
-    rows: Sequence[TrialRow], most: int, own: Mapping[str, Any] | None = None
+    rows: Sequence[TrialRow], most: int, own: Mapping[str, Any] | None, goal: Goal
 ) -> list[TrialRow]:
     """Return the best finished trials with different values, best first.
 
-    Where there is a choice, a trial with the recipe's own values is one more, last if not among
-    them: what the search was worth is measured from it.
+    Trials that miss a bound are left out if one does not, and so are those off a front. Where
+    there is a choice, a trial with the recipe's own values is one more, last if not among them:
+    what the search was worth is measured from it.
     """
+    best, front = goal.best_first(rows), goal.front(rows)
+    if any(map(goal.meets, best)):
+        best = [row for row in best if goal.meets(row)]
     chosen: list[TrialRow] = []
-    for row in best_first(rows):
-        if len(chosen) < most and all(row.values != other.values for other in chosen):
+    for row in best:
+        is_new = all(row.values != other.values for other in chosen)
+        if len(chosen) < most and is_new and (row in front or len(goal.objectives) == 1):
             chosen.append(row)
-    if most > 1 and all(row.values != own for row in chosen):
-        chosen += [row for row in best_first(rows) if row.values == own][:1]
+    if most > 1 and len(goal.objectives) == 1 and all(row.values != own for row in chosen):
+        chosen += [row for row in best if row.values == own][:1]
     return chosen
 
 
@@ -100,7 +104,7 @@ def unpruned_fits(config: Config, rows: Sequence[TrialRow]) -> list[Fit]:
 
     Those whose values another trial has trained to the end are left out.
     """
-    best = promotable(rows)[: config.study.audit_pruning]
+    best = promotable(rows, Goal.of(config.study))[: config.study.audit_pruning]
     return [_fit(config, row, "unpruned", 0) for row in best]
 
 
@@ -123,23 +127,23 @@ def select_champion(config: Config, rows: Sequence[TrialRow], confirmed: Results
     """Choose among the candidates by their fits on new seeds; None where no fit finished.
 
     The accuracy that made a trial a candidate is left out: it was picked for being high. A
-    candidate none of whose fits finished drops out. Cost is floating-point operations of training,
-    which do not depend on the machine.
+    candidate none of whose fits finished drops out. Cost is the objective that is one, else
+    floating-point operations of training, which do not depend on the machine.
     """
+    goal = Goal.of(config.study)
     found = {row.number: _of(confirmed, row.number) for row in rows}
     groups = {number: read_right(notes) for number, notes in found.items() if notes}
-    costs = {row.number: (_cost(row), row.number) for row in rows}
-    return choose(groups, costs, config.study.margin) if groups else None
+    costs = {row.number: (row.metric(goal.cost), row.number) for row in rows}
+    if not groups:
+        return None
+    if Objective.val_accuracy in goal.objectives:
+        return choose(groups, costs, config.study.margin)
+    return choose_least_costly(groups, costs, goal.require[Objective.val_accuracy])
 
 
 def _of(results: Results, number: int) -> list[dict[str, Any]]:
     """Return the results of the fits of one trial."""
     return [found for key, found in results.items() if key.split("/")[0] == str(number)]
-
-
-def _cost(row: TrialRow) -> float:
-    """A trial whose cost is not known costs more than any other."""
-    return float(row.notes.get("metrics", {}).get("training_flops", math.inf))
 
 
 def describe_selection(

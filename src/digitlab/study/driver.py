@@ -139,7 +139,7 @@ class StudyDriver:
         stop = self.session.stop
         search.run(self._loop("trials", self.study.trials))
         rows = self.store.rows()
-        best = candidates(rows, self.study.confirm, self.store.own)
+        best = candidates(rows, self.study.confirm, self.store.own, self.store.goal)
         if stop():
             return 130
         if not best:

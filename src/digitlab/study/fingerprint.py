@@ -15,11 +15,12 @@ from digitlab.config.recorded import (
     with_values,
 )
 from digitlab.config.types import Config
+from digitlab.study.goal import TrialRow
 from digitlab.study.space import find_values, is_widened
-from digitlab.study.trials import TrialRow, TrialStore
+from digitlab.study.trials import TrialStore
 
 # Settings of a study that its trials' values depend on; the others may change at any call.
-_FIXED = ("sampler", "startup_trials", "seed", "pruner", "rungs")
+_FIXED = ("sampler", "startup_trials", "seed", "pruner", "rungs", "objectives", "require")
 _DATA = "SHA-256 of "
 _LIBRARIES = ("torch", "pytorch-lightning", "numpy", "optuna")
 # What made a result, as opposed to what it is a result of: another study may take it over.

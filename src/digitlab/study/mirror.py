@@ -4,6 +4,7 @@ import copy
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import optuna
@@ -30,17 +31,24 @@ class MirroredStudy:
     """
 
     def __init__(
-        self, storage: RDBStorage, name: str, stopped: Callable[[], bool], space: Ranges = ()
+        self,
+        storage: RDBStorage,
+        name: str,
+        stopped: Callable[[], bool],
+        space: Ranges = (),
+        directions: Sequence[StudyDirection] = (StudyDirection.MAXIMIZE,),
     ) -> None:
         """Open or create the study of that name; `stopped` ends the retries during an outage.
 
         In memory all trials have the ranges of now: a sampler learns from no trial of another one.
         """
         self.storage, self.stopped = storage, stopped
-        self.id = self._open(name)
+        self.id = self._open(name, directions)
         self._attributes = dict(storage.get_study_user_attrs(self.id))
         self._memory = InMemoryStorage()  # of one study, so that a trial's id is its number
-        self.study = optuna.create_study(storage=self._memory, direction="maximize")
+        self.study = optuna.create_study(
+            storage=self._memory, directions=storage.get_study_directions(self.id)
+        )
         self._memory_id = self._memory.get_study_id_from_name(self.study.study_name)
         self._ids: dict[int, int] = {}  # of trials in the storage, by number
         for stored in storage.get_all_trials(self.id, deepcopy=False):
@@ -52,11 +60,11 @@ class MirroredStudy:
             }
             self._memory.create_new_trial(self._memory_id, template_trial=trial)
 
-    def _open(self, name: str) -> int:
+    def _open(self, name: str, directions: Sequence[StudyDirection]) -> int:
         if name in study_names(self.storage):
             study_id = self.storage.get_study_id_from_name(name)
         else:
-            study_id = self.storage.create_new_study([StudyDirection.MAXIMIZE], name)
+            study_id = self.storage.create_new_study(directions, name)
         if "study_id" not in self.storage.get_study_user_attrs(study_id):
             self.storage.set_study_user_attr(study_id, "study_id", uuid.uuid4().hex)
         return study_id
@@ -113,13 +121,22 @@ class MirroredStudy:
         state: TrialState,
         values: list[float] | None = None,
         result: Mapping[str, Any] | None = None,
+        constraints: Mapping[str, float] = {},
     ) -> FrozenTrial:
-        """Write the result, then state and values: a trial that has ended has its result."""
+        """Write the result, then state and values: a trial that has ended has its result.
+
+        Optuna's samplers and its dashboard read constraints, > 0 where a trial breaks one.
+        """
         trial_id = self._id(number)
         if result is not None:
             whole = dict(result)
             self._do(lambda: self.storage.set_trial_user_attr(trial_id, RESULT, whole))
             self._memory.set_trial_user_attr(number, RESULT, whole)
+
+        for name, share in constraints.items():
+            key = f"constraints:{name}"  # where `FrozenTrial.constraints` finds them
+            self._do(partial(self.storage.set_trial_system_attr, trial_id, key, share))
+            self._memory.set_trial_system_attr(number, key, share)
 
         def write() -> None:
             try:

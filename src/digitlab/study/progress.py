@@ -7,7 +7,7 @@ from digitlab.base.console import Busy, View
 from digitlab.config.types import Pruner, StudyConfig
 from digitlab.study.loop import JobLoop, Task
 from digitlab.study.session import StudySession
-from digitlab.study.trials import TrialStore, best_first
+from digitlab.study.trials import TrialStore
 
 _SHOW_INTERVAL_S = 0.2  # between two pictures of the board
 _NOTE_INTERVAL_S = 10.0  # between two notes of the time spent, which a kill then loses at most
@@ -62,8 +62,8 @@ def whole_fits(study: StudyConfig, phase: str, count: int) -> float:
 
 
 def _best_text(store: TrialStore) -> str:
-    best = best_first(store.rows())[:1]
-    return f"best {best[0].value:.2%} (trial {best[0].number})" if best else ""
+    best = store.goal.best_first(store.rows())[:1]
+    return f"best {store.goal.describe(best[0])} (trial {best[0].number})" if best else ""
 
 
 def _busy(worker: int, task: Task) -> Busy:

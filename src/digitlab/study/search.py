@@ -8,11 +8,12 @@ from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner, StudyConfig
 from digitlab.study.fingerprint import fitting_trials
+from digitlab.study.goal import TrialRow
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
 from digitlab.study.storage import study_names
-from digitlab.study.trials import TrialRow, best_first, load_study
+from digitlab.study.trials import TrialStore, load_study, twin
 from digitlab.workers.base import Job
 
 
@@ -42,7 +43,7 @@ class TrialSearch:
         """Whether the study's limits of time or patience let no further trial start."""
         minutes, patience = self.study.minutes, self.study.patience
         late = bool(minutes) and self.seconds() > 60 * minutes
-        return late or (bool(patience) and _since_best(self.store.rows()) >= patience)
+        return late or (bool(patience) and _since_best(self.store) >= patience)
 
     def _next_task(self) -> Task | None:
         while not self._is_exhausted():
@@ -77,9 +78,8 @@ class TrialSearch:
             recorder.end("failed", str(error))
             self._tell(row, "failed", {"reason": str(error)})
             return None
-        twin = self.store.twin(row)
-        if twin is not None:
-            notes = {"metrics": twin.notes.get("metrics", {}), "taken_from": str(twin.number)}
+        if same := twin(self.store, row):
+            notes = {"metrics": same.notes.get("metrics", {}), "taken_from": str(same.number)}
             self._record_taken(row.number, row.attempt, config, notes)
             self._tell(row, "finished", notes)
             return None
@@ -178,7 +178,8 @@ def _plan_text(study: StudyConfig) -> str:
     return text
 
 
-def _since_best(rows: list[TrialRow]) -> int:
+def _since_best(store: TrialStore) -> int:
     """Return how many trials have ended since the best one, itself not counted."""
-    best = best_first(rows)[:1]
+    rows = store.rows()
+    best = store.goal.best_first(rows)[:1]
     return sum(row.is_ended and row.number > one.number for one in best for row in rows)

@@ -16,8 +16,9 @@ from digitlab.study.champion import (
     select_champion,
     summarise,
 )
+from digitlab.study.goal import TrialRow
 from digitlab.study.session import StudySession
-from digitlab.study.trials import TrialRow, TrialStore
+from digitlab.study.trials import TrialStore
 
 RunFits = Callable[[str, list[Fit]], Results]  # the fits of a phase, each once
 
@@ -57,7 +58,8 @@ def select_and_test(
         )
     selection = describe_selection(config, choice, own, finished_results(measured))
     spent = {"spent": len(confirmed), "budget": config.study.confirm_fits}
-    return summarise(champion, selection, tested) | {"confirm_fits": spent, "looks": looks}
+    summary = summarise(champion, selection, tested) | store.goal.notes(store.rows(), best)
+    return summary | {"confirm_fits": spent, "looks": looks}
 
 
 def _note_look(store: TrialStore, fits: list[Fit]) -> int:

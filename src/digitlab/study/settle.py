@@ -9,7 +9,8 @@ from digitlab.base.choice import note_predictions
 from digitlab.records.reader import recorded_guesses
 from digitlab.records.record import Records
 from digitlab.records.tracker import RunRow, Tracker
-from digitlab.study.trials import TrialRow, TrialStore
+from digitlab.study.goal import TrialRow
+from digitlab.study.trials import TrialStore
 
 PHASES = ("unpruned", "confirm", "measure", "final")  # of fits, and the kinds of their runs
 FitKey = tuple[str, str, str]  # kind, number of the trial, and seed, as they are tagged

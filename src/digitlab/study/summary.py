@@ -12,8 +12,8 @@ from digitlab.base.statistics import Interval
 from digitlab.config.compose import store_words
 from digitlab.config.types import Config, StudyConfig
 from digitlab.study.champion import Results
+from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.samplers import PROMOTED_FROM
-from digitlab.study.trials import TrialRow, best_first
 
 _SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
 
@@ -30,7 +30,7 @@ def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
     heads = ["trial", "validation", *(name.replace("_", "\n") for name in names)]
     heads += ["params", "time\n(s)"]
     lines = []
-    for row in best_first(rows)[:_SHOWN]:
+    for row in Goal.of(study).best_first(rows)[:_SHOWN]:
         metrics = row.notes.get("metrics", {})
         values = [short(row.values.get(name, "")) for name in study.space]
         size = f"{metrics.get('model_parameters', 0):,.0f}"
@@ -114,6 +114,12 @@ def champion_text(
         lines.append(
             f"    standard error: {seeds} points from the seeds, {of_images} from the images"
         )
+    if not summary.get("is_met", True):
+        lines.append("  no trial meets study.require: it comes nearest")
+    if front := summary.get("front"):
+        numbers, confirmed = ", ".join(map(str, front)), len(summary["val_accuracy"])
+        more = f"; study.confirm={len(front)} confirms all" if confirmed < len(front) else ""
+        lines.append(f"  Pareto front: trials {numbers}; {confirmed} confirmed{more}")
     if summary.get("looks", 1) > 1:
         lines.append(f"    this is look {summary['looks']} of the study at the test set")
     if vote := summary.get("vote"):

@@ -1,7 +1,7 @@
 """One study's trials: drawn, reported, ended, requeued."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from digitlab.base import faults
 from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.base.statistics import Interval
 from digitlab.config.recorded import config_from_yaml, with_values
-from digitlab.config.types import Config, Pruner, Sampler
+from digitlab.config.types import Config, Objective, Pruner, Sampler
+from digitlab.study.goal import Goal, TrialRow, promotable
 from digitlab.study.mirror import RESULT, MirroredStudy
 from digitlab.study.samplers import (
     PROMOTED_FROM,
@@ -37,45 +38,18 @@ _STATES = {
 _NAMES = {state: name for name, state in _STATES.items()}
 
 
-@dataclass(frozen=True)
-class TrialRow:
-    """A trial; `values` are in the configuration's terms."""
-
-    number: int
-    state: str  # waiting, running, finished, pruned or failed
-    value: float | None  # validation accuracy: the last of a finished trial, else of its last rung
-    values: dict[str, Any]
-    notes: dict[str, Any]  # metrics, curve, reason, attempt (from 1), charged (failed attempts)
-
-    @property
-    def is_ended(self) -> bool:
-        return self.state in ("finished", "pruned", "failed")
-
-    @property
-    def attempt(self) -> int:
-        return int(self.notes.get("attempt", 1))
-
-
-def best_first(rows: Sequence[TrialRow], state: str = "finished") -> list[TrialRow]:
-    """Return the trials of a state, best first; of equal ones the earlier first."""
-    ended = [row for row in rows if row.state == state and row.value is not None]
-    return sorted(ended, key=lambda row: (-(row.value or 0.0), row.number))
-
-
-def promotable(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """Return the pruned trials whose values no trial has been given to train to the end."""
-    others = [row.values for row in rows if row.state != "pruned"]
-    return [row for row in best_first(rows, "pruned") if row.values not in others]
-
-
-def _row_of(space: Sequence[Hyperparameter], trial: FrozenTrial) -> TrialRow:
+def _row_of(space: Sequence[Hyperparameter], goal: Goal, trial: FrozenTrial) -> TrialRow:
     decode = {one.name: one.decode for one in space}
     values = {k: decode[k](v) if k in decode else v for k, v in trial.params.items()}
-    value = trial.values[0] if trial.values else None
-    if value is None and trial.intermediate_values:
+    notes = trial.user_attrs.get(RESULT, {})
+    value = None
+    if trial.values and Objective.val_accuracy in goal.objectives:
+        value = trial.values[goal.objectives.index(Objective.val_accuracy)]
+    elif trial.values:
+        value = notes["metrics"]["val_accuracy"]
+    elif trial.intermediate_values:
         value = trial.intermediate_values[max(trial.intermediate_values)]
-    state = _NAMES[trial.state]
-    return TrialRow(trial.number, state, value, values, trial.user_attrs.get(RESULT, {}))
+    return TrialRow(trial.number, _NAMES[trial.state], value, values, notes)
 
 
 class TrialStore:
@@ -86,18 +60,16 @@ class TrialStore:
     ) -> None:
         """Open or create `config.study`; UserError if its space cannot be searched."""
         self.storage, self.config = storage, config.study
+        self.goal = Goal.of(config.study)
         self.space = searched_space(config)
         self.pruner = build_pruner(self.config)
         self.begin = first_values(config, self.space)
         self.own = own_values(config, self.space)  # the recipe's
-        self.mirror = MirroredStudy(storage, self.config.name, stopped, self.space)
-        self.study_id = str(self.notes()["study_id"])  # its identity; its name is not one
-        self._rows = [_row_of(self.space, trial) for trial in self.mirror.trials()]
-        # Only where no hyperparameter is continuous can the sampler draw the same values twice.
-        self._is_finite = not any(
-            isinstance(one.distribution, FloatDistribution) and one.distribution.step is None
-            for one in self.space
+        self.mirror = MirroredStudy(
+            storage, self.config.name, stopped, self.space, self.goal.directions
         )
+        self.study_id = str(self.notes()["study_id"])  # its identity; its name is not one
+        self._rows = [_row_of(self.space, self.goal, trial) for trial in self.mirror.trials()]
 
     @property
     def study(self) -> optuna.Study:
@@ -136,7 +108,7 @@ class TrialStore:
         if given is not None:
             faults.point("trial.drawn")
             values, attributes = given
-            return self._insert(TrialState.RUNNING, values, attributes=attributes)
+            return self._insert(TrialState.RUNNING, values, attributes)
         study = self.mirror.study
         study.sampler = build_sampler(self.config, self.space, len(self._rows))
         draw_values(self.space, study.ask())
@@ -150,30 +122,32 @@ class TrialStore:
         )
         self.mirror.insert(trial, is_in_memory=True)
         faults.point("trial.inserted")
-        self._rows.append(_row_of(self.space, drawn))
+        self._rows.append(_row_of(self.space, self.goal, drawn))
         return self._rows[-1]
 
     def add(self, values: Mapping[str, Any], value: float, notes: dict[str, Any]) -> None:
         """Insert a finished trial whose result comes from elsewhere."""
-        self._insert(TrialState.COMPLETE, values, value, {RESULT: notes})
+        row = TrialRow(len(self._rows), "finished", value, dict(values), notes)
+        self._insert(TrialState.COMPLETE, values, {RESULT: notes}, row)
 
     def _insert(
         self,
         state: TrialState,
         values: Mapping[str, Any],
-        value: float | None = None,
-        attributes: dict[str, Any] | None = None,
+        attributes: dict[str, Any],
+        ended: TrialRow | None = None,
     ) -> TrialRow:
         having = [one for one in self.space if one.name in values]
         trial = create_trial(
             state=state,
             params={one.name: one.encode(values[one.name]) for one in having},
             distributions={one.name: one.distribution for one in having},
-            value=value,
+            values=self.goal.values(ended) if ended else None,
+            constraints=self.goal.broken(ended) if ended else None,
             user_attrs=attributes,
         )
         self.mirror.insert(trial)
-        self._rows.append(_row_of(self.space, self.mirror.trials()[-1]))
+        self._rows.append(_row_of(self.space, self.goal, self.mirror.trials()[-1]))
         return self._rows[-1]
 
     def take_waiting(self) -> TrialRow | None:
@@ -189,17 +163,18 @@ class TrialStore:
         its earlier attempt, and later ones must not decide.
         """
         trial = self.mirror.set_rung(number, rung, accuracy)
-        self._rows[number] = _row_of(self.space, trial)
+        self._rows[number] = _row_of(self.space, self.goal, trial)
         faults.point("trial.reported")
         return self.config.pruner is not Pruner.none and self.pruner.prune(self.study, trial)
 
     def tell(
         self, number: int, state: str, value: float | None, notes: Mapping[str, Any]
     ) -> TrialRow:
-        """End a trial as finished, pruned or failed."""
+        """End a trial as finished, pruned or failed; `value` is its validation accuracy."""
         faults.point("trial.before_tell")
-        values = [value] if value is not None and state != "failed" else None
-        row = self._write(number, _STATES[state], values, notes)
+        ended = replace(self._rows[number], value=value, notes=dict(notes))
+        has_value = value is not None and state != "failed"
+        row = self._write(number, _STATES[state], notes, ended if has_value else None)
         faults.point("trial.ended")
         return row
 
@@ -208,26 +183,33 @@ class TrialStore:
         row = self._rows[number]
         charged = int(row.notes.get("charged", 0)) + is_charged
         notes = {"attempt": row.attempt + 1, "charged": charged, "reason": reason}
-        return self._write(number, TrialState.WAITING, None, notes)
+        return self._write(number, TrialState.WAITING, notes)
 
     def _write(
         self,
         number: int,
         state: TrialState,
-        values: list[float] | None = None,
         notes: Mapping[str, Any] | None = None,
+        ended: TrialRow | None = None,
     ) -> TrialRow:
         earlier = {key: x for key, x in self._rows[number].notes.items() if key != "reason"}
         result = None if notes is None else earlier | dict(notes)
-        trial = self.mirror.set_state(number, state, values, result)
-        self._rows[number] = _row_of(self.space, trial)
+        values, broken = (self.goal.values(ended), self.goal.broken(ended)) if ended else (None, {})
+        trial = self.mirror.set_state(number, state, values, result, broken)
+        self._rows[number] = _row_of(self.space, self.goal, trial)
         return self._rows[number]
 
-    def twin(self, row: TrialRow) -> TrialRow | None:
-        """Return a finished trial with the same values, and so the same bits, if there is one."""
-        same = (other for other in self._rows if other.values == row.values)
-        finished = (other for other in same if other.state == "finished")
-        return next(finished, None) if self._is_finite else None
+
+def twin(store: TrialStore, row: TrialRow) -> TrialRow | None:
+    """Return a finished trial with the same values, and so the same bits, if there is one.
+
+    Only where no hyperparameter is continuous can the sampler draw the same values twice.
+    """
+    for one in store.space:
+        if isinstance(one.distribution, FloatDistribution) and one.distribution.step is None:
+            return None
+    same = (other for other in store.rows() if other.values == row.values)
+    return next((other for other in same if other.state == "finished"), None)
 
 
 def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]] | None:
@@ -238,7 +220,7 @@ def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]]
     """
     rows, pruner = store.rows(), store.pruner
     if isinstance(pruner, ScreeningPruner) and not pruner.is_screened(store.study, len(rows)):
-        for best in promotable(rows):
+        for best in promotable(rows, store.goal):
             return best.values, {RESULT: {PROMOTED_FROM: best.number}}
     if store.config.sampler is not Sampler.grid:
         for values in store.begin:

@@ -63,15 +63,18 @@ def serve(
             channel.send(Refused(reason))
             return
         channel.send(Ready({"host": socket.gethostname(), "pid": os.getpid(), **machine}))
+        jobs = 0
         while True:
             number, order = channel.recv()
             if isinstance(order, Job):  # else it is an answer to a job that has ended meanwhile
+                if jobs:  # Lightning's objects of the job before refer to one another
+                    gc.collect()
+                jobs += 1
                 mine = _JobObserver(channel, number)
                 end = _run(order, setup, mine, environment, observers)
                 channel.send(end)
                 if isinstance(end, Refused):
                     return
-                gc.collect()  # Lightning's objects refer to one another
 
 
 def _mismatch(setup: WorkerSetup) -> str:

@@ -1,0 +1,145 @@
+"""What a study looks for: its trials as rows, and which of them are best."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.study import StudyDirection
+
+from digitlab.config.types import Objective, StudyConfig
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial; `values` are in the configuration's terms."""
+
+    number: int
+    state: str  # waiting, running, finished, pruned or failed
+    value: float | None  # validation accuracy: the last of a finished trial, else of its last rung
+    values: dict[str, Any]
+    notes: dict[str, Any]  # metrics, curve, reason, attempt (from 1), charged (failed attempts)
+
+    @property
+    def is_ended(self) -> bool:
+        return self.state in ("finished", "pruned", "failed")
+
+    @property
+    def attempt(self) -> int:
+        return int(self.notes.get("attempt", 1))
+
+    def metric(self, name: Objective) -> float:
+        """Return what an objective is for the trial; a cost that is not known is infinite."""
+        if name is Objective.val_accuracy:
+            return self.value or 0.0
+        return float(self.notes.get("metrics", {}).get(name, math.inf))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The objectives of a study, and what a trial must have to be its champion.
+
+    Accuracy is to be high and everything else, a cost, low. Of two objectives none comes first:
+    the best trials are a Pareto front.
+    """
+
+    objectives: tuple[Objective, ...]
+    require: Mapping[Objective, float]  # the least accuracy, the most of a cost
+
+    @classmethod
+    def of(cls, study: StudyConfig) -> "Goal":
+        bounds = {name: getattr(study.require, name) for name in Objective}
+        given = {name: bound for name, bound in bounds.items() if bound is not None}
+        return cls(tuple(study.objectives), given)
+
+    @property
+    def cost(self) -> Objective:
+        """What decides between trials that are accurate enough."""
+        costs = [name for name in self.objectives if name is not Objective.val_accuracy]
+        return costs[0] if costs else Objective.training_flops
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        maximized, minimized = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+        return [maximized if _is_gain(name) else minimized for name in self.objectives]
+
+    def values(self, row: TrialRow) -> list[float]:
+        """Return what Optuna gets of a trial."""
+        return [row.metric(name) for name in self.objectives]
+
+    def broken(self, row: TrialRow) -> dict[str, float]:
+        """Return by which share each bound is missed, as Optuna's constraints: > 0 where it is."""
+        shares = {name: row.metric(name) / bound - 1 for name, bound in self.require.items()}
+        return {str(name): -x if _is_gain(name) else x for name, x in shares.items()}
+
+    def meets(self, row: TrialRow) -> bool:
+        return all(share <= 0 for share in self.broken(row).values())
+
+    def best_first(self, rows: Sequence[TrialRow], state: str = "finished") -> list[TrialRow]:
+        """Return the trials of a state, best first; of equal ones the earlier first.
+
+        Those that meet all bounds come first, and of two objectives those on the front of these.
+        """
+        ended = [row for row in rows if row.state == state and row.value is not None]
+        front = {row.number for row in self.front(ended)}
+
+        def key(row: TrialRow) -> tuple[float, bool, float, int]:
+            missed = sum(max(0.0, share) for share in self.broken(row).values())
+            return missed, row.number not in front, self._losses(row)[0], row.number
+
+        return sorted(ended, key=key)
+
+    def front(self, rows: Sequence[TrialRow]) -> list[TrialRow]:
+        """Return the finished trials that meet all bounds and that no other such one dominates.
+
+        Of one objective it is the best trials alone.
+        """
+        met = [row for row in rows if row.state == "finished" and self.meets(row)]
+        losses = {row.number: self._losses(row) for row in met}
+
+        def is_dominated(row: TrialRow) -> bool:
+            own = losses[row.number]
+            return any(
+                other != own and all(x <= y for x, y in zip(other, own, strict=True))
+                for other in losses.values()
+            )
+
+        return [row for row in met if not is_dominated(row)]
+
+    def _losses(self, row: TrialRow) -> list[float]:
+        return [(-1 if _is_gain(name) else 1) * row.metric(name) for name in self.objectives]
+
+    def describe(self, row: TrialRow) -> str:
+        """Return a trial's accuracy, and its cost where that is an objective."""
+        accuracy = f"{row.metric(Objective.val_accuracy):.2%}"
+        return f"{accuracy}, {self._cost_text(row)}" if self.cost in self.objectives else accuracy
+
+    def _cost_text(self, row: TrialRow) -> str:
+        cost = row.metric(self.cost)
+        is_size = self.cost is Objective.model_parameters
+        return f"{cost:,.0f} parameters" if is_size else f"{cost:.3g} operations"
+
+    def notes(self, rows: Sequence[TrialRow], best: Sequence[TrialRow]) -> dict[str, Any]:
+        """Return what is noted of a choice among the best of the trials.
+
+        `describe_choice` reads the first three, `champion_text` the others.
+        """
+        has_cost, has_gain = self.cost in self.objectives, any(map(_is_gain, self.objectives))
+        front = [row.number for row in self.front(rows)] if has_cost and has_gain else []
+        return {
+            "cost": str(self.cost),
+            "costs": {row.number: self._cost_text(row) for row in best if has_cost},
+            "required": None if has_gain else self.require[Objective.val_accuracy],
+            "front": front,
+            "is_met": any(map(self.meets, best)),
+        }
+
+
+def promotable(rows: Sequence[TrialRow], goal: Goal) -> list[TrialRow]:
+    """Return the pruned trials whose values no trial has been given to train to the end."""
+    others = [row.values for row in rows if row.state != "pruned"]
+    return [row for row in goal.best_first(rows, "pruned") if row.values not in others]
+
+
+def _is_gain(name: Objective) -> bool:
+    return name is Objective.val_accuracy
