@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import logging
 import math
 import re
 import signal
@@ -852,6 +853,24 @@ def test_body_that_does_not_come_is_given_up(
                 answer += part
             assert answer.startswith(b"HTTP/1.1 408 ")
     assert server.predict(FILES[0])["status"]
+
+
+def test_a_sender_of_no_http_leaves_no_traceback_on_the_terminal(
+    server: Server, lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = (
+        f"POST /predict?run={lab.read} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    )
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # it does not propagate
+    with socket.create_connection((HOST, server.port), timeout=60) as broken:
+        broken.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\nzz\r\n".encode())
+        answer = b""
+        while part := broken.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert server.predict(FILES[0])["status"]
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert caplog.records == []
 
 
 OPENED: list[list[str]] = []  # the innermost list takes names while there is one

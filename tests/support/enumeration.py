@@ -24,6 +24,7 @@ from typing import Any
 
 import alembic.util
 import pytest
+import torch
 from conftest import DATA
 from leading import lead
 from plain import PlainTracker
@@ -281,6 +282,7 @@ def undisturbed(course: Course, lab: Path) -> tuple[Facts, int]:
     It is run in this process, which then knows all that the forks of it need.
     """
     clock = Clock(course, lab=new_lab(lab))
+    torch.set_num_threads(1)  # its others would not live in a fork, which would wait for them
     with stubs(clock):
         assert (
             lead(lab, stub, *course.overrides, count=course.workers, publish=publish.publish)[0]

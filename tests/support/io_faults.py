@@ -38,6 +38,7 @@ def start(program: str, folder: Path, *arguments: str) -> subprocess.CompletedPr
     """Run a program that stands beside this one, with the library preloaded."""
     paths = [SUPPORT.parents[1] / "src", SUPPORT.parent, SUPPORT]
     known = {"PYTHONPATH": ":".join(map(str, paths)), "LD_PRELOAD": str(build_shim(folder))}
+    known["OMP_NUM_THREADS"] = "1"  # torch's other threads would not live in a fork, which waits
     command = [sys.executable, str(SUPPORT / program), *arguments]
     return subprocess.run(
         command, env=os.environ | known, capture_output=True, text=True, check=False

@@ -40,12 +40,12 @@ class Server:
 
 
 @contextmanager
-def served(command: str, lab: Path, path: str, log: Path) -> Iterator[Server]:
-    """`digitlab ui` or `dashboard`, as a person starts it, until it answers on a path."""
+def served(command: str, lab: Path, path: str, log: Path, *more: str) -> Iterator[Server]:
+    """`digitlab ui` or its like, as a person starts it, from when it answers on a path."""
     port = free_port()
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [*COMMAND, command, "--port", str(port)],
+            [*COMMAND, command, "--port", str(port), *more],
             env=environment_of(lab),
             stdout=file,
             stderr=subprocess.STDOUT,

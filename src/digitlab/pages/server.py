@@ -39,7 +39,7 @@ class PageServer(uvicorn.Server):
     """A quiet server on this machine; on Ctrl-C it waits two seconds for answers."""
 
     def __init__(self, app: FastAPI, port: int, ending: Callable[[], None] = lambda: None) -> None:
-        quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+        quiet = {"log_level": "error", "access_log": False, "server_header": False}
         narrow = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 2}
         super().__init__(uvicorn.Config(app, "127.0.0.1", port, **quiet, **narrow))  # type: ignore[arg-type]
         self.ending = ending  # ends answers that would go on for ever
