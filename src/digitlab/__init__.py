@@ -101,11 +101,18 @@ class Study:
     stores: tuple[str, ...] = ()
 
     def trials(self) -> pandas.DataFrame:
-        """Return a row for each trial: state, value (validation accuracy), hyperparameters."""
+        """Return a row for each trial.
+
+        Columns: state, value (validation accuracy), model_parameters, training_flops, and the
+        hyperparameters.
+        """
         import pandas as pd
 
-        rows = self._store().rows()
-        plain = [{"state": row.state, "value": row.value, **row.values} for row in rows]
+        rows, plain = self._store().rows(), []
+        for row in rows:
+            metrics = row.notes.get("metrics", {})
+            costs = {name: metrics.get(name) for name in ("model_parameters", "training_flops")}
+            plain.append({"state": row.state, "value": row.value, **costs, **row.values})
         return pd.DataFrame(plain, index=pd.Index([row.number for row in rows], name="trial"))
 
     def champion(self) -> dict[str, Any] | None:

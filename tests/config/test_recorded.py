@@ -307,8 +307,9 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         rungs = rungs[:1]
         sampler = draw(st.sampled_from([s for s in limits.Sampler if s != "grid"]))
     finish = draw(COUNTS)
+    is_unpruned = pruner is limits.Pruner.none
     goals = [["val_accuracy"], ["val_accuracy", "model_parameters"], ["training_flops"]]
-    goal = draw(st.sampled_from(goals[: 1 if pruner is not limits.Pruner.none else 3]))
+    goal = draw(st.sampled_from(goals[: 3 if is_unpruned else 1]))
     least = draw(st.none() | fractions(0.01, 1)) if len(goal) > 1 else 0.5
     return limits.StudyConfig(
         name=draw(NAMES),
@@ -319,8 +320,8 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         objectives=[limits.Objective(name) for name in goal],
         require=limits.RequireConfig(
             val_accuracy=None if goal == ["val_accuracy"] else least,
-            model_parameters=draw(st.none() | COUNTS),
-            training_flops=draw(st.none() | fractions(1, 1e15)),
+            model_parameters=draw(st.none() | COUNTS) if is_unpruned else None,
+            training_flops=draw(st.none() | fractions(1, 1e15)) if is_unpruned else None,
         ),
         begin_with=draw(BEGIN) if sampler is not limits.Sampler.grid else [],
         trials=draw(COUNTS) + (finish if is_screening else 0),

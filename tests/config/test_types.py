@@ -140,7 +140,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.begin_with": ([[], [{"model.hidden": 8}]], [[1], 1]),
     "study.objectives": (
         [["val_accuracy"], ["val_accuracy", "training_flops"]],
-        [[], ["seconds"], ["val_accuracy"] * 3, ["model_parameters", "training_flops"]],
+        [[], ["seconds"], ["val_accuracy"] * 2, ["model_parameters", "training_flops"]],
     ),
     "study.require.model_parameters": ([None, 1], [0, 1.5]),
     "study.require.training_flops": ([None, 0.1], [0, NAN]),
@@ -303,6 +303,16 @@ SMALLEST = {"study.objectives": ["model_parameters"], "study.require.val_accurac
         ({"study.require.val_accuracy": None}, "without a least accuracy"),
         ({"study.objectives": ["val_accuracy"]}, "study.require.val_accuracy=0.99"),
         ({"study.pruner": "median", "study.rungs": [0.5]}, "study.pruner=median with"),
+        (
+            {
+                "study.objectives": ["val_accuracy"],
+                "study.require.val_accuracy": None,
+                "study.require.model_parameters": 9,
+                "study.pruner": "median",
+                "study.rungs": [0.5],
+            },
+            "study.pruner=median with study.require.model_parameters",
+        ),
         ({"study.require.val_accuracy": 1.1}, "study.require.val_accuracy=1.1"),
         ({"study.require.val_accuracy": 0.0}, "study.require.val_accuracy=0.0"),
     ],

@@ -122,6 +122,7 @@ def test_a_run_of_a_trial_that_is_not_in_the_study_is_named_and_never_deleted() 
         (trial(), run(hidden=33), ["parameter differs"]),
         (trial(), run(dropout=0.5), ["parameter differs"]),  # of the option, and not searched
         (trial(value=0.75), run(), ["value differs"]),
+        (replace(trial(), objectives=[0.75]), run(), ["value differs"]),  # what Optuna has
         (trial("pruned", value=0.75), run(state="pruned"), ["value differs"]),
         (trial(value=0.75), run(hidden=33, learning_rate=1), 2 * ["parameter differs"]),
     ],

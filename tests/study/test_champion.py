@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from digitlab.study.champion import (
 from digitlab.study.champion import candidates as best_candidates
 from digitlab.study.champion import test_metrics as metrics_of
 from digitlab.study.goal import Goal, TrialRow
+from digitlab.study.selection import confirm_candidates
 
 
 def row(
@@ -109,15 +111,19 @@ def test_candidates_miss_no_bound_if_one_of_them_does_not() -> None:
     rows = [row(0, 0.99, flops=9e9), row(1, 0.91, flops=1e9), row(2, 0.92, flops=3e9)]
     goal = Goal(ACCURACY.objectives, SMALL)
     assert candidates(rows, 2, rows[0].values, goal) == [2, 1]
-    assert candidates(rows, 2, None, Goal(ACCURACY.objectives, {Objective.training_flops: 1})) == [
-        *(1, 2),
-    ]
+    unmet = Goal(ACCURACY.objectives, {Objective.training_flops: 1})
+    assert candidates(rows, 2, None, unmet) == [1]  # which comes nearest
 
 
 def test_candidates_of_two_objectives_are_those_on_the_front() -> None:
     both = Goal((Objective.val_accuracy, Objective.training_flops), {})
     rows = [row(0, 0.90, flops=2e9), row(1, 0.95, flops=2e9), row(2, 0.91, flops=1e9)]
     assert candidates(rows, 3, rows[0].values, both) == [1, 2]
+    front = [row(number, 0.9 + 0.01 * number, flops=number) for number in range(1, 10)]
+    assert candidates(front, 3, None, both) == [9, 5, 1]  # they divide it evenly
+    assert candidates(front, 1, None, both) == [9]
+    bound = Goal(both.objectives, {Objective.training_flops: 0.1})
+    assert candidates(front, 3, None, bound) == [1]
 
 
 def test_with_a_cost_as_the_objective_the_least_costly_that_is_accurate_enough_is_chosen(
@@ -128,6 +134,35 @@ def test_with_a_cost_as_the_objective_the_least_costly_that_is_accurate_enough_i
     rows = [row(0, flops=1e9), row(1, flops=2e9), row(2, flops=3e9)]
     found = {0: [0.89, 0.8901], 1: [0.93, 0.9301], 2: [0.99, 0.9901]}
     assert choose(rows, found, config).best == 1
+
+
+def test_a_lone_candidate_is_confirmed_only_where_accuracy_is_required(config: Config) -> None:
+    wanted = {"study.objectives": ["training_flops"], "study.require.val_accuracy": 0.9}
+    assert confirm_fits(config, [row(1)], {}) == []
+    config = with_values(config, wanted | {"study.pruner": "none"})
+    assert [one.number for one in confirm_fits(config, [row(1)], {})] == [1]
+
+
+def test_where_no_candidate_is_accurate_enough_the_next_one_is_tried(config: Config) -> None:
+    """The least costly that pass are the lucky ones: the search for one goes on behind them."""
+    wanted = {"study.objectives": ["training_flops"], "study.require.val_accuracy": 0.9}
+    more = {"study.pruner": "none", "study.confirm_fits": 9}
+    config = with_values(config, wanted | more)
+    rows = [row(number, 0.95, flops=number) for number in (1, 2, 3, 4)]
+    goal = Goal.of(config.study)
+    store = SimpleNamespace(rows=lambda: rows, own=None, goal=goal)
+    session = SimpleNamespace(config=config, store=store, stop=lambda: False)
+    true = {1: 0.8, 2: 0.81, 3: 0.95, 4: 0.99}
+
+    def run_fits(_: str, fits: list[Fit]) -> Results:
+        return {one.key: fit(true[one.number] + one.seed / 1e4) for one in fits}
+
+    first = best_candidates(rows, 2, None, goal)
+    found, confirmed = confirm_candidates(session, first, run_fits)  # type: ignore[arg-type]
+    assert [one.number for one in found] == [1, 2, 3]
+    choice = select_champion(config, found, confirmed)
+    assert choice is not None
+    assert (choice.best, choice.is_settled) == (3, True)
 
 
 def choose(rows: list[TrialRow], accuracies: dict[int, list[float]], config: Config) -> Choice:

@@ -6,11 +6,15 @@ from hypothesis import strategies as st
 from optuna import create_study
 from optuna.trial import create_trial
 
+from digitlab.config.compose import compose
 from digitlab.config.types import Objective
 from digitlab.study.goal import Goal, TrialRow
 
 ACCURACY, SIZE = Objective.val_accuracy, Objective.model_parameters
 BOTH = Goal((ACCURACY, SIZE), {})
+
+
+NOT_PRUNED = "study.pruner=none"
 
 
 def row(number: int, accuracy: float | None, size: int = 1, state: str = "finished") -> TrialRow:
@@ -37,12 +41,14 @@ def test_a_bound_on_a_cost_excludes_the_most_accurate() -> None:
     goal = Goal((ACCURACY,), {SIZE: 5000})
     assert numbers(goal.best_first(rows)) == [1, 0, 2]
     assert [goal.meets(one) for one in rows] == [False, True, False]
-    assert goal.broken(rows[0]) == {"model_parameters": pytest.approx(1 / 5000)}
+    assert goal.violations(rows[0]) == {"model_parameters": pytest.approx(1 / 5000)}
 
 
 def test_of_two_objectives_the_front_comes_first_most_accurate_first() -> None:
     rows = [row(0, 0.9, 50), row(1, 0.95, 60), row(2, 0.94, 70), row(3, 0.8, 10), row(4, 0.8, 10)]
     assert numbers(BOTH.front(rows)) == [0, 1, 3, 4]
+    turned = compose("sweep", ["study.objectives=[model_parameters,val_accuracy]", NOT_PRUNED])
+    assert Goal.of(turned[0].config.study) == BOTH  # their order is none of importance
     assert numbers(BOTH.best_first(rows)) == [1, 0, 3, 4, 2]
 
 
@@ -59,3 +65,9 @@ def test_a_trial_is_described_with_the_cost_that_is_searched_for() -> None:
     assert BOTH.describe(row(0, 0.5, 1234)) == "50.00%, 1,234 parameters"
     small = Goal((Objective.training_flops,), {})
     assert small.describe(row(0, 0.5)) == "50.00%, inf operations"
+
+
+def test_what_is_searched_for_is_said_in_words() -> None:
+    assert Goal((ACCURACY,), {SIZE: 5000}).aim() == "high val_accuracy, model_parameters <= 5000"
+    assert BOTH.aim() == "high val_accuracy and low model_parameters"
+    assert Goal((SIZE,), {ACCURACY: 0.99}).aim() == "low model_parameters, val_accuracy >= 0.99"

@@ -51,8 +51,8 @@ def test_a_printed_command_names_the_folder_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_front_and_a_bound_that_no_trial_keeps_are_in_the_text() -> None:
     config = compose("sweep", ["experiments=smoke"])[0].config
-    text = champion_text(config, SUMMARY | {"front": [4, 2], "is_met": False}, None)
-    assert "Pareto front: trials 4, 2; 1 confirmed; study.confirm=2 confirms all" in text
+    text = champion_text(config, SUMMARY | {"front": [4, 2], "meets_require": False}, None)
+    assert "front: trials 4, 2; 1 confirmed (study.confirm=2 study.confirm_fits=4 confirms" in text
     assert "no trial meets study.require: it comes nearest" in text
     assert "Pareto" not in champion_text(config, SUMMARY | {"front": []}, None)
 

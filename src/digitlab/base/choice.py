@@ -27,8 +27,8 @@ class Choice:
 
     groups: Mapping[int, Right]  # by the number of a candidate
     best: int
-    is_settled: bool  # the best is shown to be within the margin of all others
-    undecided: list[int]  # between whom more fits could decide, best mean first; none if all is
+    is_settled: bool  # the best is shown to be as good as it must be
+    undecided: list[int]  # on whom more fits could decide, in their order; none if all is decided
 
     def interval(self, number: int) -> Interval:
         """Return the accuracy of a candidate over seeds and images."""
@@ -39,7 +39,7 @@ class Choice:
         return {
             "val_accuracy": {n: asdict(self.interval(n)) for n in self.groups},
             "is_settled": self.is_settled,
-            "is_fastest": not self.undecided,
+            "is_decided": not self.undecided,
             "margin": margin,
         }
 
@@ -124,8 +124,7 @@ def choose_least_costly(
     best = shown if shown is not None else [*likely, max(by_cost, key=means.__getitem__)][0]
     rivals = by_cost if shown is None else by_cost[: by_cost.index(shown)]
     rivals = [number for number in rivals if highs[number] >= required]
-    undecided = list(dict.fromkeys((best, *rivals))) if rivals else []
-    return Choice(groups, best, shown is not None, undecided)
+    return Choice(groups, best, shown is not None, rivals)
 
 
 def _bounds(
@@ -143,11 +142,11 @@ def _bounds(
 def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     """Return why the best was taken, and what the search was worth, from what is noted."""
     found = notes["val_accuracy"].items()
-    if len(found) < 2:
+    if len(found) < 2 and notes.get("required") is None:
         return []
-    costs = {n: f", {cost}" for n, cost in notes["costs"].items()}
+    costs = {str(n): f", {cost}" for n, cost in notes["costs"].items()}
     lines = [
-        f"  candidate {n}: validation {Interval(**i)} on new seeds{costs.get(n, '')}"
+        f"  candidate {n}: validation {Interval(**i)} on new seeds{costs.get(str(n), '')}"
         for n, i in found
     ]
     spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
@@ -157,7 +156,7 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     aim, others = f"{aim}best", f"{aim}others"
     if notes["required"]:
         aim = others = f"at least {100 * notes['required']:g} % accurate"
-    if notes["is_settled"] and not notes["is_fastest"]:
+    if notes["is_settled"] and not notes["is_decided"]:
         lines.append(
             f"  it is shown to be {aim}; whether a {less} one is, too, is not settled by {spent} "
             f"fits; {more}"
@@ -165,7 +164,7 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     elif notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
         lines.append(f"  it is the {least} {aim}, as shown{saved}")
-    elif notes["is_fastest"]:
+    elif notes["is_decided"]:
         lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {spent} fits")
     else:
         mean = "" if notes["required"] else "has the best mean, and "
@@ -182,7 +181,7 @@ _LEAST = {
 
 def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
     """Return the champion's accuracy on seeds that did not choose it, and the search's worth."""
-    own, lines = notes["own"], []
+    own, lines = notes["own"], list[str]()
     if "measured" in notes:
         measured = Interval(**notes["measured"])
         trial = notes["accuracy"] or 0.0
@@ -190,7 +189,11 @@ def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
         shown = f"{trial:.2%}".replace("%", " %")
         lines.append(f"  validation {measured} on new seeds again, which did not choose it")
         lines.append(f"    optimism of its trial's {shown}: {points}")
-    if own == notes["trial"]:
+    if notes["costs"]:  # the accuracy that it gains is not all that was searched for
+        costs = {str(number): cost for number, cost in notes["costs"].items()}
+        if str(own) in costs:
+            lines.append(f"  the recipe's own values (trial {own}): {costs[str(own)]}")
+    elif own == notes["trial"]:
         lines.append(
             f"  the search found nothing better than the recipe's own values (trial {own})"
         )

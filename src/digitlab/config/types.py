@@ -185,7 +185,7 @@ class StudyConfig:
         description="Best trials to train again on new seeds, beside the recipe's own; 1 is none."
     )
     confirm_fits: int = Field(ge=0, le=1000, description="Most fits on new seeds in all.")
-    margin: Share = Field(description="Accuracy that may be given up for a faster champion.")
+    margin: Share = Field(description="Accuracy that may be given up for a less costly champion.")
     measure_seeds: int = Field(
         ge=0,
         le=1000,
@@ -210,7 +210,7 @@ class StudyConfig:
                 f"study.pruner={self.pruner} with study.rungs=[] never prunes: give a rung, or "
                 "study.pruner=none."
             )
-        self._check_objectives()
+        _check_objectives(self)
         if self.pruner is Pruner.screening:
             self._check_screening()
         if self.fork_from is not None and self.sampler is Sampler.grid:
@@ -236,29 +236,6 @@ class StudyConfig:
             )
         return self
 
-    def _check_objectives(self) -> None:
-        given = f"study.objectives={[str(name) for name in self.objectives]}"
-        accuracy = Objective.val_accuracy
-        costs = [name for name in self.objectives if name is not accuracy]
-        is_valid = 1 <= len(self.objectives) <= 2 and len(costs) < 2
-        require(is_valid, given, "val_accuracy, a cost, or both")
-        least = self.require.val_accuracy
-        if costs == self.objectives and least is None:
-            raise UserError(
-                f"{given} is invalid without a least accuracy: the smallest network reads nothing. "
-                "Set study.require.val_accuracy, such as 0.99."
-            )
-        if not costs and least is not None:
-            raise UserError(
-                f"study.require.val_accuracy={least} with {given} is invalid: the most accurate "
-                "is searched for already. Leave it null, or give a cost as the objective."
-            )
-        if costs and self.pruner is not Pruner.none:
-            raise UserError(
-                f"study.pruner={self.pruner} with {given} is invalid: trials are pruned by their "
-                "accuracy alone. Set study.pruner=none."
-            )
-
     def _check_screening(self) -> None:
         if len(self.rungs) != 1:
             raise UserError(
@@ -280,6 +257,37 @@ class StudyConfig:
                 f"study.patience={self.patience} with study.pruner=screening is invalid: it would "
                 "end the study before the best are trained to the end. Set study.patience=0."
             )
+
+
+def _check_objectives(study: StudyConfig) -> None:
+    given = f"study.objectives={[str(name) for name in study.objectives]}"
+    accuracy = Objective.val_accuracy
+    costs = [name for name in study.objectives if name is not accuracy]
+    is_valid = [*dict.fromkeys(study.objectives)] == study.objectives != [] and len(costs) < 2
+    rule = "val_accuracy, one cost (model_parameters or training_flops), or val_accuracy and a cost"
+    require(is_valid, given, rule)
+    least = study.require.val_accuracy
+    if costs == study.objectives and least is None:
+        raise UserError(
+            f"{given} is invalid without a least accuracy: the smallest network reads nothing. "
+            "Set study.require.val_accuracy, such as 0.99."
+        )
+    if not costs and least is not None:
+        raise UserError(
+            f"study.require.val_accuracy={least} with {given} is invalid: the most accurate "
+            "is searched for already. Leave it null, or give a cost as the objective."
+        )
+    if costs and study.pruner is not Pruner.none:
+        raise UserError(
+            f"study.pruner={study.pruner} with {given} is invalid: trials are pruned by their "
+            "accuracy alone. Set study.pruner=none."
+        )
+    bounds = [name for name in Objective if getattr(study.require, name) is not None]
+    if bounds and study.pruner not in (Pruner.none, Pruner.screening):
+        raise UserError(
+            f"study.pruner={study.pruner} with study.require.{bounds[0]} is invalid: trials are "
+            "pruned by their accuracy alone, whatever they cost. Set study.pruner=none."
+        )
 
 
 @dataclass(config=STRICT)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optuna.storages import RDBStorage
@@ -14,7 +14,7 @@ from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
 from digitlab.records.tracker import RunRow, Tracker
-from digitlab.study.goal import TrialRow
+from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import (
     leader_lock,
@@ -122,6 +122,11 @@ def _differences(config: Config, row: TrialRow, run: RunRow) -> list[Problem]:
     value = trial_value(row.state, run.metrics)
     if row.state in ("finished", "pruned") and value != row.value:
         found.append(("value differs", f"{row.value} in trial {row.number}, {value} in its run"))
+    measured = replace(row, value=value, notes={"metrics": run.metrics})
+    values = Goal.of(config.study).values(measured)
+    if row.state == "finished" and row.objectives not in (None, values):
+        detail = f"{row.objectives} in trial {row.number}, {values} in its run"
+        found.append(("value differs", f"its objectives are {detail}"))
     return [Problem(kind, row.number, run.run_id, detail) for kind, detail in found]
 
 

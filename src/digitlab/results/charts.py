@@ -177,10 +177,8 @@ def _history(trials: _Trials) -> _Drawn:
     if data.empty:
         return "", figure, data
     best = data.loc[data[_ACCURACY].idxmax()]
-    message = (
-        f"Trial {best['trial']:.0f} is the best with {best[_ACCURACY]:.2f} %; the best so far "
-    )
-    return f"{message}improved {better} times after the first trial.", figure, data
+    message = f"Trial {best['trial']:.0f} is the most accurate with {best[_ACCURACY]:.2f} %; "
+    return f"{message}the best so far improved {better} times after the first trial.", figure, data
 
 
 def _curves(trials: _Trials) -> _Drawn:

@@ -111,7 +111,7 @@ def _study(name: str, notes: Mapping[str, Any], trials: Sequence[Any]) -> dict[s
     }
 
 
-_METRICS = ("val_accuracy", "rung_accuracy", "seconds", "model_parameters")
+_METRICS = ("val_accuracy", "rung_accuracy", "seconds", "model_parameters", "training_flops")
 _RUN_COLUMNS = {
     "name": "name", "kind": "kind", "state": "state", "val_accuracy": "validation",
     "test_accuracy": "test", "run_id": "run",

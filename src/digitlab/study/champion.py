@@ -8,8 +8,8 @@ from typing import Any
 from digitlab.base.choice import NOTHING_CHOSEN, Choice, choose, choose_least_costly, read_right
 from digitlab.base.statistics import accuracy_interval, estimate
 from digitlab.config.recorded import with_values
-from digitlab.config.types import Config, Objective
-from digitlab.study.goal import Goal, TrialRow, promotable
+from digitlab.config.types import Config
+from digitlab.study.goal import Goal, TrialRow, distinct, promotable
 
 # Seeds of the confirmation and of the final fits, counted from the trials' own seed, so that no
 # fit that selects shares a seed with one that is reported.
@@ -51,20 +51,21 @@ def candidates(
 ) -> list[TrialRow]:
     """Return the best finished trials with different values, best first.
 
-    Trials that miss a bound are left out if one does not, and so are those off a front. Where
-    there is a choice, a trial with the recipe's own values is one more, last if not among them:
-    what the search was worth is measured from it.
+    Those that meet all bounds; if none does, the one that comes nearest. Of a front with more than
+    `most` trials, those that divide it evenly. Where one objective leaves a choice, a trial with
+    the recipe's own values is one more: what the search was worth is measured from it.
     """
-    best, front = goal.best_first(rows), goal.front(rows)
-    if any(map(goal.meets, best)):
-        best = [row for row in best if goal.meets(row)]
-    chosen: list[TrialRow] = []
-    for row in best:
-        is_new = all(row.values != other.values for other in chosen)
-        if len(chosen) < most and is_new and (row in front or len(goal.objectives) == 1):
-            chosen.append(row)
-    if most > 1 and len(goal.objectives) == 1 and all(row.values != own for row in chosen):
-        chosen += [row for row in best if row.values == own][:1]
+    best = distinct(goal.best_first(rows))
+    met = [row for row in best if goal.meets(row)]
+    if not met:
+        return best[:1]
+    if goal.is_front:
+        front = [row for row in met if row in goal.front(rows)]
+        places = [round(i * (len(front) - 1) / max(1, most - 1)) for i in range(most)]
+        return [front[place] for place in places] if len(front) > most else front
+    chosen = met[:most]
+    if most > 1:
+        chosen += [row for row in met[most:] if row.values == own]
     return chosen
 
 
@@ -74,9 +75,11 @@ def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> 
     First each has one; then those between which it is undecided have one more, two at a time, the
     least trained first, since that lowers the variance of a difference most. A round depends on the
     results of the earlier rounds alone, so that a driver that was killed comes to the same ones.
+    A single candidate is confirmed only where it must be shown to be accurate enough.
     """
     left = config.study.confirm_fits - len(results)
-    if left <= 0 or len(rows) < 2:
+    is_chosen = len(rows) < 2 and Goal.of(config.study).required_accuracy is None
+    if left <= 0 or is_chosen:
         return []
     counts = {row.number: len(_of(results, row.number)) for row in rows}
     numbers = [number for number, count in counts.items() if not count]
@@ -136,9 +139,9 @@ def select_champion(config: Config, rows: Sequence[TrialRow], confirmed: Results
     costs = {row.number: (row.metric(goal.cost), row.number) for row in rows}
     if not groups:
         return None
-    if Objective.val_accuracy in goal.objectives:
+    if goal.required_accuracy is None:
         return choose(groups, costs, config.study.margin)
-    return choose_least_costly(groups, costs, goal.require[Objective.val_accuracy])
+    return choose_least_costly(groups, costs, goal.required_accuracy)
 
 
 def _of(results: Results, number: int) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def _facts(config: Config, data_sha256: Mapping[str, str], tracker: str) -> dict
             fixed |= {f"{key} with {group}={option}": value for key, value in keys}
     return {
         **{key: value for key, value in fixed.items() if key.partition(" ")[0] not in space},
-        **{f"study.{key}": study[key] for key in _FIXED},
+        **flat({"study": {key: study[key] for key in _FIXED}}),
         **{f"study.space.{name}": text for name, text in space.items()},
         **{f"{_DATA}{file}": digest[:12] for file, digest in data_sha256.items()},
         **{f"version of {name}": version(name) for name in _LIBRARIES},

@@ -19,6 +19,7 @@ class TrialRow:
     value: float | None  # validation accuracy: the last of a finished trial, else of its last rung
     values: dict[str, Any]
     notes: dict[str, Any]  # metrics, curve, reason, attempt (from 1), charged (failed attempts)
+    objectives: list[float] | None = None  # Optuna's values, where the trial has any
 
     @property
     def is_ended(self) -> bool:
@@ -39,24 +40,37 @@ class TrialRow:
 class Goal:
     """The objectives of a study, and what a trial must have to be its champion.
 
-    Accuracy is to be high and everything else, a cost, low. Of two objectives none comes first:
+    Accuracy is to be high and everything else, a cost, low. Of two objectives neither comes first:
     the best trials are a Pareto front.
     """
 
-    objectives: tuple[Objective, ...]
+    objectives: tuple[Objective, ...]  # accuracy before a cost
     require: Mapping[Objective, float]  # the least accuracy, the most of a cost
 
     @classmethod
     def of(cls, study: StudyConfig) -> "Goal":
         bounds = {name: getattr(study.require, name) for name in Objective}
         given = {name: bound for name, bound in bounds.items() if bound is not None}
-        return cls(tuple(study.objectives), given)
+        return cls(tuple(name for name in Objective if name in study.objectives), given)
+
+    @property
+    def is_front(self) -> bool:
+        return len(self.objectives) > 1
+
+    @property
+    def has_cost(self) -> bool:
+        return self.objectives[-1] is not Objective.val_accuracy
 
     @property
     def cost(self) -> Objective:
         """What decides between trials that are accurate enough."""
-        costs = [name for name in self.objectives if name is not Objective.val_accuracy]
-        return costs[0] if costs else Objective.training_flops
+        return self.objectives[-1] if self.has_cost else Objective.training_flops
+
+    @property
+    def required_accuracy(self) -> float | None:
+        """The accuracy that a cost is searched with; None where accuracy is an objective."""
+        is_objective = Objective.val_accuracy in self.objectives
+        return None if is_objective else self.require[Objective.val_accuracy]
 
     @property
     def directions(self) -> list[StudyDirection]:
@@ -67,13 +81,13 @@ class Goal:
         """Return what Optuna gets of a trial."""
         return [row.metric(name) for name in self.objectives]
 
-    def broken(self, row: TrialRow) -> dict[str, float]:
+    def violations(self, row: TrialRow) -> dict[str, float]:
         """Return by which share each bound is missed, as Optuna's constraints: > 0 where it is."""
         shares = {name: row.metric(name) / bound - 1 for name, bound in self.require.items()}
         return {str(name): -x if _is_gain(name) else x for name, x in shares.items()}
 
     def meets(self, row: TrialRow) -> bool:
-        return all(share <= 0 for share in self.broken(row).values())
+        return all(share <= 0 for share in self.violations(row).values())
 
     def best_first(self, rows: Sequence[TrialRow], state: str = "finished") -> list[TrialRow]:
         """Return the trials of a state, best first; of equal ones the earlier first.
@@ -81,30 +95,25 @@ class Goal:
         Those that meet all bounds come first, and of two objectives those on the front of these.
         """
         ended = [row for row in rows if row.state == state and row.value is not None]
-        front = {row.number for row in self.front(ended)}
+        front = {row.number for row in self.front(ended)} if self.is_front else set()
 
-        def key(row: TrialRow) -> tuple[float, bool, float, int]:
-            missed = sum(max(0.0, share) for share in self.broken(row).values())
-            return missed, row.number not in front, self._losses(row)[0], row.number
+        def key(row: TrialRow) -> tuple[float, bool, float, float, int]:
+            missed = sum(max(0.0, share) for share in self.violations(row).values())
+            accuracy = row.metric(Objective.val_accuracy)  # between trials of equal cost
+            is_behind = self.is_front and row.number not in front
+            return missed, is_behind, self._losses(row)[0], -accuracy, row.number
 
         return sorted(ended, key=key)
 
     def front(self, rows: Sequence[TrialRow]) -> list[TrialRow]:
-        """Return the finished trials that meet all bounds and that no other such one dominates.
-
-        Of one objective it is the best trials alone.
-        """
+        """Return the finished trials that meet all bounds and that no other such one dominates."""
         met = [row for row in rows if row.state == "finished" and self.meets(row)]
-        losses = {row.number: self._losses(row) for row in met}
-
-        def is_dominated(row: TrialRow) -> bool:
-            own = losses[row.number]
-            return any(
-                other != own and all(x <= y for x, y in zip(other, own, strict=True))
-                for other in losses.values()
-            )
-
-        return [row for row in met if not is_dominated(row)]
+        kept: list[TrialRow] = []
+        for row in sorted(met, key=self._losses):  # by the first loss: the last one must fall
+            losses, best = self._losses(row), self._losses(kept[-1]) if kept else [math.inf]
+            if losses[-1] < best[-1] or losses == best:
+                kept.append(row)
+        return sorted(kept, key=lambda row: row.number)
 
     def _losses(self, row: TrialRow) -> list[float]:
         return [(-1 if _is_gain(name) else 1) * row.metric(name) for name in self.objectives]
@@ -112,27 +121,37 @@ class Goal:
     def describe(self, row: TrialRow) -> str:
         """Return a trial's accuracy, and its cost where that is an objective."""
         accuracy = f"{row.metric(Objective.val_accuracy):.2%}"
-        return f"{accuracy}, {self._cost_text(row)}" if self.cost in self.objectives else accuracy
+        return f"{accuracy}, {self._cost_text(row)}" if self.has_cost else accuracy
 
     def _cost_text(self, row: TrialRow) -> str:
         cost = row.metric(self.cost)
         is_size = self.cost is Objective.model_parameters
         return f"{cost:,.0f} parameters" if is_size else f"{cost:.3g} operations"
 
-    def notes(self, rows: Sequence[TrialRow], best: Sequence[TrialRow]) -> dict[str, Any]:
-        """Return what is noted of a choice among the best of the trials.
+    def aim(self) -> str:
+        """Return what is searched for: `low model_parameters, val_accuracy >= 0.99`."""
+        wanted = [f"{'high' if _is_gain(one) else 'low'} {one}" for one in self.objectives]
+        bounds = [f"{k} {'>=' if _is_gain(k) else '<='} {v:g}" for k, v in self.require.items()]
+        return ", ".join([" and ".join(wanted), *bounds])
 
-        `describe_choice` reads the first three, `champion_text` the others.
-        """
-        has_cost, has_gain = self.cost in self.objectives, any(map(_is_gain, self.objectives))
-        front = [row.number for row in self.front(rows)] if has_cost and has_gain else []
+    def notes(self, rows: Sequence[TrialRow], best: Sequence[TrialRow]) -> dict[str, Any]:
+        """Return what is noted of a choice among the best of the trials, for the texts on it."""
         return {
             "cost": str(self.cost),
-            "costs": {row.number: self._cost_text(row) for row in best if has_cost},
-            "required": None if has_gain else self.require[Objective.val_accuracy],
-            "front": front,
-            "is_met": any(map(self.meets, best)),
+            "costs": {row.number: self._cost_text(row) for row in best if self.has_cost},
+            "required": self.required_accuracy,
+            "front": [row.number for row in distinct(self.front(rows))] if self.is_front else [],
+            "meets_require": any(map(self.meets, best)),
         }
+
+
+def distinct(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Return the trials with different values, of equal ones the first."""
+    kept: list[TrialRow] = []
+    for row in rows:
+        if all(row.values != other.values for other in kept):
+            kept.append(row)
+    return kept
 
 
 def promotable(rows: Sequence[TrialRow], goal: Goal) -> list[TrialRow]:

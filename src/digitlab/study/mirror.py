@@ -123,7 +123,7 @@ class MirroredStudy:
         result: Mapping[str, Any] | None = None,
         constraints: Mapping[str, float] = {},
     ) -> FrozenTrial:
-        """Write the result, then state and values: a trial that has ended has its result.
+        """Write result and constraints, then state and values: what has ended has all of them.
 
         Optuna's samplers and its dashboard read constraints, > 0 where a trial breaks one.
         """

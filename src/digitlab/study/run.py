@@ -91,7 +91,7 @@ def run_once(
     records.outbox.flush(_DELIVERY_S)
     records.outbox.check(study_id="")  # what others have left is theirs
     reason, trained = ending.reason, len(task.curve)
-    if ending.state == "interrupted" and recorder.checkpoints.latest():
+    if ending.state == "interrupted" and not is_new and recorder.checkpoints.latest():
         reason += "; the same command goes on from there"
     return Outcome(ending.state, reason, task.metrics, recorder.run_id(), trained)
 

@@ -8,7 +8,7 @@ from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner, StudyConfig
 from digitlab.study.fingerprint import fitting_trials
-from digitlab.study.goal import TrialRow
+from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
@@ -170,6 +170,8 @@ class TrialSearch:
 
 def _plan_text(study: StudyConfig) -> str:
     text = f"study {study.name}: {study.trials} trials over {', '.join(study.space)}"
+    if (goal := Goal.of(study)).has_cost or goal.require:
+        text += f", for {goal.aim()}"
     if study.pruner is Pruner.screening:
         text += (
             f"; the first {study.trials - study.finish} end at {study.rungs[0]:g} of their "
@@ -180,6 +182,6 @@ def _plan_text(study: StudyConfig) -> str:
 
 def _since_best(store: TrialStore) -> int:
     """Return how many trials have ended since the best one, itself not counted."""
-    rows = store.rows()
-    best = store.goal.best_first(rows)[:1]
+    rows, goal = store.rows(), store.goal
+    best = goal.front(rows)[-1:] if goal.is_front else goal.best_first(rows)[:1]
     return sum(row.is_ended and row.number > one.number for one in best for row in rows)

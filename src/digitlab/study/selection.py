@@ -8,6 +8,7 @@ from digitlab.base.errors import UserError
 from digitlab.study.champion import (
     Fit,
     Results,
+    candidates,
     confirm_fits,
     describe_selection,
     final_fits,
@@ -32,11 +33,9 @@ def select_and_test(
         UserError: all its final fits failed.
     """
     config, store = session.config, session.store
-    confirmed: Results = {}
-    while fits := confirm_fits(config, best, confirmed):
-        confirmed |= run_fits("confirm", fits)
-        if session.stop():
-            return {}
+    best, confirmed = confirm_candidates(session, best, run_fits)
+    if session.stop():
+        return {}
     choice = select_champion(config, best, finished_results(confirmed))
     champion = next((row for row in best if choice and row.number == choice.best), best[0])
     own = next((row for row in best if row.values == store.own), None)
@@ -60,6 +59,29 @@ def select_and_test(
     spent = {"spent": len(confirmed), "budget": config.study.confirm_fits}
     summary = summarise(champion, selection, tested) | store.goal.notes(store.rows(), best)
     return summary | {"confirm_fits": spent, "looks": looks}
+
+
+def confirm_candidates(
+    session: StudySession, best: Sequence[TrialRow], run_fits: RunFits
+) -> tuple[Sequence[TrialRow], Results]:
+    """Train the candidates on new seeds; return them, and their fits.
+
+    Where accuracy is required, and no candidate can have it, the next best trial is one more.
+    """
+    config, store = session.config, session.store
+    confirmed: Results = {}
+    while True:
+        while fits := confirm_fits(config, best, confirmed):
+            confirmed |= run_fits("confirm", fits)
+            if session.stop():
+                return best, confirmed
+        choice = select_champion(config, best, finished_results(confirmed))
+        all_are_out = choice is not None and not (choice.is_settled or choice.undecided)
+        wider = candidates(store.rows(), len(best) + 1, store.own, store.goal)
+        is_spent = len(confirmed) >= config.study.confirm_fits
+        if not all_are_out or is_spent or len(wider) == len(best):
+            return best, confirmed
+        best = wider
 
 
 def _note_look(store: TrialStore, fits: list[Fit]) -> int:

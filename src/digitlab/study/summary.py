@@ -114,12 +114,14 @@ def champion_text(
         lines.append(
             f"    standard error: {seeds} points from the seeds, {of_images} from the images"
         )
-    if not summary.get("is_met", True):
+    if not summary.get("meets_require", True):
         lines.append("  no trial meets study.require: it comes nearest")
     if front := summary.get("front"):
         numbers, confirmed = ", ".join(map(str, front)), len(summary["val_accuracy"])
-        more = f"; study.confirm={len(front)} confirms all" if confirmed < len(front) else ""
-        lines.append(f"  Pareto front: trials {numbers}; {confirmed} confirmed{more}")
+        left = confirmed < len(front) > 1
+        settings = f"study.confirm={len(front)} study.confirm_fits={2 * len(front)}"
+        more = f"; {confirmed} confirmed ({settings} confirms all)" if left else ""
+        lines.append(f"  Pareto front: trials {numbers}{more}")
     if summary.get("looks", 1) > 1:
         lines.append(f"    this is look {summary['looks']} of the study at the test set")
     if vote := summary.get("vote"):
@@ -144,8 +146,8 @@ def describe_study(config: Config, overrides: Sequence[str], champion: str = "")
     return "\n".join(
         [
             f"## Study {study.name}",
-            f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), compared by "
-            "`val_accuracy` on validation images.",
+            f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), for "
+            f"{Goal.of(study).aim()} on validation images.",
             *("", "| hyperparameter | searched |", "|---|---|", *space, ""),
             *(*result, "", f"Start or go on: `{sweep_command(overrides)}`"),
         ]

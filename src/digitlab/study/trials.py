@@ -44,12 +44,12 @@ def _row_of(space: Sequence[Hyperparameter], goal: Goal, trial: FrozenTrial) -> 
     notes = trial.user_attrs.get(RESULT, {})
     value = None
     if trial.values and Objective.val_accuracy in goal.objectives:
-        value = trial.values[goal.objectives.index(Objective.val_accuracy)]
+        value = trial.values[0]
     elif trial.values:
         value = notes["metrics"]["val_accuracy"]
     elif trial.intermediate_values:
         value = trial.intermediate_values[max(trial.intermediate_values)]
-    return TrialRow(trial.number, _NAMES[trial.state], value, values, notes)
+    return TrialRow(trial.number, _NAMES[trial.state], value, values, notes, trial.values)
 
 
 class TrialStore:
@@ -137,13 +137,13 @@ class TrialStore:
         attributes: dict[str, Any],
         ended: TrialRow | None = None,
     ) -> TrialRow:
-        having = [one for one in self.space if one.name in values]
+        present = [one for one in self.space if one.name in values]
         trial = create_trial(
             state=state,
-            params={one.name: one.encode(values[one.name]) for one in having},
-            distributions={one.name: one.distribution for one in having},
+            params={one.name: one.encode(values[one.name]) for one in present},
+            distributions={one.name: one.distribution for one in present},
             values=self.goal.values(ended) if ended else None,
-            constraints=self.goal.broken(ended) if ended else None,
+            constraints=self.goal.violations(ended) if ended else None,
             user_attrs=attributes,
         )
         self.mirror.insert(trial)
@@ -194,8 +194,9 @@ class TrialStore:
     ) -> TrialRow:
         earlier = {key: x for key, x in self._rows[number].notes.items() if key != "reason"}
         result = None if notes is None else earlier | dict(notes)
-        values, broken = (self.goal.values(ended), self.goal.broken(ended)) if ended else (None, {})
-        trial = self.mirror.set_state(number, state, values, result, broken)
+        values = self.goal.values(ended) if ended else None
+        violations = self.goal.violations(ended) if ended else {}
+        trial = self.mirror.set_state(number, state, values, result, violations)
         self._rows[number] = _row_of(self.space, self.goal, trial)
         return self._rows[number]
 

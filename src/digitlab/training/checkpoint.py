@@ -136,6 +136,6 @@ def _unpack(content: bytes, made_with: Mapping[str, Any]) -> dict[str, Any]:
         tensors = safetensors.torch.load(content)
         text = tensors[_STATE].numpy().tobytes()
         state: dict[str, Any] = json.loads(text, object_hook=put_back)
-    except (SafetensorError, ValueError, KeyError):  # anything may lie in a lab's folder
-        return {}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # anything may lie in a lab's folder
     return state if state.get("made_with") == made_with else {}
