@@ -37,7 +37,8 @@ def kill_at_points(course: Course, tmp_path: Path, is_wanted: Wanted) -> tuple[i
     return count, wrong
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["1-late", "2-sealed"])
 def test_a_study_goes_on_from_some_points(name: str, tmp_path: Path) -> None:
     assert kill_at_points(MLFLOW[name], tmp_path, lambda number: number % 25 == 3)[1] == []

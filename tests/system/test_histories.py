@@ -412,10 +412,10 @@ def run_histories(count: int) -> None:
     run_state_machine_as_test(Histories, settings=few)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_comes_to_what_the_model_does() -> None:
-    run_histories(40)
+    run_histories(20)
 
 
 @pytest.mark.exhaustive
