@@ -67,3 +67,13 @@ def test_who_has_used_none_removes_none(tmp_path: Path) -> None:
     assert other.latest() == b"one"
     other.remove()
     assert folder.latest() is None
+
+
+def test_another_process_that_trains_the_same_keeps_its_newer_checkpoints(tmp_path: Path) -> None:
+    mine, others = CheckpointFolder(tmp_path, "key"), CheckpointFolder(tmp_path, "key")
+    mine.add(b"1")
+    others.add(b"2")
+    mine.remove()
+    assert CheckpointFolder(tmp_path, "key").latest() == b"2"
+    others.remove()
+    assert list((tmp_path / "checkpoints").iterdir()) == []

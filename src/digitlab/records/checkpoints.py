@@ -18,16 +18,16 @@ class CheckpointFolder:
     def __init__(self, lab: Path, key: str) -> None:
         """Args: key: of the configuration; a training of the same one finds them."""
         self.folder = lab / "checkpoints" / key
-        self.is_used = False
+        self.last = ""  # name of the newest that this object has kept or given
 
     def add(self, content: bytes) -> None:
         """Keep a checkpoint on the disk. Where that fails the training goes on without it."""
-        self.is_used = True
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             files = self._files()
             number = int(files[-1].name.partition("-")[0]) + 1 if files else 1
-            write_synced(self.folder / f"{number:06d}-{_digest(content)}", content)
+            self.last = f"{number:06d}-{_digest(content)}"
+            write_synced(self.folder / self.last, content)
             for path in files[: 1 - _KEPT]:
                 path.unlink()
 
@@ -37,14 +37,22 @@ class CheckpointFolder:
             with suppress(OSError):
                 content = path.read_bytes()
                 if path.name.endswith(_digest(content)):
-                    self.is_used = True
+                    self.last = path.name
                     return content
+                path.unlink()  # it is damaged, and of no use
         return None
 
     def remove(self) -> None:
-        """Remove what this object has kept or given; others may still train the same."""
-        if self.is_used:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what this object has kept or given, and older ones.
+
+        Newer ones are of another process, which trains the same.
+        """
+        with suppress(OSError):
+            for path in self._files():
+                if path.name <= self.last:
+                    path.unlink()
+            if self.last and not self._files():  # with what a write may have left
+                shutil.rmtree(self.folder)
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*") if _NAME.fullmatch(path.name))
