@@ -405,6 +405,7 @@ CONFIGS = st.builds(
         address=WORDS,
         workers=st.integers(0, 10_000),
         cpus=fractions(0, 1024, exclude_min=True),
+        gpus=fractions(0, 1),
     ),
 )
 

@@ -146,6 +146,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "study.require.training_flops": ([None, 0.1], [0, NAN]),
     "study.final_seeds": ([1], [0]),
     "launcher.workers": ([0, 10_000], [-1]),
+    "launcher.gpus": ([0, 0.25, 1.0], [-0.1, 1.1, NAN]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
     "model.widths": ([[1], [1, 256]], [[], [0], [16, -1]]),
     "model.kernel_sizes": ([[1], [27], [1, 3]], [[], [0], [-3], [2], [3, 4]]),

@@ -73,7 +73,7 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(parts: Path, orders: Path) -> Iterator[RayCluster]:
-    """A node with two logical CPUs."""
+    """A node with two logical CPUs, and one GPU that is none."""
     if importlib.util.find_spec("ray") is None:  # not imported yet: it reads its token then
         pytest.skip("Ray is missing: pip install -e '.[cluster]'")
     cluster = RayCluster(parts / "ray-contract")
@@ -82,7 +82,7 @@ def cluster(parts: Path, orders: Path) -> Iterator[RayCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
-        cluster.add(cpus=2)
+        cluster.add(cpus=2, gpus=1)
         copy_data(cluster.labs[0])
         cluster.wait(1)
         yield cluster
@@ -523,6 +523,26 @@ def test_a_lost_node_is_not_charged_to_its_jobs(make: Make, cluster: RayCluster)
         lost += [found for found in workers.events(1.0) if isinstance(found[1], Lost)]
     assert all(event == Lost("its node was lost", is_charged=False) for _, event in lost)
     assert len({machines[worker] for worker, _ in lost}) == 1
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("share", "count"), [(0.5, 2), (1.0, 1)])
+def test_workers_share_a_gpu(
+    setup: WorkerSetup, order: object, request: pytest.FixtureRequest, share: float, count: int
+) -> None:
+    where = address(request)
+    import ray  # it reads the cluster's token
+
+    from digitlab.workers.ray import RayWorkers
+
+    launcher = replace(tiny().launcher, address=where, workers=0, gpus=share)
+    with RayWorkers(setup, launcher) as workers:
+        workers.start()
+        assert workers.count == count
+        ready: set[int] = set()
+        while len(ready) < count:
+            ready |= {worker for worker, event in workers.events(1.0) if isinstance(event, Ready)}
+        assert ray.available_resources().get("GPU", 0) == 0
 
 
 @pytest.mark.cluster

@@ -560,12 +560,12 @@ class RayCluster:
     def labs(self) -> list[Path]:
         return [node.lab for node in self.nodes]
 
-    def add(self, cpus: int = 1, **environment: str) -> RayNode:
+    def add(self, cpus: int = 1, gpus: int = 0, **environment: str) -> RayNode:
         """One more node, with more in its environment; the first is the head."""
         number = len(self.nodes)
         node = RayNode(self.folder / str(number), self._host(number))
         self.nodes.append(node)
-        self._start(node, cpus, self.environment | environment)
+        self._start(node, cpus, self.environment | environment, gpus)
         return node
 
     def _host(self, number: int) -> str:
@@ -580,13 +580,14 @@ class RayCluster:
         self._start(node, 1, environment)
         return node
 
-    def _start(self, node: RayNode, cpus: int, environment: dict[str, str]) -> None:
+    def _start(self, node: RayNode, cpus: int, environment: dict[str, str], gpus: int = 0) -> None:
         place: dict[str, object] = {"address": self.address}
         if node.host == self.address.partition(":")[0]:
             place = {"port": self.port, "include-dashboard": "false"}
         place |= {
             "node-ip-address": node.host,
             "num-cpus": cpus,
+            "num-gpus": gpus,  # Ray counts what it is given
             "object-store-memory": 80_000_000,  # bytes; less is refused
             "temp-dir": node.folder,
             "min-worker-port": 0,  # any free one

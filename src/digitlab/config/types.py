@@ -321,6 +321,9 @@ class LauncherConfig:
     address: str = Field(description="Ray cluster; auto is the one this machine belongs to.")
     workers: Count = Field(description="Ray workers; 0 is as many as the cluster's CPUs allow.")
     cpus: float = Field(gt=0, le=1024, description="CPUs of each Ray worker.")
+    gpus: float = Field(
+        ge=0, le=1, description="Share of a GPU of each Ray worker, which sees none at 0."
+    )
 
 
 @dataclass(config=STRICT)

@@ -60,7 +60,10 @@ class RayWorkers(Pool):
         try:
             _reach(launcher.address)
             ray.init(launcher.address, log_to_driver=False, configure_logging=False)
-            free = ray.cluster_resources().get("CPU", 0) / launcher.cpus
+            resources = ray.cluster_resources()
+            free = resources.get("CPU", 0) / launcher.cpus
+            if launcher.gpus:
+                free = min(free, resources.get("GPU", 0) / launcher.gpus)
         except Exception as error:  # Ray's own, of gRPC and of many kinds: one cause for the user
             raise UserError(
                 f"launcher.address={launcher.address}: no Ray cluster is reached "
@@ -78,7 +81,8 @@ class RayWorkers(Pool):
 
     def _launch(self, worker: int) -> None:
         # No restart by Ray itself: the pool sees each death, and asks for a new actor.
-        options = {"num_cpus": self.launcher.cpus, "max_restarts": 0, "max_task_retries": 0}
+        options = {"num_cpus": self.launcher.cpus, "num_gpus": self.launcher.gpus}
+        options |= {"max_restarts": 0, "max_task_retries": 0}
         groups = {"control": 1}
         actor = self.ray.remote(**options, concurrency_groups=groups)(_Actor).remote()
         self._actors[worker] = actor
