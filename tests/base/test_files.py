@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from digitlab.base.files import disk_problem
+from digitlab.base.files import disk_problem, make_folder
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,14 @@ def test_locked_database_is_no_disk_problem(tmp_path: Path) -> None:
         ):
             other.execute("CREATE TABLE a (b)")
     assert disk_problem(raised.value) == ""
+
+
+def test_each_folder_that_is_made_is_synced_in_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr("digitlab.base.files.sync", synced.append)
+    make_folder(tmp_path / "lab" / "outbox")
+    make_folder(tmp_path / "lab" / "outbox")
+    assert synced == [tmp_path, tmp_path / "lab"]
+    assert (tmp_path / "lab/outbox").is_dir()

@@ -198,6 +198,12 @@ def test_multirun_gives_a_configuration_for_each_combination_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["+@a=[1,2]", "~" + "x" * 5000, "a." * 2000 + "b=1", "=1"])
+def test_a_key_that_can_be_none_is_refused_by_its_rule(override: str) -> None:
+    with pytest.raises(UserError, match="it must be KEY=VALUE, of a key of 1 to 200 letters"):
+        compose("train", [override])
+
+
 def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compose("train", [])

@@ -148,12 +148,12 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "launcher.workers": ([0, 10_000], [-1]),
     "launcher.gpus": ([0, 0.25, 1.0], [-0.1, 1.1, NAN]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),
-    "model.widths": ([[1], [1, 256]], [[], [0], [16, -1]]),
+    "model.widths": ([[1], [1, 256], [2**16]], [[], [0], [16, -1], [2**16 + 1]]),
     "model.kernel_sizes": ([[1], [27], [1, 3]], [[], [0], [-3], [2], [3, 4]]),
     "model.strides": ([[1], [7, 1]], [[], [0], [1, -1]]),
     "model.pools": ([[1], [1, 28]], [[], [0], [2, -1]]),
     "model.dropout": ([0.0, 0.99], [-0.1, 1.0, NAN]),
-    "model.hidden": ([0, 1], [-1]),
+    "model.hidden": ([0, 1, 2**16], [-1, 2**16 + 1]),
 }
 ALLOWED = [(key, value) for key, (allowed, _) in LIMITS.items() for value in allowed]
 REFUSED = [(key, value) for key, (_, refused) in LIMITS.items() for value in refused]
@@ -364,7 +364,7 @@ def test_every_setting_has_a_description_and_a_rule(config: Config) -> None:
             "model.widths",
             [8, 0],
             "model.widths=[8, 0] is invalid: it must be a list of one or more values, each an "
-            "integer >= 1.",
+            "integer >= 1 and <= 65536.",
         ),
     ],
 )

@@ -26,6 +26,7 @@ from trackers import (
 
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
+from digitlab.records.sessions import Sessions
 from digitlab.records.spool import Changes, FileSpool, RunSpool, decode, encode
 from digitlab.records.tracker import (
     Dataset,
@@ -176,6 +177,28 @@ def test_folder_of_a_process_that_was_killed_before_it_had_a_name_is_removed(
     record(outbox)
     outbox.close()
     assert waiting(tmp_path) == []
+
+
+def test_the_outbox_s_own_name_is_durable_before_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss would take the whole outbox, whatever was synced in it."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    Sessions(tmp_path / "outbox", "none").own()
+    assert synced[0] == str(tmp_path)
+
+
+def test_what_a_broken_removal_has_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "outbox" / "17a-1").mkdir(parents=True)
+    own = Sessions(tmp_path / "outbox", "none").own()
+    assert list((tmp_path / "outbox").iterdir()) == [own]
 
 
 def test_run_that_ended_takes_no_more_operations(open_outbox: Open) -> None:

@@ -81,6 +81,9 @@ class Disk:
             moved = [one for one in self.names if one == path or one.startswith(f"{path}/")]
             for one in moved:
                 self.names[call.more + one[len(path) :]] = self.names.pop(one)
+            # What was synced in a folder stays so, whatever the folder is called.
+            for one in [one for one in self.synced_names if one.startswith(f"{path}/")]:
+                self.synced_names[call.more + one[len(path) :]] = self.synced_names.pop(one)
         elif name == "syncfs":
             self.synced, self.synced_names = dict(self.files), dict(self.names)
         elif name == "sync" and number != FOLDER:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from digitlab.base.errors import UserError
@@ -57,6 +58,18 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably: a power loss takes a name that was not synced.
+
+    All that is below the name goes with it, synced or not.
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # it may be written and not read
+            sync(path.parent)
 
 
 def sync(path: Path) -> None:

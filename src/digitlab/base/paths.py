@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from digitlab.base.env_file import load_env_file
 from digitlab.base.errors import UserError
+from digitlab.base.files import make_folder
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = _PACKAGE.parents[1]  # of a checkout: conf/, experiments/, src/
@@ -46,7 +47,7 @@ def lab_folder(given: Path | None = None) -> Path:
     place = given or os.environ.get("DIGITLAB_HOME") or home / "lab"
     folder = Path(place).expanduser().resolve()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise UserError(
             f"the lab {folder} is invalid: it must be a folder that can be written "

@@ -34,6 +34,7 @@ _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAME = "name="
 CONFIG_DIR = "--config-dir="
 _FILE = r"[\w.-]{1,100}"  # names of recipes
+_KEY = re.compile(r"[+~]*\w[^=]{0,199}")
 _RECIPE = "it must be a YAML mapping of names to values. Correct it"
 
 
@@ -217,7 +218,8 @@ def _parse(text: str) -> Override:
     outside quotes. The result's `input_line` is what Hydra is to be given.
     """
     key, equals, _ = text.partition("=")
-    require(bool(key) and (bool(equals) or key.startswith("~")), text, "KEY=VALUE")
+    is_whole = bool(equals) or key.startswith("~")
+    require(bool(_KEY.fullmatch(key)) and is_whole, text, "KEY=VALUE, of a key of 1 to 200 letters")
     if re.match(r"[+~]*hydra\b", key):
         raise UserError(
             f"{text} is invalid: Hydra's own settings have no effect here: it must be a setting "

@@ -15,6 +15,7 @@ PIXELS = 28  # on a side of an image
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=2**16)]  # torch computes sizes in 64 bits
 
 
 @dataclass(config=STRICT)
@@ -22,7 +23,7 @@ class ConvnetConfig:
     """Settings of `Convnet`. A list of one value holds for every convolution."""
 
     name: Literal["convnet"] = Field(description="Name of the network.")
-    widths: list[Positive] = Field(min_length=1, description="Output channels of each convolution.")
+    widths: list[Width] = Field(min_length=1, description="Output channels of each convolution.")
     kernel_sizes: list[Positive] = Field(min_length=1, description="Sides of kernels, odd, pixels.")
     strides: list[Positive] = Field(min_length=1, description="Strides of convolutions, pixels.")
     pools: list[Positive] = Field(
@@ -30,7 +31,9 @@ class ConvnetConfig:
     )
     batch_norm: bool = Field(description="Batch norm after convolutions and the hidden layer.")
     dropout: float = Field(ge=0, lt=1, description="Dropout probability before linear layers.")
-    hidden: int = Field(ge=0, description="Units of the hidden linear layer; 0 leaves it out.")
+    hidden: int = Field(
+        ge=0, le=2**16, description="Units of the hidden linear layer; 0 leaves it out."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ConvnetConfig":
@@ -80,7 +83,7 @@ class SharedConfig:
     batch_norm: ClassVar[bool] = True  # always
 
     name: Literal["shared"] = Field(description="Name of the network.")
-    width: Positive = Field(description="Output channels of every convolution.")
+    width: Width = Field(description="Output channels of every convolution.")
     kernel_size: Positive = Field(description="Side of the first kernel, odd, pixels.")
     stride: Positive = Field(description="Stride of the first convolution, pixels.")
     repeat_pools: list[Positive] = Field(

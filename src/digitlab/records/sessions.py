@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from digitlab.base.files import sync, write_synced
+from digitlab.base.files import make_folder, sync, write_synced
 from digitlab.records.spool import UNREADABLE
 
 
@@ -31,10 +31,13 @@ class Sessions:
         if self._own is None:
             name = f"{time.time_ns():x}-{os.getpid()}"
             hidden = self.outbox / f".{name}"
-            self.outbox.mkdir(parents=True, exist_ok=True)
+            make_folder(self.outbox)
             with FileLock(self.outbox.with_suffix(".lock")):
                 for left in self.outbox.glob(".*/"):  # by a process that was killed here
                     shutil.rmtree(left)
+                for left in self.outbox.glob("[!.]*/"):  # empty: its removal was broken off
+                    with suppress(OSError):
+                        left.rmdir()
                 hidden.mkdir()
                 content = json.dumps({"tracker": self.tracker})
                 write_synced(hidden / "session.json", content.encode())
@@ -63,7 +66,8 @@ class Sessions:
         """Remove the folders that have nothing left to send, but for this process's own."""
         for folder in list(self._locks):
             if folder != self._own and not any(folder.glob("*.run")):
-                shutil.rmtree(folder)
+                with suppress(FileNotFoundError):  # another process has removed it, too
+                    shutil.rmtree(folder)
                 self.release(folder)
 
     def close(self) -> None:
