@@ -342,4 +342,8 @@ def _options(group: str) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
+    """Return what Hydra says; OmegaConf's reason names the key of a mapping that does not exist."""
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        found = first_line(error.__cause__).rstrip(".")
+        return f"{first_line(error).rstrip('.')}: {found}. `digitlab config` lists all keys"
     return first_line(error).rstrip(".")
