@@ -14,6 +14,7 @@ from conftest import DATA, TINY
 from leading import lead, train_well
 from studies import open_store, problems_of, results_of, rows_of, runs_of
 
+from digitlab.base import faults
 from digitlab.base.console import Board
 from digitlab.base.errors import UserError
 from digitlab.base.server import LeaderLock
@@ -163,6 +164,23 @@ def test_a_study_has_one_run_of_its_own_even_if_it_was_not_noted(finished: Path)
     assert lead(finished, train_well, *STUDY) == (0, [])
     assert len(runs_of(finished, kind="study")) == 1
     assert open_store(finished).notes()["run_id"] == runs_of(finished, kind="study")[0].run_id
+
+
+def test_the_study_s_own_run_is_on_the_disk_before_optuna_names_it(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made once: a power loss that took its record would leave it without parameters."""
+    noted: list[object] = []
+
+    def look(name: str) -> None:
+        if name == "outbox.sealed":
+            [study] = open_storage(lab).get_all_studies()
+            noted.append(study.user_attrs.get("run_id"))
+
+    monkeypatch.setattr(faults, "hook", look)
+    with opened(lab):
+        pass
+    assert noted[:1] == [None]
 
 
 def test_a_call_that_was_refused_does_not_stand_in_the_way(lab: Path) -> None:

@@ -190,6 +190,7 @@ def _open_parent_run(session: StudySession) -> None:
         tags = mine | {"digitlab.study": name, "mlflow.note.content": note}
         identity = session.identity("study", name, tags)
         session.parent = RunRecorder(records.outbox, session.config, identity).spool
+        session.parent.seal()  # it is never made again: before the tracker has a part of it
         known = session.parent.run_id(_CREATION_S)
         if known is None:
             raise UserError(
