@@ -598,6 +598,8 @@ def test_torn_files_are_left_out_wherever_they_end() -> None:
         [CREATE, {"do": "unheard-of"}],
         [{"do": "create", "run": {"name": "run"}}],
         [{"do": "create", "run": {**CREATE["run"], "color": "red"}}],
+        [{**CREATE, "time_ms": 2**64}],
+        [CREATE, {**LOG, "step": -1}],
         [CREATE, CREATE],
         [{}],
     ],

@@ -54,11 +54,12 @@ UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # What a line may hold. Another version, or a fault of the disk, can have left something else.
 _Size = Annotated[int, Field(ge=0)]
+_Number = Annotated[int, Field(ge=0, lt=2**53)]  # a time in ms or a step: a store takes 63 bits
 
 
 @dataclass
 class _Line:
-    time_ms: int
+    time_ms: _Number
     sizes: dict[str, _Size]
     crc32: int
 
@@ -80,7 +81,7 @@ class _Resume(_Line):
 class _Log(_Line):
     do: Literal["log"]
     metrics: dict[str, float]
-    step: int
+    step: _Number
     tags: dict[str, str]
 
 

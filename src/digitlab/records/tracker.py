@@ -5,7 +5,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from digitlab.base.errors import UserError
 
@@ -55,7 +57,7 @@ class NewRun:
     params: Mapping[str, str]
     parent_run_id: str | None = None  # run id of the study
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # the tag digitlab.record
-    time_ms: int = field(default_factory=now_ms)
+    time_ms: Annotated[int, Field(ge=0, lt=2**53)] = field(default_factory=now_ms)
 
 
 class Dataset(NamedTuple):
