@@ -28,9 +28,9 @@ from search_record import FOLDER, TABLES, TENTHS, Table
 
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
-from digitlab.config.types import Sampler
+from digitlab.config.types import Objective, Sampler
 from digitlab.study.champion import Results, candidates, confirm_fits, select_champion
-from digitlab.study.goal import TrialRow
+from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.samplers import HalvingPruner, build_sampler, searched_space
 
 WORKERS, FITS = 2, 10  # the budget is as many mean fits of the table
@@ -306,7 +306,7 @@ def run(replication: Replication, policy: Policy) -> Outcome:
         find = every if policy.budget > 1e6 else first_then_best if policy.first else search
         trials = find(replication, policy)
     own = recorded.rows[recorded.own]
-    chosen = candidates(trials, 2, own)
+    chosen = candidates(trials, 2, own, Goal((Objective.val_accuracy,), {}))
     results: Results = {}
     places = {trial.number: recorded.rows.index(trial.values) for trial in chosen}
     config = with_values(recorded.config, {"trainer.seed": 0})

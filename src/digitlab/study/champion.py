@@ -60,7 +60,8 @@ def candidates(
     if not met:
         return best[:1]
     if goal.is_front:
-        front = [row for row in met if row in goal.front(rows)]
+        on_front = {row.number for row in goal.front(rows)}
+        front = [row for row in met if row.number in on_front]
         places = [round(i * (len(front) - 1) / max(1, most - 1)) for i in range(most)]
         return [front[place] for place in places] if len(front) > most else front
     chosen = met[:most]

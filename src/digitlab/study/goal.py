@@ -96,12 +96,14 @@ class Goal:
         """
         ended = [row for row in rows if row.state == state and row.value is not None]
         front = {row.number for row in self.front(ended)} if self.is_front else set()
+        first, sign = self.objectives[0], -1 if _is_gain(self.objectives[0]) else 1
 
         def key(row: TrialRow) -> tuple[float, bool, float, float, int]:
-            missed = sum(max(0.0, share) for share in self.violations(row).values())
-            accuracy = row.metric(Objective.val_accuracy)  # between trials of equal cost
+            # It is asked for often, of ten thousand trials.
+            missed = sum(max(0.0, x) for x in self.violations(row).values()) if self.require else 0
             is_behind = self.is_front and row.number not in front
-            return missed, is_behind, self._losses(row)[0], -accuracy, row.number
+            accuracy = row.value or 0.0  # which decides between trials of equal cost
+            return missed, is_behind, sign * row.metric(first), -accuracy, row.number
 
         return sorted(ended, key=key)
 
@@ -147,11 +149,10 @@ class Goal:
 
 def distinct(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the trials with different values, of equal ones the first."""
-    kept: list[TrialRow] = []
+    first: dict[str, TrialRow] = {}
     for row in rows:
-        if all(row.values != other.values for other in kept):
-            kept.append(row)
-    return kept
+        first.setdefault(repr(sorted(row.values.items())), row)
+    return list(first.values())
 
 
 def promotable(rows: Sequence[TrialRow], goal: Goal) -> list[TrialRow]:
