@@ -9,6 +9,7 @@ now and then. The rule and the race are those of the study itself.
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,9 +58,18 @@ def old_rule(groups: list[Right], fits: int) -> int:
     return int(np.flatnonzero(means + 2 * half >= means.max())[0])
 
 
-def new_rule(budget: int, candidates: int) -> Callable[[list[Right]], tuple[Choice, Results]]:
-    """Return the study's own rule: what it chooses, and the fits it took."""
-    changes = {"study.confirm_fits": budget, "study.confirm": max(2, candidates)}
+def new_rule(
+    budget: int, candidates: int, required: float | None = None
+) -> Callable[[list[Right]], tuple[Choice, Results]]:
+    """Return the study's own rule: what it chooses, and the fits it took.
+
+    Args:
+        required: accuracy of a champion whose cost is the objective.
+    """
+    changes: dict[str, Any] = {"study.confirm_fits": budget, "study.confirm": max(2, candidates)}
+    if required is not None:
+        changes |= {"study.objectives": ["training_flops"], "study.pruner": "none"}
+        changes |= {"study.require.val_accuracy": required}
     config = with_values(compose("sweep", ["experiments=smoke"])[0].config, changes)
     rows = [
         TrialRow(n, "finished", 0.99, {"model.hidden": 16 + n}, {"metrics": {"training_flops": n}})
@@ -147,9 +157,23 @@ def gains(chance: np.random.Generator, draws: int) -> Iterator[str]:
         )
 
 
+def required(chance: np.random.Generator, draws: int) -> Iterator[str]:
+    """An accuracy is required, and all candidates have it, or lack it, by the same points."""
+    yield "over what is required | candidates | shown to have it | fits of 9"
+    for candidates in (2, 3):
+        rule = new_rule(9, candidates, 1 - ERRORS)
+        for over in (-0.0005, 0.0, 0.001, 0.002):
+            found = []
+            for _ in range(draws):
+                choice, results = rule(draw(chance, 9, [ERRORS - over] * candidates, 0.0))
+                found.append((choice.is_settled, len(results)))
+            shown, fits = np.mean(found, axis=0)
+            yield f"{100 * over:+.2f} | {candidates} | {100 * shown:.1f} % | {fits:.1f}"
+
+
 if __name__ == "__main__":
     many = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
-    for table in (worse_taken, coverage, gains):
+    for table in (worse_taken, coverage, gains, required):
         for line in table(np.random.default_rng(0), many):
             print(f"| {line} |", flush=True)
         print()

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from trackers import (
     waiting,
 )
 
+from digitlab.base.errors import UserError
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
 from digitlab.records.sessions import Sessions
@@ -193,6 +195,18 @@ def test_the_outbox_s_own_name_is_durable_before_its_records(
     monkeypatch.setattr(os, "fsync", note)
     Sessions(tmp_path / "outbox", "none").own()
     assert synced[0] == str(tmp_path)
+
+
+def test_a_file_system_that_locks_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("digitlab.records.sessions.fcntl.flock", flock)
+    monkeypatch.setattr("digitlab.records.sessions.FileLock", lambda _: nullcontext())
+    with pytest.raises(UserError, match="its file system must lock files"):
+        Sessions(tmp_path / "outbox", "none").own()
 
 
 def test_what_a_broken_removal_has_left_is_removed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from digitlab.base.errors import UserError
 from digitlab.base.files import make_folder, sync, write_synced
 from digitlab.records.spool import UNREADABLE
 
@@ -41,7 +42,11 @@ class Sessions:
                 hidden.mkdir()
                 content = json.dumps({"tracker": self.tracker})
                 write_synced(hidden / "session.json", content.encode())
-                self._lock(hidden)
+                if not self._lock(hidden):
+                    raise UserError(
+                        f"the lab {self.outbox.parent} is invalid: its file system must lock files "
+                        "(flock). Choose a folder elsewhere, with DIGITLAB_HOME=FOLDER."
+                    )
                 self._own = hidden.rename(self.outbox / name)
             sync(self.outbox)
             self._locks[self._own] = self._locks.pop(hidden)
