@@ -81,10 +81,10 @@ class Load:
             self.milliseconds.append(1000 * (time.monotonic() - due))
             self.counts["read"] += 1
 
-    def send_slowly(self) -> None:
+    def send_slowly(self, run_id: str) -> None:
         while not self.is_over():
             with socket.create_connection(("127.0.0.1", self.port), 30) as sender:
-                sender.sendall(_head(b"Content-Length: 50\r\n\r\n"))
+                sender.sendall(_head(b"Content-Length: 50\r\n\r\n", run_id))
                 try:
                     for _ in range(50):
                         sender.sendall(b"x")
@@ -101,9 +101,9 @@ class Load:
                 self.count("broken")
 
 
-def _head(end: bytes) -> bytes:
-    host = b"Host: 127.0.0.1\r\n"
-    return b"POST /predict?run=x HTTP/1.1\r\n" + host + b"Content-Type: image/png\r\n" + end
+def _head(end: bytes, run_id: str = "x") -> bytes:
+    first = f"POST /predict?run={run_id} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()
+    return first + b"Content-Type: image/png\r\n" + end
 
 
 def drawings_of(lab: Path) -> list[bytes]:
@@ -140,7 +140,7 @@ def put_under_load(address: str, drawings: list[bytes], seconds: float) -> dict[
     assert run_id in [run["run_id"] for run in load.ask("/runs")]
     memory = []
     with ThreadPoolExecutor(RATE + SLOW + 2) as clients:
-        disturbing = [clients.submit(load.send_slowly) for _ in range(SLOW)]
+        disturbing = [clients.submit(load.send_slowly, run_id) for _ in range(SLOW)]
         disturbing.append(clients.submit(load.send_broken))
         number = 0
         while not load.is_over():

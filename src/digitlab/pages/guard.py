@@ -2,10 +2,7 @@
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from contextlib import suppress
 from typing import Any
-
-from h11 import LocalProtocolError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -42,9 +39,7 @@ def guarded(app: App, headers: dict[str, str]) -> App:
         given = [(name, value.decode("latin-1")) for name, value in scope["headers"]]
         hosts, origins = ([v for k, v in given if k == name] for name in (b"host", b"origin"))
         if is_own_request(hosts, origins):
-            # Whoever sends no HTTP gets uvicorn's 400, after which an answer of ours is an error.
-            with suppress(LocalProtocolError):
-                await app(scope, receive, send_with_headers)
+            await app(scope, receive, send_with_headers)
         else:
             await send({"type": "http.response.start", "status": 403, "headers": kind})
             await send({"type": "http.response.body", "body": _REFUSAL})

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from h11 import LocalProtocolError
 from starlette.requests import ClientDisconnect
 
 from digitlab.pages.guard import guarded
@@ -35,6 +37,11 @@ class ErrorAnswer:
     detail: str
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether an error is none of a sender of no HTTP: uvicorn's 400 came before our answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], LocalProtocolError))
+
+
 class PageServer(uvicorn.Server):
     """A quiet server on this machine; on Ctrl-C it waits two seconds for answers."""
 
@@ -42,6 +49,7 @@ class PageServer(uvicorn.Server):
         quiet = {"log_level": "error", "access_log": False, "server_header": False}
         narrow = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 2}
         super().__init__(uvicorn.Config(app, "127.0.0.1", port, **quiet, **narrow))  # type: ignore[arg-type]
+        logging.getLogger("uvicorn.error").addFilter(_is_ours)
         self.ending = ending  # ends answers that would go on for ever
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
