@@ -58,13 +58,14 @@ class Load:
     def train(self) -> str:
         """Train the article's network on the page; return its run's id."""
         with urllib.request.urlopen(f"{self.address}/events", timeout=120) as events:
-            self.ask("/train", b'{"is_fixed": true, "values": {"trainer.epochs": 5}}')
-            run_id = ""
-            for line in events:
+            body = b'{"is_fixed": true, "values": {"trainer.epochs": 5}}'
+            number, run_id = self.ask("/train", body)["run"], ""
+            for line in events:  # those of earlier runs come first
                 if line.startswith(b"data: "):
                     event = json.loads(line.removeprefix(b"data: "))
-                    run_id = event.get("run_id", run_id)
-                    if event["kind"] == "free":
+                    if event.get("run") == number:
+                        run_id = event.get("run_id", run_id)
+                    if event["kind"] == "free" and run_id:
                         break
         self.count("trained")
         return run_id
