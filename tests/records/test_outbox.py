@@ -205,7 +205,7 @@ def test_a_file_system_that_locks_nothing_is_named(
 
     monkeypatch.setattr("digitlab.records.sessions.fcntl.flock", flock)
     monkeypatch.setattr("digitlab.records.sessions.FileLock", lambda _: nullcontext())
-    with pytest.raises(UserError, match="its file system must lock files"):
+    with pytest.raises(UserError, match="must be on a file system that locks"):
         Sessions(tmp_path / "outbox", "none").own()
 
 

@@ -97,7 +97,7 @@ def test_the_space_of_every_recipe_is_understood(recipe: str) -> None:
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), st.booleans())
+@given(st.tuples(st.integers(0, 2**16), st.integers(0, 2**16)), st.booleans())
 def test_an_interval_of_whole_numbers_includes_both_ends(
     config: Config, ends: tuple[int, int], log: bool
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_range_of_fractions_leaves_out_its_stop(
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=6, unique=True), st.booleans())
+@given(st.lists(st.integers(0, 2**16), min_size=2, max_size=6, unique=True), st.booleans())
 def test_a_choice_of_numbers_keeps_them_in_order(
     config: Config, choices: list[int], short: bool
 ) -> None:
