@@ -44,8 +44,8 @@ class Sessions:
                 write_synced(hidden / "session.json", content.encode())
                 if not self._lock(hidden):
                     raise UserError(
-                        f"the lab {self.outbox.parent} is invalid: it must be on a file system that "
-                        "locks files (flock). Name another folder with DIGITLAB_HOME=FOLDER."
+                        f"the lab {self.outbox.parent} is invalid: it must be on a file system "
+                        "that locks files (flock). Name another folder with DIGITLAB_HOME=FOLDER."
                     )
                 self._own = hidden.rename(self.outbox / name)
             sync(self.outbox)
