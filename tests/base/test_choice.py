@@ -129,7 +129,7 @@ AT_995 = {"cost": "model_parameters", "costs": {1: "10 parameters"}, "required":
 def test_the_least_costly_that_is_shown_to_be_accurate_enough_is_taken() -> None:
     choice = choose_least_costly({1: fits(3, 80), 2: fits(3, 20), 3: fits(3, 10)}, COSTS, 0.995)
     assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [])
-    assert "it is the smallest at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+    assert "it is the smallest that is at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
 
 
 def test_a_less_costly_one_that_may_be_accurate_enough_keeps_the_race_open() -> None:

@@ -73,7 +73,7 @@ def test_the_smallest_network_that_is_accurate_enough_is_found(lab, run_sweep) -
     champion = load_study(lab, "smoke")[0].notes()["champion"]
     assert size[champion["trial"]] == min(size.values())
     log = parent.log.read_text()
-    assert "it is the smallest at least 5 % accurate, as shown" in log
+    assert "it is the smallest that is at least 5 % accurate, as shown" in log
     assert f"on new seeds, {min(size.values()):,.0f} parameters" in log
 
 

@@ -163,6 +163,7 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
         )
     elif notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
+        least = f"{least} that is" if notes["required"] else least
         lines.append(f"  it is the {least} {aim}, as shown{saved}")
     elif notes["is_decided"]:
         lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {spent} fits")
