@@ -28,7 +28,7 @@ import torch
 from conftest import DATA
 from leading import lead
 from plain import PlainTracker
-from scripted import stub
+from scripted import Script, stub
 
 from digitlab.base import faults
 from digitlab.base.usage import MACHINE_METRICS
@@ -43,6 +43,7 @@ from digitlab.results import publish, report
 from digitlab.results.audit import find_damage, find_problems
 from digitlab.study import session, trials
 from digitlab.study.trials import load_study
+from digitlab.workers.base import Job
 
 TRIALS = 3
 KILLED = -signal.SIGKILL
@@ -91,6 +92,7 @@ class Clock:
     kill_at: int = 0  # 0 is never
     states: Path | None = None  # where a copy of the lab is kept, if it differs from the last one
     lab: Path = Path()
+    write: Callable[[Job], Script] = stub  # what a worker reports of a job
     count: int = 0
     digest: str = ""
     outbox: Outbox | None = None
@@ -145,7 +147,7 @@ def run_study(clock: Clock, then: Callable[[], None] = lambda: None) -> int:
             os.dup2(log.fileno(), 2)
         with stubs(clock):
             status = lead(
-                clock.lab, stub, *clock.course.overrides,
+                clock.lab, clock.write, *clock.course.overrides,
                 count=clock.course.workers, publish=publish.publish,
             )[0]  # fmt: skip
             faults.hook = None

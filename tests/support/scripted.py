@@ -16,6 +16,7 @@ from digitlab.workers.base import (
     Event,
     Finished,
     Job,
+    Lost,
     Ready,
     Refused,
     Rung,
@@ -63,6 +64,25 @@ def stub(job: Job) -> Script:
             return
     yield Epoch(1, {"train_loss": 1 - accuracy, "val_accuracy": accuracy})
     yield finished(job, accuracy)
+
+
+class Losing:
+    """Jobs as of `stub`; the worker of one is lost in place of the n-th event of all jobs."""
+
+    def __init__(self, lost_at: int = 0) -> None:
+        self.lost_at, self.count = lost_at, 0
+
+    def __call__(self, job: Job) -> Script:
+        script, answer = stub(job), None
+        while True:
+            event = script.send(answer)
+            self.count += 1
+            if self.count == self.lost_at:
+                yield Lost("it was lost", is_charged=True)
+                return
+            answer = yield event
+            if isinstance(event, End):
+                return
 
 
 def finished(job: Job, accuracy: float) -> Finished:

@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
     """Return why a storage does not open; Optuna's own text on versions advises to change it."""
     if isinstance(error, RuntimeError):
         return f"it was made by another version of Optuna than {optuna.__version__}, or by none"
-    return first_line(error)
+    return first_line(error.__cause__ or error)  # Optuna's own text hides the database's
 
 
 def study_names(storage: RDBStorage) -> list[str]:
