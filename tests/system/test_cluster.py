@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import worker_faults
 from conftest import DATA, SHARE, TINY
 from optuna.storages import RDBStorage
 
@@ -149,6 +150,18 @@ def site(
     site.close()
 
 
+@pytest.fixture
+def near_site(
+    tmp_path: Path, near_postgres: Any, near_mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    """As `site`, on the near side of a network that can be cut."""
+    for name, value in {"PGPASSWORD": near_postgres.password, **near_mlflow.credentials}.items():
+        monkeypatch.setenv(name, value)
+    site = Site(tmp_path, near_postgres, near_mlflow)
+    yield site
+    site.close()
+
+
 def no_secret_is_recorded(site: Site) -> None:
     """Neither password stands in a lab, a log, an artifact, or either database."""
     secrets = [secret.encode() for secret in site.secrets.values() if len(secret) > 8]
@@ -241,6 +254,29 @@ def test_a_ray_node_is_killed_at_a_random_trial(
     assert site.wait(driver) == 0, site.logs()
     site.assert_whole(TRIALS)
     assert {row.notes.get("charged", 0) for row in site.rows()} == {0}
+
+
+def test_a_ray_node_is_cut_off_while_it_has_a_result_to_send(
+    near_site: Site, start_ray: Callable[..., Any], network: Any, tmp_path: Path
+) -> None:
+    site, orders = near_site, tmp_path / "orders"
+    orders.mkdir()
+    cluster = start_ray(nodes=1, network=network)
+    faults = {"DIGITLAB_FAULTS": worker_faults.__file__, "DIGITLAB_FAULT_ORDERS": str(orders)}
+    cluster.add(1, **faults)
+    prepare_nodes(cluster)
+    cluster.wait(2)
+    driver = ray_sweep(site, cluster, TRIALS)
+    site.until(lambda: site.ended() >= 2, driver)
+    order = orders / "hang@job.finished"
+    order.touch()
+    site.until(lambda: not order.exists(), driver)  # the far worker has trained, and waits
+    network.cut()
+    orders.rename(tmp_path / "gone")  # it sends its result now, which goes nowhere
+    assert site.wait(driver) == 0, site.logs()
+    site.assert_whole(TRIALS)
+    assert {row.notes.get("charged", 0) for row in site.rows()} == {0}
+    assert max(row.attempt for row in site.rows()) == 2
 
 
 def test_a_study_on_ray_is_stopped_and_its_driver_killed_and_goes_on(
