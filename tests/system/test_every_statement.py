@@ -14,14 +14,12 @@ import sqlalchemy
 from conftest import Wanted
 from enumeration import Clock, Course, Facts, compare, facts, new_lab, stubs
 from leading import lead
-from optuna.storages import RDBStorage
 from scripted import stub
 
 from digitlab.base import retry
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.server import ServerLock
 from digitlab.results import publish
-from digitlab.study import session, trials
 from digitlab.study.storage import STORE_ERRORS, open_storage
 
 COURSE = Course()
@@ -60,16 +58,8 @@ class Site:
         patch.setenv("PGPASSWORD", postgres.password)
         patch.setattr(retry, "_FIRST_WAIT_S", 0.01)
         patch.setattr(ServerLock, "_CHECK_INTERVAL_S", 0.0)  # the lock is asked for at each event
-        self.engines: list[sqlalchemy.Engine] = []
-        for room in (session, trials):
-            patch.setattr(room, "open_storage", self.open_storage)
         self.tables = f"tables_{postgres.count}"
         open_storage(folder, postgres.create(self.tables)).engine.dispose()
-
-    def open_storage(self, *given: Any) -> RDBStorage:
-        storage = open_storage(*given)
-        self.engines.append(storage.engine)
-        return storage
 
     def new_lab(self, name: str) -> Path:
         self.patch.setenv("DIGITLAB_STORAGE", self.postgres.create(template=self.tables))
@@ -85,11 +75,8 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    site = Site(tmp_path, postgres, monkeypatch)
-    yield site
-    for engine in site.engines:  # else their connections would go with the garbage
-        engine.dispose()
+def site(tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path, postgres, monkeypatch)
 
 
 def problem_of(site: Site, lab: Path, statements: Statements, reference: Facts) -> str:
