@@ -50,6 +50,18 @@ def test_digits_of_mnist_in_larger_canvases_come_back_to_the_pixel() -> None:
             assert np.abs(prepared.image.astype(int) - digit).mean() < 1.5
 
 
+@pytest.mark.parametrize("deviation", [0, 30, 60])
+def test_mnists_own_images_are_found_and_hardly_changed(deviation: float) -> None:
+    chance = np.random.default_rng(0)
+    far = []
+    for digit in DIGITS[:200]:
+        noise = chance.normal(0, deviation, digit.shape)
+        prepared = prepare((digit + noise).clip(0, 255).round().astype(np.float32))
+        assert prepared.problem == ""
+        far.append(apart(digit, prepared.image))
+    assert np.mean(far) < 5 + 2 * deviation  # of 255, for each pixel of ink
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [56, 140, 400])
 def test_a_digit_drawn_large_is_brought_back_to_its_size(side: int) -> None:

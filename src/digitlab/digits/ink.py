@@ -10,6 +10,7 @@ Mask = NDArray[np.bool_]
 
 _WINDOW = 0.3  # of the shorter side: wider than any stroke, narrower than most shadows
 _APART, _MUCH = 20.0, 0.12  # grey levels from the paper, of a share of it: shadows are looked for
+_COARSE = 64  # pixels of the shorter side, below which its filters take strokes for paper
 
 
 def ink_of(grey: Grey) -> tuple[Grey, float]:
@@ -21,7 +22,7 @@ def ink_of(grey: Grey) -> tuple[Grey, float]:
     paper = _surface(grey)
     ink, noise = _apart(grey, paper)
     share = float((np.abs(grey - paper) > _APART).mean())
-    if share > _MUCH:
+    if share > _MUCH and min(grey.shape) >= _COARSE:
         local, least = local_ink(grey)
         if float((local > _APART).mean()) < share / 2:
             return local, least
