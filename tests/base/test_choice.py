@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from digitlab.base.choice import (
+    NOTHING_CHOSEN,
     Choice,
     choose,
     choose_least_costly,
@@ -115,8 +116,9 @@ def test_predictions_are_noted_and_read_back() -> None:
     assert read_right(notes).tolist() == [(each == labels).tolist() for each in guesses]
 
 
-def test_a_choice_takes_less_than_a_second() -> None:
-    groups = {number: fits(5, 50 + number, 20) for number in range(3)}
+@pytest.mark.parametrize("candidates", [3, 30])
+def test_a_choice_takes_less_than_a_second(candidates: int) -> None:
+    groups = {number: fits(2, 50 + number, 20) for number in range(candidates)}
     started = time.process_time()
     decide(groups).notes(0.0005)
     assert time.process_time() - started < 1
@@ -144,6 +146,10 @@ def test_one_fit_shows_no_candidate_to_be_accurate_enough() -> None:
     choice = choose_least_costly({1: fits(1, 80), 2: fits(1, 20), 3: fits(1, 10)}, COSTS, 0.995)
     assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [1, 2, 3])
     assert "is not shown to be at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+
+
+def test_nothing_is_said_where_no_candidate_was_measured() -> None:
+    assert describe_choice(NOTHING_CHOSEN | AT_995) == []
 
 
 def test_where_none_can_be_accurate_enough_the_best_is_taken_and_that_is_said() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from digitlab.base import environment
 from digitlab.base.environment import describe_environment
 
 
@@ -18,3 +19,12 @@ def test_libraries_are_those_installed_and_not_those_that_another_brings_along(
     libraries = describe_environment()["libraries"]
     assert "brought" not in libraries
     assert libraries["torch"] == version("torch")
+
+
+def test_code_is_that_of_the_first_call_since_a_process_goes_on_with_what_it_has_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    before = describe_environment()
+    monkeypatch.setattr(environment, "source_digest", lambda: "changed")
+    assert describe_environment() == before

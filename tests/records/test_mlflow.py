@@ -187,6 +187,18 @@ def served(lab: Path, log: Path) -> Iterator[str]:
         process.wait()
 
 
+def test_experiments_that_mlflow_made_hold_files_where_its_server_finds_them(
+    tmp_path: Path,
+) -> None:
+    tracker = MlflowTracker(None, "Default", tmp_path)
+    run_id = tracker.create_run(NewRun("a run", {}, {}))
+    tracker.upload(run_id, FILES)
+    assert {path: tracker.artifact(run_id, path) for path in FILES} == FILES
+    uri = tracker.client.get_run(run_id).info.artifact_uri
+    assert uri == f"mlflow-artifacts:/0/{run_id}/artifacts"
+    assert (tmp_path / "artifacts" / "0" / run_id / "artifacts" / "config.yaml").is_file()
+
+
 @pytest.mark.long
 def test_moved_lab_is_read_written_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

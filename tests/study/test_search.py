@@ -282,6 +282,15 @@ def test_no_more_trials_are_taken_over_than_the_study_asks_for(lab: Path) -> Non
     assert [row.state for row in rows_of(lab, "fork")] == ["finished"] * 2
 
 
+def test_trials_are_taken_over_from_one_study_alone(lab: Path) -> None:
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    fork = (*PLAIN, "study.name=fork")
+    for _ in range(2):
+        assert lead(lab, train_well, *fork, "study.fork_from=smoke")[0] == 0
+    with pytest.raises(UserError, match="study fork has taken over trials of smoke"):
+        lead(lab, train_well, *fork, "study.fork_from=another")
+
+
 def test_a_trial_is_taken_over_once_by_a_call_that_was_killed_and_the_next(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,7 +406,7 @@ SCREENING = (
 )
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 7])
 def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
     lab: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
@@ -406,9 +415,8 @@ def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
     assert [row.state for row in rows] == ["finished", *["pruned"] * 4, *["finished"] * 2]
     for row in rows[5:]:
         assert row.values == rows[row.notes["promoted_from"]].values
-    if count == 1:  # else the last screened trials have not ended when the first is promoted
-        screened = sorted(row.values["model.hidden"] for row in rows[1:5])
-        assert [row.values["model.hidden"] for row in rows[5:]] == screened[:-3:-1]
+    screened = sorted(row.values["model.hidden"] for row in rows[1:5])
+    assert [row.values["model.hidden"] for row in rows[5:]] == screened[:-3:-1]
     printed = " ".join(capsys.readouterr().out.split())
     assert "the first 5 end at 0.1 of their schedule, then the best 2 of them" in printed
     assert "the best 2 of 4 pruned trials were trained to the end" in printed

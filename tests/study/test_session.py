@@ -183,6 +183,15 @@ def test_the_study_s_own_run_is_on_the_disk_before_optuna_names_it(
     assert noted[:1] == [None]
 
 
+def test_a_study_of_another_program_is_left_alone(lab: Path) -> None:
+    study = optuna.create_study(storage=open_storage(lab), study_name="smoke")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    with pytest.raises(UserError, match="another program's study"):
+        lead(lab, train_well, *STUDY)
+    [found] = open_storage(lab).get_all_studies()
+    assert found.user_attrs == {}
+
+
 def test_a_call_that_was_refused_does_not_stand_in_the_way(lab: Path) -> None:
     with pytest.raises(UserError, match=r"study\.fork_from=nothing does not exist"):
         lead(lab, train_well, *STUDY, "study.fork_from=nothing")

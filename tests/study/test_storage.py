@@ -97,6 +97,7 @@ PASSWORD = OperationalError("select", {}, Exception("password authentication fai
     [
         (LOST, True),
         (caused(LOST), True),
+        (OperationalError("insert", {"reason": "x does not exist"}, LOST.orig), True),
         (PASSWORD, False),
         (caused(PASSWORD), False),
         (IntegrityError("insert", {}, Exception("duplicate")), False),

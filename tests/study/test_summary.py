@@ -12,6 +12,7 @@ from rich.console import Console
 from digitlab.base.statistics import Interval
 from digitlab.cli import build_parser
 from digitlab.config.compose import compose
+from digitlab.config.recorded import with_values
 from digitlab.study.goal import TrialRow
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 
@@ -105,17 +106,20 @@ def test_a_table_of_trials_fits_80_columns(hyperparameters: int) -> None:
     keys += [f"optim.learning_rate_{i}" for i in range(10)]
     keys = keys[:hyperparameters]
     config = compose("sweep", ["experiments=smoke"])[0].config
+    config = with_values(config, {"tracking.experiment": "other"})
     study = dataclasses.replace(config.study, space=dict.fromkeys(keys, "interval(0,1)"))
+    config = dataclasses.replace(config, study=study)
     metrics = {"metrics": {"model_parameters": 123456.0, "seconds": 12.34}}
     values = dict.fromkeys(keys, 0.00123456) | {"model.widths": [16, 32, 64]}
     values |= {"model.hidden": 256, "trainer.epochs": 5}
     rows = [TrialRow(0, "finished", 0.99, values, metrics)]
     out = io.StringIO()
-    Console(file=out, width=500).print(trials_table(rows, study))
+    Console(file=out, width=500).print(trials_table(rows, config))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert ("12.3" in out.getvalue()) == (hyperparameters < 12)
-    assert ("digitlab runs --study=smoke --csv" in out.getvalue()) == (hyperparameters == 12)
+    everything = "digitlab runs --study=smoke --csv tracking.experiment=other"
+    assert (everything in " ".join(out.getvalue().split())) == (hyperparameters == 12)
 
 
 def row(number: int, state: str, value: float, **metrics: float) -> TrialRow:

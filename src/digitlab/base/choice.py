@@ -13,6 +13,7 @@ from digitlab.base.statistics import (
     LEVEL,
     Difference,
     Interval,
+    Spread,
     accuracy_difference,
     accuracy_interval,
     estimate,
@@ -132,8 +133,9 @@ def _bounds(
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Return the bounds, each one-sided, of how much better the first of two is than the second."""
     found, given, numbers = {}, list(groups.values()), list(groups)
+    spread = Spread.of(given)
     for first, second in itertools.permutations(range(len(given)), 2):
-        one = estimate(given, first, second)
+        one = estimate(given, first, second, spread)
         value, half = (one.value, one.reach(level)) if one else (0.0, math.inf)
         found[numbers[first], numbers[second]] = (value - half, value + half)
     return found
@@ -142,7 +144,7 @@ def _bounds(
 def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     """Return why the best was taken, and what the search was worth, from what is noted."""
     found = notes["val_accuracy"].items()
-    if len(found) < 2 and notes.get("required") is None:
+    if len(found) < (2 if notes.get("required") is None else 1):
         return []
     costs = {str(n): f", {cost}" for n, cost in notes["costs"].items()}
     lines = [

@@ -27,17 +27,14 @@ def describe_environment() -> dict[str, Any]:
     """What a run's code, libraries and machine are, as plain containers.
 
     `diff` and `untracked` (path -> text, None of a file too large or not text) are what a checkout
-    of `commit` lacks. `source` is the package's own digest: the same code at another commit.
+    of `commit` lacks. `source` is the package's own digest: the same code at another commit. They
+    are those of the first call: a process goes on with the code that it has imported.
     """
     # Ray and others add folders of their own to sys.path when they are imported.
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     places = tuple(place for place in sys.path if place in installed)
-    listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
     return {
-        "commit": _git("rev-parse", "HEAD").strip(),
-        "diff": _git("diff", *_DIFF, "HEAD"),
-        "untracked": {path: _text(ROOT / path) for path in listed.split("\0") if path},
-        "source": source_digest(),
+        **_code(ROOT),
         "libraries": _libraries(places),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,7 +44,18 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-@cache  # a process goes on with the versions that it has imported
+@cache
+def _code(root: Path) -> dict[str, Any]:
+    listed = _git("ls-files", "-z", "--others", "--exclude-standard", *_SOURCES)
+    return {
+        "commit": _git("rev-parse", "HEAD").strip(),
+        "diff": _git("diff", *_DIFF, "HEAD"),
+        "untracked": {path: _text(root / path) for path in listed.split("\0") if path},
+        "source": source_digest(),
+    }
+
+
+@cache
 def _libraries(places: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of the libraries that are installed in the given folders."""
     libraries: dict[str, str] = {}
@@ -79,10 +87,12 @@ def source_digest(package: Path = _PACKAGE) -> str:
     return _digest(package, package.rglob("*.py"))
 
 
+@cache
 def training_digest() -> str:
     """Return the SHA-256 of the source that training depends on: 12 characters.
 
-    A change of the report's or a page's code does not change it.
+    It is that of the first call, as in `describe_environment`. A change of the report's or a page's
+    code does not change it.
     """
     paths = [_PACKAGE / name for name in _TRAINING]
     return _digest(_PACKAGE, [file for path in paths for file in (*path.rglob("*.py"), path)])

@@ -24,7 +24,9 @@ def is_away(error: BaseException | None) -> bool:
         return False
     while error is not None:
         if isinstance(error, SQLAlchemyError):
-            permanent = any(word in str(error) for word in _PERMANENT)
+            # What the server said; the whole text has the statement's values in it, too.
+            said = str(getattr(error, "orig", None) or error)
+            permanent = any(word in said for word in _PERMANENT)
             return not isinstance(error, _MISTAKES) and not permanent
         error = error.__cause__
     return False

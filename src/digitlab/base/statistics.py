@@ -91,8 +91,32 @@ class Estimate:
         return quantile(self.freedom, level) * self.error
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Sums of squares over all groups of fits, which each of their estimates needs."""
+
+    freedom: int
+    between: float  # of fits in their group
+    residual: float  # of fits x images
+
+    @classmethod
+    def of(cls, groups: Sequence[NDArray[np.bool_]]) -> "Spread":
+        """Groups (fits, images) of whether each fit reads each image right."""
+        images, between, residual = groups[0].shape[1], 0.0, 0.0
+        for group in groups:
+            fits, single = group.mean(1), group.mean(0)
+            of_fits = float(np.square(fits - fits.mean()).sum())
+            whole = float(group.sum()) - len(group) * float(np.square(single).sum())
+            between += of_fits
+            residual += whole - images * of_fits
+        return cls(sum(len(group) - 1 for group in groups), between, residual)
+
+
 def estimate(
-    groups: Sequence[NDArray[np.bool_]], first: int, second: int | None = None
+    groups: Sequence[NDArray[np.bool_]],
+    first: int,
+    second: int | None = None,
+    spread: Spread | None = None,
 ) -> Estimate | None:
     """Estimate the accuracy of a group of fits, or how much more it is than another group's.
 
@@ -107,33 +131,28 @@ def estimate(
 
     Args:
         groups: of each group, whether each fit reads each image right: (fits, images).
+        spread: `Spread.of(groups)`, for a caller who needs many estimates.
 
     Returns:
         The estimate; None where no group has two fits, so that nothing is known of the spread.
     """
-    images = groups[0].shape[1]
-    freedom = sum(len(group) - 1 for group in groups)
+    images, sums = groups[0].shape[1], spread or Spread.of(groups)
+    freedom = sums.freedom
     if not freedom:
         return None
-    between = residual = 0.0  # sums of squares: of fits in their group, of fits x images
-    for group in groups:
-        fits, single = group.mean(1), group.mean(0)
-        between += float(np.square(fits - fits.mean()).sum())
-        whole = float(group.sum()) - len(group) * float(np.square(single).sum())
-        residual += whole - images * float(np.square(fits - fits.mean()).sum())
     difference, weight = groups[first].mean(0), 1 / len(groups[first])
     if second is not None:
         difference = difference - groups[second].mean(0)
         weight += 1 / len(groups[second])
-    spread = weight * between / freedom
-    explained = weight * residual / (freedom * (images - 1) * images)
+    of_seeds = weight * sums.between / freedom
+    explained = weight * sums.residual / (freedom * (images - 1) * images)
     of_images = float(np.var(difference, ddof=1)) / images
     if second is not None:  # as if they differed at one image at least: no difference is certain
         of_images = max(of_images, 1 / images**2)
-    over_seeds = max(spread, _LEAST_SPREAD * explained)
+    over_seeds = max(of_seeds, _LEAST_SPREAD * explained)
     over_images = max(0.0, of_images - explained)
-    is_known = spread < over_seeds or not spread
-    known = math.inf if is_known else freedom * ((over_seeds + over_images) / spread) ** 2
+    is_known = of_seeds < over_seeds or not of_seeds
+    known = math.inf if is_known else freedom * ((over_seeds + over_images) / of_seeds) ** 2
     return Estimate(float(difference.mean()), over_seeds, over_images, known)
 
 

@@ -131,7 +131,8 @@ class MlflowTracker(Tracker):
         self.experiment: str = self.opened.experiment_id
         _require_active(self.opened, self.command)
         # MLflow's server handles these artifacts for its clients; without one, they are files here.
-        self.is_local = self.opened.artifact_location == LOCATION and not self.is_server
+        self.location: str = self.opened.artifact_location.rstrip("/")  # of all runs' artifacts
+        self.is_local = self.location.startswith(LOCATION.rstrip("/")) and not self.is_server
 
     @translated
     def create_run(self, run: NewRun, may_exist: bool = False) -> str:
@@ -153,7 +154,7 @@ class MlflowTracker(Tracker):
     @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
         # As MLflow composes the place of a run in an experiment's.
-        place = self._place(f"{LOCATION}{run_id}/artifacts")
+        place = self._place(f"{self.location}/{run_id}/artifacts")
         _write(place, files, partial(self.client.log_artifacts, run_id))
         if place is None:
             _require_stored(self.client, run_id, files)

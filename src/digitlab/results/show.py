@@ -79,7 +79,7 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
         return 0
     board = Board()
     _print_pairs("settings that are not the defaults", changed)
-    board.print(trials_table(rows, config.study))
+    board.print(trials_table(rows, config))
     if champion:
         overrides = None if "again" in notes else notes.get("overrides", [])
         with refuse_damage(f"what the storage holds of study {name!r}"):

@@ -172,7 +172,7 @@ class StudyDriver:
                 self.session.parent.seal()  # on the disk before Optuna's study notes it
             self.store.note("champion", summary)
             self.store.note("published", asked)
-        self.board.print(trials_table(rows, self.study))
+        self.board.print(trials_table(rows, self.session.config))
         self.board.say(pruning_text(rows, finished_results(unpruned)))
         overrides = None if self.again else self.session.overrides
         with refuse_damage(f"what the storage holds of study {self.study.name!r}"):

@@ -79,7 +79,10 @@ def _grid(space: list[Hyperparameter]) -> dict[str, list[Any]]:
 
 
 def build_pruner(config: StudyConfig) -> BasePruner:
-    """Build the configured pruner; it compares trials by the last value that it is given."""
+    """Build the configured pruner.
+
+    Each compares trials at the last rung; the median one takes a trial's best value up to it.
+    """
     if config.pruner is Pruner.median:
         return MedianPruner(n_startup_trials=config.startup_trials)
     if config.pruner is Pruner.halving:

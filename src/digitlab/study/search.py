@@ -50,7 +50,7 @@ class TrialSearch:
             self._refuse_failing_space()
             row = self.store.take_waiting()
             if row is None:
-                if self.store.is_full(self.study.trials):
+                if self.store.is_full(self.study.trials) or self.store.is_screening():
                     return None
                 row = self.store.ask()
             task = self._task(row)
@@ -141,9 +141,15 @@ class TrialSearch:
 
     def fork(self) -> None:
         """Take over the finished trials of another study that fit this one, once."""
-        other = self.study.fork_from
-        if other is None or self.store.notes().get("forked"):
+        other, before = self.study.fork_from, self.store.notes().get("forked")
+        if other is None or before == other:
             return
+        if before:
+            raise UserError(
+                f"study.fork_from={other}: study {self.study.name} has taken over trials of "
+                f"{before}, and may do so of one study alone. Leave it out, or start a new study "
+                "with study.name=NEW."
+            )
         known = study_names(self.store.storage)
         if other not in known:
             raise UserError(
@@ -164,7 +170,7 @@ class TrialSearch:
                 if str(number) not in recorded:
                     self._record_taken(number, 1, config, trial.notes)
                 self.store.add(trial.values, trial.value or 0.0, trial.notes)
-        self.store.note("forked", True)
+        self.store.note("forked", other)
         self._say(f"{len(fitting)} trials taken over from study {other}")
 
 

@@ -149,6 +149,11 @@ def open_session(
             notes = study_notes(storage, name)
             refuse_deleted(name, notes)
             study_id = notes.get("study_id")
+            if study_id is None and storage.get_n_trials(storage.get_study_id_from_name(name)):
+                raise UserError(
+                    f"study.name={name} is taken: the storage holds another program's study of "
+                    "that name, with trials. Start yours with study.name=NEW."
+                )
         _refuse_foreign_runs(records, name, study_id)
         store = TrialStore(storage, config, stop)
         check_fingerprint(store, config, digits.sha256, records.tracker.identity)

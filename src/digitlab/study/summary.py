@@ -10,7 +10,7 @@ from digitlab.base.console import table
 from digitlab.base.invocation import SHORT_ID, command
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import store_words
-from digitlab.config.types import Config, StudyConfig
+from digitlab.config.types import Config
 from digitlab.study.champion import Results
 from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.samplers import PROMOTED_FROM
@@ -18,11 +18,12 @@ from digitlab.study.samplers import PROMOTED_FROM
 _SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
 
 
-def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
+def trials_table(rows: Sequence[TrialRow], config: Config) -> Table:
     """Return the best trials with their values, validation accuracy, size and time.
 
     It fits a terminal of 80 columns: columns are left out from the right, which the title mentions.
     """
+    study = config.study
     counts = {s: sum(row.state == s for row in rows) for s in ("finished", "pruned", "failed")}
     title = f"study {study.name}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     names = [name.split(".")[-1] for name in study.space]
@@ -40,7 +41,8 @@ def trials_table(rows: Sequence[TrialRow], study: StudyConfig) -> Table:
     while _width(heads[:shown], lines) > _WIDTH:
         shown -= 1
     if shown < len(heads):
-        title += f"\n(all columns: {command('runs', f'--study={study.name}', '--csv')})"
+        words = (f"--study={study.name}", "--csv", *store_words(config))
+        title += f"\n(all columns: {command('runs', *words)})"
     return table(title, heads[:shown], [line[:shown] for line in lines])
 
 

@@ -97,6 +97,17 @@ class TrialStore:
         points = count_points(self.config, self.space)
         return len(counted) >= total or len(self._rows) >= points
 
+    def is_screening(self) -> bool:
+        """Whether the next trial is the best of those screened, of which some have not ended."""
+        pruner = self.pruner
+        if not isinstance(pruner, ScreeningPruner):
+            return False
+        if pruner.is_screened(self.study, len(self._rows)):
+            return False
+        # The recipe's own is trained to the end in any case.
+        open_rows = (row for row in self._rows if not row.is_ended and row.values != self.own)
+        return any(pruner.is_screened(self.study, row.number) for row in open_rows)
+
     # The life of a trial
 
     def ask(self) -> TrialRow:
