@@ -394,7 +394,8 @@ def test_keep_going_trains_what_is_left_after_a_job_that_is_refused(call: Call) 
 
 
 def test_options_that_would_have_no_effect_are_refused(call: Call) -> None:
-    for options in (["--keep-going"], ["--config-from", "x", "--config-dir", "."]):
+    others = (["--config-dir", "."], ["--cfg", "job"], ["--multirun"], ["--keep-going"])
+    for options in (["--keep-going"], *(["--config-from", "x", *other] for other in others)):
         status, out, err = call("train", *options)
         assert (status, out) == (2, "")
         assert re.match(r"digitlab: --[a-z-]+ with(out)? --[a-z-]+ is invalid: ", err)

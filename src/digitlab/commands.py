@@ -43,17 +43,19 @@ def config(options: Namespace) -> int:
 
 
 def train(options: Namespace) -> int:
-    if options.cfg:
-        return _print_config("train", options)
     if options.config_from:
-        if options.config_dir:
-            raise UserError(
-                "--config-dir with --config-from is invalid: a recorded configuration is whole. "
-                "Leave one out."
-            )
+        for name in ("cfg", "config_dir", "multirun", "keep_going"):
+            if getattr(options, name):
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"--{flag} with --config-from is invalid: a recorded configuration is whole, "
+                    "and one job. Leave one out."
+                )
         from digitlab.results.reproduce import train_from
 
         return train_from(options.config_from, options.overrides, lab_folder())
+    if options.cfg:
+        return _print_config("train", options)
     from digitlab.config.compose import compose
 
     jobs = compose("train", _overrides(options), options.multirun)

@@ -27,6 +27,19 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+def test_a_file_that_may_not_be_read_is_an_image_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(decoding, "open", refuse, raising=False)  # as root one may read all
+    for name in ("a.png", "notes"):
+        (tmp_path / name).touch()
+    assert decoding.is_image(tmp_path / "a.png")
+    assert not decoding.is_image(tmp_path / "notes")
+
+
 @pytest.mark.parametrize(
     "image",
     [

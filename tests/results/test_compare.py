@@ -119,6 +119,11 @@ def test_json_has_what_differs_and_the_test_on_the_same_images(
     assert test["p_holm"] == test["p"]  # a single test needs no correction
 
 
+def test_a_run_that_is_named_twice_is_compared_once(compare: Compare) -> None:
+    _, once, _ = compare("one-seed-0", "long-seed-0", "--json")
+    assert compare("one-seed-0", "long-seed-0", "one-seed-0", "--json")[1] == once
+
+
 def test_several_pairs_are_corrected_for_their_number(compare: Compare) -> None:
     names = ["one-seed-0", "two-seed-1", "long-seed-0"]
     _, out, _ = compare(*names, "--json")

@@ -1,17 +1,20 @@
 """What is shown of one run or study, and a champion as a recipe."""
 
+import dataclasses
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Call, CallIn
 from samples import copy_digits, recorded, stop_in_the_middle, studies
 
 from digitlab.config import compose as composing
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
+from digitlab.results.show import recipe_of
 from digitlab.study.storage import open_storage
 from digitlab.study.summary import short
 
@@ -86,6 +89,20 @@ def test_best_prints_a_recipe_that_trains_the_champions_configuration(
     for group in ("data", "model", "optim", "trainer"):
         assert getattr(job.config, group) == getattr(wanted, group)
     assert job.config.study.name == "smoke-best"
+
+
+def test_a_recipe_of_data_of_one_s_own_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose("train", ["experiments=smoke", "data.name=mine"])[0].config
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(
+        f"# @package _global_\n{yaml.safe_dump(recipe_of(config, 'own'))}"
+    )
+    monkeypatch.setattr(composing, "recipe_folders", lambda: [folder])
+    [job] = compose("train", ["experiments=mine"])
+    assert dataclasses.replace(job.config, study=config.study) == config
 
 
 TEST = {"mean": 0.5, "low": None, "high": None, "n": 1}

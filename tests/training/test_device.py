@@ -14,6 +14,18 @@ from digitlab.training.device import find_device, numerics
 from digitlab.training.fit import fit
 from digitlab.training.observer import TrainingObserver
 
+ALWAYS = "trainer.checkpoint_minutes=1e-9"  # at every block
+
+
+class Keeper(TrainingObserver):
+    """Keeps the first checkpoint."""
+
+    first: bytes | None = None
+
+    def checkpoint(self, content: bytes) -> None:
+        self.first = self.first or content
+
+
 FOUND = {
     Device.cpu: True,
     Device.cuda: torch.cuda.is_available(),
@@ -45,11 +57,17 @@ def test_what_trained_is_recorded(lab: Path) -> None:
 
 @pytest.mark.skipif(not FOUND[Device.cuda], reason="torch finds no CUDA")
 @pytest.mark.parametrize("words", [[], ["optim=sgd", "optim.gradient_clip=1"], ["optim.ema=0.9"]])
-def test_captured_steps_give_the_bits_of_eager_ones(
+def test_captured_steps_give_the_bits_of_eager_and_of_resumed_ones(
     lab: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configure("trainer.device=cuda", "trainer.epochs=2", *words)
     first = digest(fit(config, lab, TrainingObserver()).weights)
     assert digest(fit(config, lab, TrainingObserver()).weights) == first
+    keeper = Keeper()
+    often = configure("trainer.device=cuda", "trainer.epochs=2", ALWAYS, *words)
+    fit(often, lab, keeper)
+    resumed = fit(config, lab, TrainingObserver(), checkpoint=keeper.first)
+    assert resumed.earlier.steps
+    assert digest(resumed.weights) == first
     monkeypatch.setattr(captured.CapturedModule, "take_step", BlockModule.take_step)
     assert digest(fit(config, lab, TrainingObserver()).weights) == first

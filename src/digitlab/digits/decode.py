@@ -68,9 +68,14 @@ def is_image(path: Path) -> bool:
     """Whether a file is an image by its first bytes or, readable here or not, by its name."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        head = file.read(16)
-    return path.suffix.lower() in _SUFFIXES or head.startswith(_HEADS) or head[4:8] == b"ftyp"
+    if path.suffix.lower() in _SUFFIXES:
+        return True
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError:
+        return False
+    return head.startswith(_HEADS) or head[4:8] == b"ftyp"
 
 
 def decode(content: bytes, name: str) -> Grey:

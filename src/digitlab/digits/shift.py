@@ -22,7 +22,7 @@ from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
-from digitlab.digits.prepare import prepare
+from digitlab.digits.prepare import prepare_as
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.training.evaluate import evaluate
 
@@ -116,11 +116,11 @@ def evaluate_shift(
         pixels = changed(images.float()).round().clamp(0, 255).byte()
         given = share(evaluate(network, pixels, config.data).argmax(1))
         pictures = [image.float().numpy() for image in pixels[:prepared, 0]]
-        read = share(_read(network, config.data, pictures))
+        read = share(_read(network, config.data, pictures, lab))
         table.append({"change": name, "accuracy": given, "prepared": read})
     chance = np.random.default_rng(0)
     pictures = [as_picture(image.numpy(), chance) for image in images[:prepared, 0]]
-    read = share(_read(network, config.data, pictures))
+    read = share(_read(network, config.data, pictures, lab))
     table.append({"change": "pictures of 40 to 800 pixels", "accuracy": None, "prepared": read})
     document = {"images": len(labels), "prepared_images": prepared, "table": table}
     tracker.upload(row.run_id, {"shift.json": json.dumps(document, indent=1).encode()})
@@ -141,9 +141,9 @@ def evaluate_shift(
     return 0
 
 
-def _read(network: nn.Module, data: DataConfig, pictures: list[Grey]) -> Tensor:
+def _read(network: nn.Module, data: DataConfig, pictures: list[Grey], lab: Path) -> Tensor:
     """Return the digits that are read in pictures, each prepared; -1 where none was found."""
-    prepared = [prepare(picture) for picture in pictures]
+    prepared = [prepare_as(picture, data.name, lab) for picture in pictures]
     images = torch.from_numpy(np.stack([p.image for p in prepared]))[:, None]
     empty = torch.tensor([bool(p.problem) for p in prepared])
     return evaluate(network, images, data).argmax(1).masked_fill(empty, -1)

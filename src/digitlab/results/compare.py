@@ -42,8 +42,9 @@ def compare(
         UserError: a run is not found, or is neither finished nor pruned.
     """
     tracker = lab_tracker(lab, overrides)
-    rows = [row for name in names for row in _named(tracker, name)]
-    if len({row.run_id for row in rows}) < 2:
+    # Each once: a run that is named twice is not compared with itself.
+    rows = list({row.run_id: row for name in names for row in _named(tracker, name)}.values())
+    if len(rows) < 2:
         raise UserError(
             f"{' '.join(names)} names one run: a comparison needs two. Name another one."
         )

@@ -10,6 +10,7 @@ import yaml
 from digitlab.base.console import Board, print_table, table
 from digitlab.base.errors import UserError, refuse_damage, visible
 from digitlab.base.invocation import storage_of
+from digitlab.base.paths import CONF
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, shown, with_values
@@ -129,11 +130,11 @@ def print_recipe(study: str, lab: Path, stores: Sequence[str]) -> int:
         )
     best = with_values(config, champion["values"])
     test = Interval(**champion["test_accuracy"])
+    recipe = recipe_of(best, study)
     print("# @package _global_")
     print(f"# The champion of study {study}, trial {champion['trial']}: test accuracy {test}.")
     values = ", ".join(f"{name}={short(value)}" for name, value in champion["values"].items())
     print(visible(f"# Searched: {values}. What is not below is as in conf/."))
-    recipe = recipe_of(best, study)
     how = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
     print(yaml.safe_dump(recipe, **how), end="")
     return 0
@@ -143,6 +144,8 @@ def recipe_of(config: Config, study: str) -> dict[str, Any]:
     """Return the recipe that trains `config`: the options of groups, and what they leave open."""
     plain = config_to_plain(config)
     options = {group: plain[group]["name"] for group in _OPTIONS}
+    if not (CONF / "data" / f"{options['data']}.yaml").exists():  # a data set of one's own
+        options["data"] = "mnist"
     choice = [f"{group}={option}" for group, option in options.items()]
     usual = config_to_plain(compose("train", [_NO_RECIPE, *choice])[0].config)
     overridden = [{f"override /{group}": option} for group, option in options.items()]

@@ -80,7 +80,11 @@ class Checkpoints:
         module.load_state_dict(self.state["module"])
         moments = self.state["optimizer"]  # by the number of a parameter, which JSON makes a text
         moments["state"] = {int(number): one for number, one in moments["state"].items()}
+        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(moments)
+        # A captured step reads the rate from the tensor that it was built with.
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate.copy_(group["lr"]) if isinstance(rate, Tensor) else group["lr"]
         # A fused step goes through memory as it lies: moments must lie as their weights do.
         for weight, state in optimizer.state.items():
             for name, value in state.items():
