@@ -13,7 +13,7 @@ from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
 from digitlab.study.storage import study_names
-from digitlab.study.trials import TrialStore, load_study, twin
+from digitlab.study.trials import TrialStore, is_screening, load_study, twin
 from digitlab.workers.base import Job
 
 
@@ -50,7 +50,7 @@ class TrialSearch:
             self._refuse_failing_space()
             row = self.store.take_waiting()
             if row is None:
-                if self.store.is_full(self.study.trials) or self.store.is_screening():
+                if self.store.is_full(self.study.trials) or is_screening(self.store):
                     return None
                 row = self.store.ask()
             task = self._task(row)
@@ -141,21 +141,10 @@ class TrialSearch:
 
     def fork(self) -> None:
         """Take over the finished trials of another study that fit this one, once."""
-        other, before = self.study.fork_from, self.store.notes().get("forked")
-        if other is None or before == other:
+        other = self.study.fork_from
+        if other is None or self.store.notes().get("forked") == other:
             return
-        if before:
-            raise UserError(
-                f"study.fork_from={other}: study {self.study.name} has taken over trials of "
-                f"{before}, and may do so of one study alone. Leave it out, or start a new study "
-                "with study.name=NEW."
-            )
-        known = study_names(self.store.storage)
-        if other not in known:
-            raise UserError(
-                f"study.fork_from={other} does not exist: it must be a study in the same storage; "
-                f"{nearest(other, known)}"
-            )
+        _require_source(self.store, other)
         source, source_config = load_study(self.session.lab, other, self.study.storage)
         done = {row.notes.get("taken_from") for row in self.store.rows()}
         # A call that was killed may have recorded one more than it has inserted.
@@ -172,6 +161,21 @@ class TrialSearch:
                 self.store.add(trial.values, trial.value or 0.0, trial.notes)
         self.store.note("forked", other)
         self._say(f"{len(fitting)} trials taken over from study {other}")
+
+
+def _require_source(store: TrialStore, other: str) -> None:
+    known, before = study_names(store.storage), store.notes().get("forked")
+    if before:
+        raise UserError(
+            f"study.fork_from={other} is invalid: study {store.config.name} has taken over trials "
+            f"of {before}, and may do so of one study alone. Leave it out, or start a new study "
+            "with study.name=NEW."
+        )
+    if other not in known:
+        raise UserError(
+            f"study.fork_from={other} does not exist: it must be a study in the same storage; "
+            f"{nearest(other, known)}"
+        )
 
 
 def _plan_text(study: StudyConfig) -> str:

@@ -97,17 +97,6 @@ class TrialStore:
         points = count_points(self.config, self.space)
         return len(counted) >= total or len(self._rows) >= points
 
-    def is_screening(self) -> bool:
-        """Whether the next trial is the best of those screened, of which some have not ended."""
-        pruner = self.pruner
-        if not isinstance(pruner, ScreeningPruner):
-            return False
-        if pruner.is_screened(self.study, len(self._rows)):
-            return False
-        # The recipe's own is trained to the end in any case.
-        open_rows = (row for row in self._rows if not row.is_ended and row.values != self.own)
-        return any(pruner.is_screened(self.study, row.number) for row in open_rows)
-
     # The life of a trial
 
     def ask(self) -> TrialRow:
@@ -210,6 +199,16 @@ class TrialStore:
         trial = self.mirror.set_state(number, state, values, result, violations)
         self._rows[number] = _row_of(self.space, self.goal, trial)
         return self._rows[number]
+
+
+def is_screening(store: TrialStore) -> bool:
+    """Whether the next trial is the best of those screened, of which some have not ended."""
+    pruner, rows = store.pruner, store.rows()
+    if not isinstance(pruner, ScreeningPruner) or pruner.is_screened(store.study, len(rows)):
+        return False
+    # The recipe's own is trained to the end in any case.
+    unended = (row for row in rows if not row.is_ended and row.values != store.own)
+    return any(pruner.is_screened(store.study, row.number) for row in unended)
 
 
 def twin(store: TrialStore, row: TrialRow) -> TrialRow | None:
