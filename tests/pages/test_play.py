@@ -255,6 +255,20 @@ def test_one_run_at_a_time_pauses_goes_on_and_stops(page_lab: Lab) -> None:
         assert tab.until(lambda e: e.get("run") == 2 and e.get("state") == "finished")
 
 
+def test_a_run_that_is_stopped_before_it_trains_is_recorded_as_stopped(
+    page_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = page_lab.lesson.trainer()
+    prepare = trainer.prepare
+    monkeypatch.setattr(trainer, "prepare", lambda config: trainer.stop() or prepare(config))
+    with Tab(page_lab) as tab:
+        page_lab.tell("/train")
+        end = tab.state("failed", "finished", "interrupted")
+    assert (end["state"], end["text"]) == ("interrupted", "it was stopped")
+    row = page_lab.lesson.records.tracker.get(end["run_id"])
+    assert row.tags["digitlab.state"] == "interrupted"
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_the_page_goes_on(page_lab: Lab) -> None:
     values = {"optim.name": "sgd", "optim.learning_rate": 10, "model.widths": [64]}
