@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CallIn
+from optuna.study import StudyDirection
 from playwright.sync_api import Browser, Page
 from serving import COMMAND, HOST, environment_of, free_port
 
@@ -33,6 +34,7 @@ from digitlab.pages.play import Lesson, lesson_app
 from digitlab.pages.search import ranges, search_words
 from digitlab.pages.server import PageServer
 from digitlab.records.record import open_records
+from digitlab.study.storage import open_storage
 from digitlab.training.evaluate import evaluate
 from digitlab.training.film import shown_steps
 
@@ -338,6 +340,17 @@ def test_a_search_fills_the_ladder_and_stops_when_asked(page_lab: Lab) -> None:
     assert (end["state"], end["name"]) == ("interrupted", "play-1"), end
     assert "go on with" in end["text"]
     assert rungs[0]["name"].startswith("play-1-")
+
+
+def test_a_search_takes_no_name_that_the_storage_has(
+    page_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(page_lab.lesson.search, "start", lambda *asked: names.append(asked[-1]))
+    # As a deleted study, it has no run that can be seen.
+    open_storage(page_lab.folder).create_new_study([StudyDirection.MAXIMIZE], "play-1")
+    assert page_lab.tell("/search", minutes=5, ticked=["model.hidden"])[0] == 200
+    assert names == ["play-2"]
 
 
 # ---- the saved page ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from digitlab.pages.trainer import PageTrainer
 from digitlab.pages.ui import require_free
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.records.record import Records, open_records
+from digitlab.study.storage import open_storage, study_names
 
 _MOST_BODY = 2**16  # bytes of a form
 _JSON = ("application/json",)
@@ -158,7 +159,10 @@ class Lesson:
                 "A run is in training: a search needs the machine. Wait for its end, or stop it."
             )
         composed = self.form.compose(asked.values, asked.is_fixed)
-        taken = {row.tags.get("digitlab.study") for row in self.records.tracker.find({})}
+        # A deleted study has no run that can be seen, and keeps its name in the storage.
+        storage = open_storage(self.lab, composed.config.study.storage)
+        tagged = {row.tags.get("digitlab.study") for row in self.records.tracker.find({})}
+        taken = tagged | set(study_names(storage))
         names = (f"play-{number}" for number in range(1, len(taken) + 2))
         name = next(name for name in names if name not in taken)
         self.search.start(composed, asked.ticked, asked.minutes, name)
