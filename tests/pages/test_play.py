@@ -153,6 +153,8 @@ CHANGES: list[dict[str, Any]] = [
      "model.pools": [1, 2], "model.batch_norm": True, "model.dropout": 0.25, "model.hidden": 32},
     {"optim.name": "sgd", "optim.learning_rate": 0.05, "data.augment.rotate": 10,
      "data.batch_size": 64, "trainer.seed": 3, "trainer.epochs": 5},
+    {"model.widths": [8] * 40, "model.kernel_sizes": [3] * 40, "model.strides": [1] * 40,
+     "model.pools": [2, *[1] * 39]},
 ]  # fmt: skip
 
 
