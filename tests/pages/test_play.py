@@ -540,6 +540,17 @@ def test_a_learner_trains_draws_widens_and_trains_again(
     assert time.monotonic() - started < 90
 
 
+def test_a_run_whose_network_no_form_can_show_brings_none_back(browser: Browser, lab: Path) -> None:
+    with served(lab, *SAMPLE, "model=shared") as own, Tab(own) as tab:
+        own.tell("/train", is_fixed=True, values={"trainer.epochs": 1})
+        tab.state("finished", "failed")
+        assert [rung["is_fixed"] for rung in own.ask("GET", "/ladder")[2]] == [True]
+    with served(lab) as found, opened(browser, found) as page:  # the article's network
+        wait(page, "$('ladder').children.length === 1")
+        assert [rung["is_fixed"] for rung in found.ask("GET", "/ladder")[2]] == [False]
+        assert page.locator("#ladder button").is_disabled()
+
+
 def test_what_is_impossible_is_said_in_its_place_and_nothing_is_trained(
     browser: Browser, page_lab: Lab
 ) -> None:

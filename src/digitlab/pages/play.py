@@ -93,7 +93,7 @@ class Lesson:
         self.form, self.lab, self.records, self.first = form, lab, records, first
         self.log = EventLog()
         self.search = PageSearch(self.log)
-        self.ladder = Ladder(records.tracker, form.base.config)
+        self.ladder = Ladder(records.tracker, form.recipe.config)
         self._trainer: PageTrainer | None = None
 
     def trainer(self) -> PageTrainer:
