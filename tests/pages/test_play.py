@@ -24,8 +24,9 @@ from serving import COMMAND, HOST, environment_of, free_port
 from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
-from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.datasets import KNOWN, TEST, Known, load_digits
 from digitlab.data.images import as_tensors
+from digitlab.digits.prepare import scale
 from digitlab.networks.table import build_network
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
@@ -379,7 +380,7 @@ def test_a_saved_page_computes_what_the_network_does(
         elif "running_var" in name:
             value.uniform_(0.5, 2)
     images = as_tensors(load_digits(lab, "sample", TEST))[0][:500]
-    text = save_page(network.eval(), config, "</script><b>seed & co")
+    text = save_page(network.eval(), config, "</script><b>seed & co", lab)
     assert len(text) < 2**20
     assert not re.search(r"https?://|src=|href=", text)
     file = tmp_path / "saved.html"
@@ -395,6 +396,30 @@ def test_a_saved_page_computes_what_the_network_does(
     assert (found - expected).abs().max() < 1e-3
     assert (found.argmax(1) == expected.argmax(1)).all()
     assert errors == []
+
+
+@pytest.mark.parametrize("mean", [0.9, 0.2])  # of dark ink on light paper, and the reverse
+def test_a_saved_page_reads_classes_and_pictures_as_its_data_set_has_them(
+    browser: Browser, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mean: float
+) -> None:
+    known = Known({}, classes=("<ring>", "cross"), is_centred=False)
+    monkeypatch.setitem(KNOWN, "shapes", known)
+    config = compose("train", ["experiments=seed"])[0].config
+    config = with_values(config, {"data.name": "shapes", "data.mean": mean})
+    network = build_network(config.model)
+    network.state_dict()["dense.bias"][1] = 1000
+    file = tmp_path / "saved.html"
+    file.write_text(save_page(network.eval(), config, "shapes", lab), encoding="utf-8")
+    page = browser.new_context(offline=True).new_page()
+    page.goto(file.as_uri())
+    drawn = "ink.fillRect(0, 0, 95, 280); answer(); [...prepare(ink)]"
+    found = np.reshape(page.evaluate(drawn), (28, 28))
+    picture = np.full((280, 280), 255, np.float32)
+    picture[:, :95] = 0
+    expected = scale(picture if mean > 0.5 else 255 - picture)
+    assert np.abs(found - expected).max() <= 1  # by rounding
+    assert page.locator("#answer").inner_text() == "cross"
+    assert page.locator("#likely").inner_text().startswith("cross: 100.0 %, ")
 
 
 # ---- guards --------------------------------------------------------------------------------------

@@ -177,9 +177,9 @@ class Lesson:
         """Return the name and the text of a page that holds a run's network."""
         if run.startswith(LIVE):
             reader = self.reader(run)
-            return run.replace(":", "-"), save_page(reader.network, reader.config, run)
+            return run.replace(":", "-"), save_page(reader.network, reader.config, run, self.lab)
         row, config, network = load_run(self.records.tracker, run)
-        return row.name, save_page(network, config, row.name)
+        return row.name, save_page(network, config, row.name, self.lab)
 
 
 _REFUSED = problems(
