@@ -33,6 +33,7 @@ from serving import COMMAND, HOST, environment_of, free_port
 
 from digitlab.config.compose import compose
 from digitlab.data.datasets import TEST, load_digits
+from digitlab.digits import predict
 from digitlab.digits.predict import DigitReader
 from digitlab.pages import draw, play
 from digitlab.pages import server as serving_page
@@ -751,6 +752,15 @@ def test_explanation_holds_the_answer_and_its_reasons(server: Server, lab: Lab) 
         maps = np.array(layer["maps"])
         assert (layer["count"], len(maps)) == (count, min(8, count))
         assert (maps.min(), maps.max()) == (0, 255)
+
+
+def test_what_is_no_digit_has_reasons_with_names(
+    server: Server, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_FAR", 0)  # all images are unlike those of the training
+    whole = server.predict(png(large(4, lab)), "explain")
+    assert (whole["status"], whole["speaks_for"]) == ("none", 4)
+    assert whole["labels"] == list("0123456789")
 
 
 @pytest.mark.slow

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import CallIn
+from optuna.study import StudyDirection
 from playwright.sync_api import Browser, Page
 from serving import COMMAND, HOST, environment_of, free_port
 
 from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
-from digitlab.data.datasets import TEST, load_digits
+from digitlab.data.datasets import KNOWN, TEST, Known, load_digits
 from digitlab.data.images import as_tensors
+from digitlab.digits.prepare import scale
 from digitlab.networks.table import build_network
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
@@ -33,6 +35,7 @@ from digitlab.pages.play import Lesson, lesson_app
 from digitlab.pages.search import ranges, search_words
 from digitlab.pages.server import PageServer
 from digitlab.records.record import open_records
+from digitlab.study.storage import open_storage
 from digitlab.training.evaluate import evaluate
 from digitlab.training.film import shown_steps
 
@@ -151,6 +154,8 @@ CHANGES: list[dict[str, Any]] = [
      "model.pools": [1, 2], "model.batch_norm": True, "model.dropout": 0.25, "model.hidden": 32},
     {"optim.name": "sgd", "optim.learning_rate": 0.05, "data.augment.rotate": 10,
      "data.batch_size": 64, "trainer.seed": 3, "trainer.epochs": 5},
+    {"model.widths": [8] * 40, "model.kernel_sizes": [3] * 40, "model.strides": [1] * 40,
+     "model.pools": [2, *[1] * 39]},
 ]  # fmt: skip
 
 
@@ -255,6 +260,20 @@ def test_one_run_at_a_time_pauses_goes_on_and_stops(page_lab: Lab) -> None:
         assert tab.until(lambda e: e.get("run") == 2 and e.get("state") == "finished")
 
 
+def test_a_run_that_is_stopped_before_it_trains_is_recorded_as_stopped(
+    page_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = page_lab.lesson.trainer()
+    prepare = trainer.prepare
+    monkeypatch.setattr(trainer, "prepare", lambda config: trainer.stop() or prepare(config))
+    with Tab(page_lab) as tab:
+        page_lab.tell("/train")
+        end = tab.state("failed", "finished", "interrupted")
+    assert (end["state"], end["text"]) == ("interrupted", "it was stopped")
+    row = page_lab.lesson.records.tracker.get(end["run_id"])
+    assert row.tags["digitlab.state"] == "interrupted"
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_the_page_goes_on(page_lab: Lab) -> None:
     values = {"optim.name": "sgd", "optim.learning_rate": 10, "model.widths": [64]}
@@ -326,6 +345,17 @@ def test_a_search_fills_the_ladder_and_stops_when_asked(page_lab: Lab) -> None:
     assert rungs[0]["name"].startswith("play-1-")
 
 
+def test_a_search_takes_no_name_that_the_storage_has(
+    page_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(page_lab.lesson.search, "start", lambda *asked: names.append(asked[-1]))
+    # As a deleted study, it has no run that can be seen.
+    open_storage(page_lab.folder).create_new_study([StudyDirection.MAXIMIZE], "play-1")
+    assert page_lab.tell("/search", minutes=5, ticked=["model.hidden"])[0] == 200
+    assert names == ["play-2"]
+
+
 # ---- the saved page ------------------------------------------------------------------------------
 
 NETWORKS = [
@@ -350,7 +380,7 @@ def test_a_saved_page_computes_what_the_network_does(
         elif "running_var" in name:
             value.uniform_(0.5, 2)
     images = as_tensors(load_digits(lab, "sample", TEST))[0][:500]
-    text = save_page(network.eval(), config, "</script><b>seed & co")
+    text = save_page(network.eval(), config, "</script><b>seed & co", lab)
     assert len(text) < 2**20
     assert not re.search(r"https?://|src=|href=", text)
     file = tmp_path / "saved.html"
@@ -366,6 +396,30 @@ def test_a_saved_page_computes_what_the_network_does(
     assert (found - expected).abs().max() < 1e-3
     assert (found.argmax(1) == expected.argmax(1)).all()
     assert errors == []
+
+
+@pytest.mark.parametrize("mean", [0.9, 0.2])  # of dark ink on light paper, and the reverse
+def test_a_saved_page_reads_classes_and_pictures_as_its_data_set_has_them(
+    browser: Browser, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mean: float
+) -> None:
+    known = Known({}, classes=("<ring>", "cross"), is_centred=False)
+    monkeypatch.setitem(KNOWN, "shapes", known)
+    config = compose("train", ["experiments=seed"])[0].config
+    config = with_values(config, {"data.name": "shapes", "data.mean": mean})
+    network = build_network(config.model)
+    network.state_dict()["dense.bias"][1] = 1000
+    file = tmp_path / "saved.html"
+    file.write_text(save_page(network.eval(), config, "shapes", lab), encoding="utf-8")
+    page = browser.new_context(offline=True).new_page()
+    page.goto(file.as_uri())
+    drawn = "ink.fillRect(0, 0, 95, 280); answer(); [...prepare(ink)]"
+    found = np.reshape(page.evaluate(drawn), (28, 28))
+    picture = np.full((280, 280), 255, np.float32)
+    picture[:, :95] = 0
+    expected = scale(picture if mean > 0.5 else 255 - picture)
+    assert np.abs(found - expected).max() <= 1  # by rounding
+    assert page.locator("#answer").inner_text() == "cross"
+    assert page.locator("#likely").inner_text().startswith("cross: 100.0 %, ")
 
 
 # ---- guards --------------------------------------------------------------------------------------
@@ -509,6 +563,17 @@ def test_a_learner_trains_draws_widens_and_trains_again(
         page.locator("#ladder button").last.click()
         wait(page, "isFixed || values['model.widths'][0] === 64")
     assert time.monotonic() - started < 90
+
+
+def test_a_run_whose_network_no_form_can_show_brings_none_back(browser: Browser, lab: Path) -> None:
+    with served(lab, *SAMPLE, "model=shared") as own, Tab(own) as tab:
+        own.tell("/train", is_fixed=True, values={"trainer.epochs": 1})
+        tab.state("finished", "failed")
+        assert [rung["is_fixed"] for rung in own.ask("GET", "/ladder")[2]] == [True]
+    with served(lab) as found, opened(browser, found) as page:  # the article's network
+        wait(page, "$('ladder').children.length === 1")
+        assert [rung["is_fixed"] for rung in found.ask("GET", "/ladder")[2]] == [False]
+        assert page.locator("#ladder button").is_disabled()
 
 
 def test_what_is_impossible_is_said_in_its_place_and_nothing_is_trained(

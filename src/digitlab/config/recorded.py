@@ -137,9 +137,14 @@ def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def written(value: Any) -> str:
+    """Return a value as it is written in YAML and on the command line."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
 def shown(value: Any) -> str:
-    """Return a value as it is written in YAML and on the command line, cut where it is long."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    """Return a value as `written`, cut where it is long, for a message."""
+    text = written(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 

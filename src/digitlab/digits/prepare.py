@@ -36,11 +36,15 @@ class Prepared:
 
 def prepare_as(grey: Grey, data: str, lab: Path) -> Prepared:
     """Prepare a grey picture as the images of a data set were: by `prepare`, or scaled alone."""
+    return prepare(grey) if is_centred(data, lab) else Prepared(scale(grey))
+
+
+def is_centred(data: str, lab: Path) -> bool:
+    """Whether the images of a data set show their ink alone, centred as MNIST's."""
     try:
-        is_centred = find_known(data, lab).is_centred
+        return find_known(data, lab).is_centred
     except UserError:  # a run that was recorded elsewhere
-        is_centred = True
-    return prepare(grey) if is_centred else Prepared(scale(grey))
+        return True
 
 
 def scale(grey: Grey) -> NDArray[np.uint8]:

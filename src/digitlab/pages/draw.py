@@ -12,6 +12,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 
 from digitlab.base.errors import UserError, first_line
+from digitlab.data.datasets import class_names
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, most_varied
@@ -118,6 +119,8 @@ def explain(predictor: ImageReader, content: bytes) -> Explanation:
     pixels = torch.tensor(answer["seen"], dtype=torch.uint8)[None, None]
     if not pixels.any():
         return Explanation(**answer, speaks_for=None, rather_than=None, attribution=[], layers=[])
+    # The answer has none where it is no digit, and reasons speak for a class all the same.
+    answer["labels"] = class_names(predictor.config.data.name, predictor.lab)
     network = predictor.network
     image = standardise(to_unit(pixels), predictor.config.data)
     maps, logits = activations(network, image)

@@ -11,12 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 from digitlab.base.errors import UserError
 from digitlab.config.types import Config
+from digitlab.data.datasets import class_names
+from digitlab.digits.prepare import is_centred
 
 _PASSED_OVER = ("permute", "flatten", "dropout", "dim", "__getitem__", "size", "__get__")
 
 
-def save_page(network: nn.Module, config: Config, title: str) -> str:
-    """Return an HTML file that reads drawings as the network does.
+def save_page(network: nn.Module, config: Config, title: str, lab: Path) -> str:
+    """Return an HTML file that reads drawings as the network does; `lab` has its data set.
 
     Raises:
         UserError: the network computes something that the page does not know.
@@ -25,8 +27,10 @@ def save_page(network: nn.Module, config: Config, title: str) -> str:
     with torch.no_grad(), _Operations() as seen:
         network.eval()(image)
     weights = torch.cat([tensor.detach().float().flatten() for tensor in seen.tensors])
+    data = config.data
     network_text = json.dumps({
-        "title": title, "mean": config.data.mean, "std": config.data.std, "steps": seen.steps,
+        "title": title, "mean": data.mean, "std": data.std, "steps": seen.steps,
+        "classes": class_names(data.name, lab), "is_centred": is_centred(data.name, lab),
         "weights": base64.b64encode(weights.numpy().astype("<f4").tobytes()).decode(),
     })  # fmt: skip
     text = Path(__file__).with_name("saved.html").read_text(encoding="utf-8")

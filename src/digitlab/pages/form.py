@@ -6,7 +6,7 @@ from typing import Any
 from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import command
 from digitlab.config.compose import Composed, compose
-from digitlab.config.recorded import config_to_plain, flat, shown, with_values
+from digitlab.config.recorded import config_to_plain, flat, with_values, written
 from digitlab.config.schema import rule, settings
 from digitlab.config.types import Config
 from digitlab.networks.settings import ConvnetConfig
@@ -106,4 +106,4 @@ def _short(key: str, value: Any) -> Any:
 
 
 def _word(value: Any) -> str:
-    return shown(value).replace(" ", "")
+    return written(value).replace(" ", "")

@@ -28,14 +28,14 @@ class RungOfLadder:
     changed: str  # against the run that was trained before it
     difference: str
     values: dict[str, Any]  # of the form's fields
-    is_fixed: bool  # its network cannot be changed, only replaced
+    is_fixed: bool  # its network is the form's own, which cannot be changed, only replaced
 
 
 class Ladder:
     """Reads the runs of a tracker that were measured on the same images as `config` asks for."""
 
     def __init__(self, tracker: Tracker, config: Config) -> None:
-        self.tracker = tracker
+        self.tracker, self._model = tracker, config.model
         self._wanted = {key: value for key, value in row_params(config, "train").items()
                         if key in _SAME}  # fmt: skip
         self._known: dict[tuple[str, str], RungOfLadder] = {}  # a finished run does not change
@@ -70,12 +70,13 @@ class Ladder:
         if key not in self._known:
             config = recorded_config(self.tracker, row)
             values = values_of(config)
+            is_fixed = "model.widths" not in values and config.model == self._model
             changed = _changes(before.params, row.params) if before else ""
             difference = self._difference(before, row) if before else ""
             self._known[key] = RungOfLadder(
                 row.run_id, row.name, row.metrics[_ACCURACY],
                 int(row.metrics.get("model_parameters", 0)), row.metrics.get("seconds", 0.0),
-                changed, difference, values, "model.widths" not in values,
+                changed, difference, values, is_fixed,
             )  # fmt: skip
         return self._known[key]
 

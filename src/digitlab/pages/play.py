@@ -26,6 +26,7 @@ from digitlab.pages.trainer import PageTrainer
 from digitlab.pages.ui import require_free
 from digitlab.records.reader import lab_tracker, load_run
 from digitlab.records.record import Records, open_records
+from digitlab.study.storage import open_storage, study_names
 
 _MOST_BODY = 2**16  # bytes of a form
 _JSON = ("application/json",)
@@ -92,7 +93,7 @@ class Lesson:
         self.form, self.lab, self.records, self.first = form, lab, records, first
         self.log = EventLog()
         self.search = PageSearch(self.log)
-        self.ladder = Ladder(records.tracker, form.base.config)
+        self.ladder = Ladder(records.tracker, form.recipe.config)
         self._trainer: PageTrainer | None = None
 
     def trainer(self) -> PageTrainer:
@@ -158,7 +159,10 @@ class Lesson:
                 "A run is in training: a search needs the machine. Wait for its end, or stop it."
             )
         composed = self.form.compose(asked.values, asked.is_fixed)
-        taken = {row.tags.get("digitlab.study") for row in self.records.tracker.find({})}
+        # A deleted study has no run that can be seen, and keeps its name in the storage.
+        storage = open_storage(self.lab, composed.config.study.storage)
+        tagged = {row.tags.get("digitlab.study") for row in self.records.tracker.find({})}
+        taken = tagged | set(study_names(storage))
         names = (f"play-{number}" for number in range(1, len(taken) + 2))
         name = next(name for name in names if name not in taken)
         self.search.start(composed, asked.ticked, asked.minutes, name)
@@ -173,9 +177,9 @@ class Lesson:
         """Return the name and the text of a page that holds a run's network."""
         if run.startswith(LIVE):
             reader = self.reader(run)
-            return run.replace(":", "-"), save_page(reader.network, reader.config, run)
+            return run.replace(":", "-"), save_page(reader.network, reader.config, run, self.lab)
         row, config, network = load_run(self.records.tracker, run)
-        return row.name, save_page(network, config, row.name)
+        return row.name, save_page(network, config, row.name, self.lab)
 
 
 _REFUSED = problems(

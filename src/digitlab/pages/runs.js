@@ -10,10 +10,12 @@ async function showLadder() {
     listAgain = false;
     const rungs = await fetch("/ladder").then((response) => response.json()).catch(() => []);
     $("ladder").replaceChildren(...rungs.map((rung) => {
-      const use = () => { setValues(rung.values, rung.is_fixed && form.is_fixed); $("train").focus(); };
+      const use = () => { setValues(rung.values, rung.is_fixed); $("train").focus(); };
+      const isOf = rung.is_fixed || "model.widths" in rung.values;  // a network that the form can show
+      const title = isOf ? "Bring its settings back" : "Its network is none of this form's";
       const said = [rung.changed, rung.difference].filter(Boolean).join(": ");
       return make("tr", {},
-        make("td", {}, make("button", { onclick: use, title: "Bring its settings back" }, rung.name)),
+        make("td", {}, make("button", { onclick: use, title, disabled: !isOf }, rung.name)),
         make("td", {}, `${(100 * rung.accuracy).toFixed(2)} %`), make("td", {}, said),
         make("td", {}, rung.parameters.toLocaleString("en")), make("td", {}, rung.seconds.toFixed(1)),
         make("td", {}, make("a", { href: `/save?run=${rung.run_id}`, download: "" }, "one HTML file")));

@@ -179,11 +179,13 @@ class PageTrainer:
         self._publish(run, "training", steps=steps, epoch=epoch, epochs=config.trainer.epochs)
         tasks = [task]
         loop.run(lambda: tasks.pop() if tasks else None, ended)
+        if not endings:  # it was stopped before the worker took it
+            ended(task, Ending("interrupted", "it was stopped"))
         self.records.outbox.flush(_DELIVERY_S)
         self.moments.join()
-        ending = endings[0] if endings else Ending("interrupted")
-        run_id = recorder.run_id()
+        [ending] = endings
+        run_id, seconds = recorder.run_id(), task.metrics.get("seconds", 0.0)
         text = ending.reason
         if ending.state == "finished" and run_id:
             text = self.conclude(run_id)
-        self._publish(run, ending.state, text=text, run_id=run_id, seconds=task.metrics["seconds"])
+        self._publish(run, ending.state, text=text, run_id=run_id, seconds=seconds)
