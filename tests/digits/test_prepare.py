@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
 from digitlab.digits.decode import Grey, decode
-from digitlab.digits.prepare import prepare, stroke_width
+from digitlab.digits.prepare import prepare, prepare_as, stroke_width
 from digitlab.digits.sheet import _threshold, find_sheet
 
 RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
@@ -48,6 +48,11 @@ def test_digits_of_mnist_in_larger_canvases_come_back_to_the_pixel() -> None:
             assert prepared.problem == ""
             # One in a thousand of MNIST's has a speck, which is left out here.
             assert np.abs(prepared.image.astype(int) - digit).mean() < 1.5
+
+
+def test_what_is_scaled_alone_is_light_on_dark_where_its_data_are(tmp_path: Path) -> None:
+    for image in (DIGITS[0], 255 - DIGITS[0]):
+        assert (prepare_as(image.astype(np.float32), "kmnist", tmp_path).image == DIGITS[0]).all()
 
 
 @pytest.mark.parametrize("deviation", [0, 30, 60])

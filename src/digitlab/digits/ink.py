@@ -1,5 +1,7 @@
 """Tell ink from paper: how far each pixel of a picture stands out from what is around it."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -36,7 +38,8 @@ def peak_of(ink: Grey) -> float:
     return float(np.quantile(strong, 0.9)) if strong.size else 0.0
 
 
-def _border(values: Grey) -> Grey:
+def border_of(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the pixels at the edge of a picture (H, W), in a row; of a small one, one wide."""
     width = max(1, min(values.shape) // 30)
     edges = [values[:width], values[-width:], values[:, :width], values[:, -width:]]
     return np.concatenate([part.ravel() for part in edges])
@@ -45,7 +48,7 @@ def _border(values: Grey) -> Grey:
 def _surface(grey: Grey) -> Grey:
     """Fit the border's level or, where it is not the flat background of a drawing, a surface."""
     height, width = grey.shape
-    level = float(np.median(_border(grey)))
+    level = float(np.median(border_of(grey)))
     paper = np.full(grey.shape, level, np.float32)
     if float((np.abs(grey - level) <= 2).mean()) >= 0.5:
         return paper
@@ -71,7 +74,7 @@ def local_ink(grey: Grey) -> tuple[Grey, float]:
     """
     size = max(3, round(_WINDOW * min(grey.shape)))
     calm = np.asarray(ndimage.median_filter(grey, 3), np.float32)
-    low, high = np.quantile(_border(calm), (0.1, 0.9))
+    low, high = np.quantile(border_of(calm), (0.1, 0.9))
     if np.maximum(low - calm, 0).sum() > np.maximum(calm - high, 0).sum():
         paper = ndimage.grey_closing(calm, size)
         rest = (paper - calm) * (paper.max() / np.maximum(paper, 0.2 * paper.max()))

@@ -10,9 +10,9 @@ from PIL import Image
 from scipy import ndimage
 
 from digitlab.base.errors import UserError
-from digitlab.data.datasets import find_known
+from digitlab.data.datasets import KNOWN, find_known
 from digitlab.digits.decode import Grey
-from digitlab.digits.ink import ink_of, peak_of
+from digitlab.digits.ink import border_of, ink_of, peak_of
 from digitlab.digits.sheet import find_sheet
 
 SIDE, BOX = 28, 20  # pixels, of the image and of the digit in it (LeCun et al. 1998)
@@ -36,7 +36,12 @@ class Prepared:
 
 def prepare_as(grey: Grey, data: str, lab: Path) -> Prepared:
     """Prepare a grey picture as the images of a data set were: by `prepare`, or scaled alone."""
-    return prepare(grey) if is_centred(data, lab) else Prepared(scale(grey))
+    if is_centred(data, lab):
+        return prepare(grey)
+    image = scale(grey)
+    is_light = float(np.median(border_of(image))) > 127
+    # Kuzushiji-MNIST is light on dark; of data of one's own nothing is known.
+    return Prepared(255 - image if is_light and data in KNOWN else image)
 
 
 def is_centred(data: str, lab: Path) -> bool:
