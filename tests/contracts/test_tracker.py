@@ -221,6 +221,17 @@ def test_child_names_its_parent(tracker: Tracker) -> None:
     assert "mlflow.parentRunId" not in tracker.get("study").tags
 
 
+def test_a_registered_model_names_its_study(tracker: Tracker) -> None:
+    assert tracker.owner_of("digits") is None
+    run_id = create(tracker, "best")
+    tracker.upload(run_id, {"model/MLmodel": b""})
+    owned = registration(1)
+    owned.tags["digitlab.study_id"] = "mine"
+    tracker.register(run_id, owned)
+    assert tracker.owner_of("digits") == "mine"
+    assert tracker.owner_of("others") is None
+
+
 def test_latest_registered_version_is_the_champion(tracker: MlflowTracker) -> None:
     runs = [create(tracker, name) for name in ("first", "second")]
     for number, run_id in enumerate(runs):

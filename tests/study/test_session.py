@@ -21,7 +21,7 @@ from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.tracker import RunRow
+from digitlab.records.tracker import Dataset, NewRun, Registration, RunRow
 from digitlab.results.audit import audit_studies
 from digitlab.study.run import train
 from digitlab.study.session import StudySession, open_session
@@ -181,6 +181,15 @@ def test_the_study_s_own_run_is_on_the_disk_before_optuna_names_it(
     with opened(lab):
         pass
     assert noted[:1] == [None]
+
+
+def test_a_registered_model_of_another_study_keeps_its_name(lab: Path) -> None:
+    tracker = MlflowTracker(None, "another", lab)
+    run_id = tracker.create_run(NewRun("theirs", {}, {}))
+    tracker.upload(run_id, {"model/MLmodel": b""})
+    tracker.register(run_id, Registration("smoke", {}, "", Dataset("mnist", "0123abcd", "test")))
+    with pytest.raises(UserError, match="registered model of that name"):
+        lead(lab, train_well, *STUDY)
 
 
 def test_a_study_of_another_program_is_left_alone(lab: Path) -> None:

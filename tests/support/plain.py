@@ -130,6 +130,11 @@ class PlainTracker(Tracker):
     def register(self, run_id: str, what: Registration) -> None:
         self._change(run_id, tags={f"registered.{what.model}": "champion", **what.tags})
 
+    def owner_of(self, model: str) -> str | None:
+        tags = (run["tags"] for run in self._all())
+        owners = (t.get("digitlab.study_id", "") for t in tags if f"registered.{model}" in t)
+        return next(owners, None)
+
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         """Nobody looks at this tracker's pages."""
 

@@ -60,7 +60,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from digitlab.records.mlflow_errors import http_status, translated
-from digitlab.records.mlflow_models import log_model, register_model
+from digitlab.records.mlflow_models import log_model, owner_of, register_model
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
@@ -170,6 +170,10 @@ class MlflowTracker(Tracker):
         place = self._place(logged.artifact_location)
         _write(place, files, partial(self.client.log_model_artifacts, logged.model_id))
         register_model(self.client, run_id, logged, what)
+
+    @translated
+    def owner_of(self, model: str) -> str | None:
+        return owner_of(self.client, model)
 
     @translated
     def end_run(self, run_id: str, state: str, time_ms: int) -> None:

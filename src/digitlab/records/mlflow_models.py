@@ -60,6 +60,13 @@ def register_model(
     client.set_registered_model_alias(what.model, "champion", made.version)
 
 
+def owner_of(client: MlflowClient, model: str) -> str | None:
+    """Return the study_id of the registered versions of a name; None if there are none."""
+    versions = client.search_model_versions(f"name = '{model}'")
+    owners = [version.tags.get("digitlab.study_id", "") for version in versions]
+    return owners[0] if owners else None
+
+
 def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:
     """Write a model that MLflow loads and serves: a pt2 archive without pickled code of ours.
 

@@ -123,6 +123,13 @@ class Tracker(ABC):
         """Register the run's model, with the metrics that were logged."""
 
     @abstractmethod
+    def owner_of(self, model: str) -> str | None:
+        """Return the study_id of who has registered models under a name; None if nobody has.
+
+        It is empty of another program's. Names of models hold in all experiments.
+        """
+
+    @abstractmethod
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         """Return the runs that carry all of the tags, oldest first, without deleted ones."""
 
@@ -183,6 +190,9 @@ class NoTracker(Tracker):
     def restore(self, run_id: str) -> None: ...
     def register(self, run_id: str, what: Registration) -> None: ...
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None: ...
+
+    def owner_of(self, model: str) -> str | None:
+        return None
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
         return []

@@ -87,7 +87,8 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     read = json.loads(weights_run.tags["digitlab.data_sha256"])
     card = _model_card(config, summary, fit.config)
     measured_on = datasets_of(fit.config.data, read)[-1]
-    registration = Registration(study, {"trial": str(row.number)}, card, measured_on)
+    owned = {"trial": str(row.number), "digitlab.study_id": study_id}
+    registration = Registration(study, owned, card, measured_on)
     recorder.end("finished", metrics=test_metrics(summary), registration=registration)
     session.flush_records()
     run_id = recorder.run_id()

@@ -178,6 +178,11 @@ def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> N
             f"name (run {foreign[-1].run_id}). Start yours with study.name=NEW; if that one is "
             "yours, give it its name back in Optuna, or restore the optuna.db that it was kept in."
         )
+    if records.tracker.owner_of(name) not in (None, study_id):
+        raise UserError(
+            f"study.name={name} is taken: this tracker has a registered model of that name, which "
+            "is not of this study. Start yours with study.name=NEW."
+        )
 
 
 def _open_parent_run(session: StudySession) -> None:
