@@ -154,20 +154,17 @@ class MlflowTracker(Tracker):
     @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
         # As MLflow composes the place of a run in an experiment's.
-        place = self._place(f"{self.location}/{run_id}/artifacts")
+        place = place_of(self.lab, f"{self.location}/{run_id}/artifacts") if self.is_local else None
         _write(place, files, partial(self.client.log_artifacts, run_id))
         if place is None:
             _require_stored(self.client, run_id, files)
-
-    def _place(self, uri: str) -> Path | None:
-        return place_of(self.lab, uri) if self.is_local else None
 
     @translated
     def register(self, run_id: str, what: Registration) -> None:
         logged = log_model(self.client, run_id, what)
         paths = [path for path in self.files(run_id) if path.startswith("model/")]
         files = {path.removeprefix("model/"): self.artifact(run_id, path) for path in paths}
-        place = self._place(logged.artifact_location)
+        place = place_of(self.lab, logged.artifact_location) if self.is_local else None
         _write(place, files, partial(self.client.log_model_artifacts, logged.model_id))
         register_model(self.client, run_id, logged, what)
 
