@@ -228,6 +228,9 @@ def test_a_registered_model_names_its_study(tracker: Tracker) -> None:
     owned = registration(1)
     owned.tags["digitlab.study_id"] = "mine"
     tracker.register(run_id, owned)
+    by_hand = create(tracker, "by hand")
+    tracker.upload(by_hand, {"model/MLmodel": b""})
+    tracker.register(by_hand, registration(2))
     assert tracker.owner_of("digits") == "mine"
     assert tracker.owner_of("others") is None
 

@@ -132,8 +132,8 @@ class PlainTracker(Tracker):
 
     def owner_of(self, model: str) -> str | None:
         tags = (run["tags"] for run in self._all())
-        owners = (t.get("digitlab.study_id", "") for t in tags if f"registered.{model}" in t)
-        return next(owners, None)
+        owners = [t.get("digitlab.study_id", "") for t in tags if f"registered.{model}" in t]
+        return next(filter(None, owners), "") if owners else None
 
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:
         """Nobody looks at this tracker's pages."""

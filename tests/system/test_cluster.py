@@ -139,15 +139,21 @@ def copy_data(lab: Path) -> None:
     shutil.copytree(DATA, lab / "data" / "sample", ignore=ignore, dirs_exist_ok=True)
 
 
+def open_site(
+    folder: Path, postgres: Any, mlflow: Any, patch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    for name, value in {"PGPASSWORD": postgres.password, **mlflow.credentials}.items():
+        patch.setenv(name, value)
+    site = Site(folder, postgres, mlflow)
+    yield site
+    site.close()
+
+
 @pytest.fixture
 def site(
     tmp_path: Path, postgres: Any, mlflow_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
-    for name, value in {"PGPASSWORD": postgres.password, **mlflow_server.credentials}.items():
-        monkeypatch.setenv(name, value)
-    site = Site(tmp_path, postgres, mlflow_server)
-    yield site
-    site.close()
+    yield from open_site(tmp_path, postgres, mlflow_server, monkeypatch)
 
 
 @pytest.fixture
@@ -155,11 +161,7 @@ def near_site(
     tmp_path: Path, near_postgres: Any, near_mlflow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Site]:
     """As `site`, on the near side of a network that can be cut."""
-    for name, value in {"PGPASSWORD": near_postgres.password, **near_mlflow.credentials}.items():
-        monkeypatch.setenv(name, value)
-    site = Site(tmp_path, near_postgres, near_mlflow)
-    yield site
-    site.close()
+    yield from open_site(tmp_path, near_postgres, near_mlflow, monkeypatch)
 
 
 def no_secret_is_recorded(site: Site) -> None:

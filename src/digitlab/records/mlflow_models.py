@@ -64,7 +64,8 @@ def owner_of(client: MlflowClient, model: str) -> str | None:
     """Return the study_id of the registered versions of a name; None if there are none."""
     versions = client.search_model_versions(f"name = '{model}'")
     owners = [version.tags.get("digitlab.study_id", "") for version in versions]
-    return owners[0] if owners else None
+    # A version that a person has added by hand makes the name nobody else's.
+    return next(filter(None, owners), "") if owners else None
 
 
 def save_servable(network: "torch.nn.Module", example: "np.ndarray", folder: Path) -> None:
