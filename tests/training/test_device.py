@@ -56,7 +56,10 @@ def test_what_trained_is_recorded(lab: Path) -> None:
 
 
 @pytest.mark.skipif(not FOUND[Device.cuda], reason="torch finds no CUDA")
-@pytest.mark.parametrize("words", [[], ["optim=sgd", "optim.gradient_clip=1"], ["optim.ema=0.9"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["optim=sgd", "optim.gradient_clip=1"], ["optim.ema=0.9"], ["model.dropout=0.3"]],
+)
 def test_captured_steps_give_the_bits_of_eager_and_of_resumed_ones(
     lab: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

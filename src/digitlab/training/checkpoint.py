@@ -69,7 +69,7 @@ class Checkpoints:
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.scheduler.state_dict(),
             "batches": self.batches.state_dict(),
-            "random": torch.get_rng_state(),  # of dropout
+            "random": _random_states(module.device),
             "reporter": reporter,
         }
         return _pack(state)
@@ -92,9 +92,19 @@ class Checkpoints:
                     state[name] = torch.empty_like(weight).copy_(value)
         schedule.scheduler.load_state_dict(self.state["schedule"])
         self.batches.load_state_dict(self.state["batches"])
-        torch.set_rng_state(self.state["random"])
+        torch.set_rng_state(self.state["random"]["cpu"])
+        if module.device.type == "cuda":
+            torch.cuda.set_rng_state(self.state["random"]["cuda"], module.device)
         reporter: dict[str, Any] = self.state["reporter"]
         return reporter
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return where the generators are that dropout draws from, by the kind of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def describe_training(
