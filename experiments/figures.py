@@ -107,6 +107,15 @@ def runs_row(figure: dict[str, Any]) -> str:
     return f"| `{figure['name']}` | {' '.join(run[:8] for run in figure['run_ids'])} |"
 
 
+def votes_row(figure: dict[str, Any]) -> str:
+    """Return the line of the votes of each five runs of a record."""
+    votes = figure.get("votes")
+    if not votes:
+        return ""
+    each = ", ".join(f"{vote:.2%}".replace("%", " %") for vote in votes)
+    return f"| vote of five fits of `{figure['name']}` | {each} | {statistics.fmean(votes):.2%} |"
+
+
 def curve_row(figure: dict[str, Any]) -> str:
     """Return the curve's line of a number of images."""
     if figure["least"] is not None:
@@ -122,6 +131,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "records": record_row,
     "runs": runs_row,
     "curve": curve_row,
+    "votes": votes_row,
 }
 
 
