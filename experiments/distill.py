@@ -8,6 +8,7 @@ Everything else is the same; each fit reads the test images once.
 """
 
 import argparse
+import logging
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -61,6 +62,7 @@ class TaughtCaptured(Taught, CapturedModule):
 def train(words: Sequence[str], teachers: Sequence[str]) -> float:
     """Return the test accuracy of one fit."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     config, lab = digitlab.compose(*words), lab_folder()
     torch.manual_seed(config.trainer.seed)
     torch.set_num_threads(config.trainer.threads)

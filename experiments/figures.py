@@ -112,8 +112,8 @@ def votes_row(figure: dict[str, Any]) -> str:
     votes = figure.get("votes")
     if not votes:
         return ""
-    each = ", ".join(f"{vote:.2%}".replace("%", " %") for vote in votes)
-    return f"| vote of five fits of `{figure['name']}` | {each} | {statistics.fmean(votes):.2%} |"
+    each = ", ".join(f"{100 * vote:.2f} %" for vote in votes)
+    return f"| vote of five fits of `{figure['name']}` | {each} |"
 
 
 def curve_row(figure: dict[str, Any]) -> str:
