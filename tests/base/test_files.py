@@ -61,6 +61,14 @@ def test_locked_database_is_no_disk_problem(tmp_path: Path) -> None:
     assert disk_problem(raised.value) == ""
 
 
+def test_a_folder_may_lie_deep(tmp_path: Path) -> None:
+    folder = tmp_path / "/".join(["a"] * 1500)
+    make_folder(folder)
+    assert folder.is_dir()
+    (tmp_path / "kept").touch()
+    os.removedirs(folder)  # shutil's and pytest's own way to remove it is recursive
+
+
 def test_each_folder_that_is_made_is_synced_in_the_one_above(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

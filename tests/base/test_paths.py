@@ -75,6 +75,18 @@ def test_env_file_that_others_may_read_is_said_once(
     assert (err.count("\n"), err.count(f"chmod 600 {lab}/.env")) == (warns, warns)
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("~nobody of this name/lab", "home directory"), ("x" * 300, "File name too long")],
+)
+def test_a_lab_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, place: str, reason: str
+) -> None:
+    monkeypatch.setenv("DIGITLAB_HOME", place)
+    with pytest.raises(UserError, match=f"the lab {place} is invalid: it must be .*{reason}"):
+        lab_folder()
+
+
 # A checkout that was copied
 
 

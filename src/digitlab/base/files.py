@@ -65,11 +65,14 @@ def make_folder(path: Path) -> None:
 
     All that is below the name goes with it, synced or not.
     """
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
         with suppress(PermissionError):  # it may be written and not read
-            sync(path.parent)
+            sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -45,13 +45,13 @@ def lab_folder(given: Path | None = None) -> Path:
     _refuse_other_checkout()
     home = ROOT if IS_CHECKOUT else Path.cwd()
     place = given or os.environ.get("DIGITLAB_HOME") or home / "lab"
-    folder = Path(place).expanduser().resolve()
     try:
+        folder = Path(place).expanduser().resolve()
         make_folder(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: ~ of nobody, links that lead in a circle
         raise UserError(
-            f"the lab {folder} is invalid: it must be a folder that can be written "
-            f"({error.strerror}). Name another one."
+            f"the lab {place} is invalid: it must be a folder that can be written "
+            f"({getattr(error, 'strerror', None) or error}). Name another one."
         ) from error
     load_env_file(folder / ".env")
     return folder
