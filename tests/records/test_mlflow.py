@@ -95,6 +95,16 @@ def test_store_that_cannot_be_used_is_refused_in_one_line(uri: str, tmp_path: Pa
     assert isinstance(raised.value, TrackerAway) == uri.startswith("http")
 
 
+@pytest.mark.parametrize("place", [f"//{HOST}:1/x", "//"])
+def test_database_that_is_not_there_is_not_waited_for(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
+    with pytest.raises(UserError, match=r"tracking\.uri=postgresql.*cannot be used \(") as raised:
+        MlflowTracker(f"postgresql+psycopg:{place}", "digitlab", tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def test_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{HOST}:1") as raised:
         MlflowTracker(f"http://me:secret@{HOST}:1", "digitlab", tmp_path)

@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
+import sqlalchemy
 from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest, visible
@@ -58,6 +59,7 @@ from mlflow.entities import (
     ViewType,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from digitlab.records.mlflow_errors import http_status, translated
 from digitlab.records.mlflow_models import log_model, owner_of, register_model
@@ -81,6 +83,10 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
         with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
             prepare_database(lab, _make_tables)
             return _open(sqlite_uri(lab), name, lab)
+    if uri.partition(":")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
+        # MLflow would try for minutes, and say nothing.
+        with sqlalchemy.create_engine(uri).connect():
+            pass
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
         with suppress(MlflowException):  # another process was faster
