@@ -169,6 +169,8 @@ CHANGES: dict[str, Change] = {
     "a list": lambda members: members.update({"bundle.json": b"[]"}),
     "another format": with_index(lambda index: index.update(format=2)),
     "an unknown state": with_index(lambda index: index["trials"][0].update(state="GONE")),
+    "a trial without values": with_index(lambda index: index["trials"][0].update(values=[])),
+    "a value too many": with_index(lambda index: index["trials"][0]["values"].append(0.5)),
     "no configuration": with_index(lambda index: index["notes"].pop("config")),
     "an unknown key": with_index(lambda index: index.update(more=1)),
 }  # fmt: skip

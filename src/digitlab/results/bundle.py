@@ -69,7 +69,10 @@ class TrialPart:
             trial.user_attrs, trial.system_attrs, trial.datetime_start, trial.datetime_complete,
         )  # fmt: skip
 
-    def trial(self) -> FrozenTrial:
+    def trial(self, objectives: int) -> FrozenTrial:
+        """Return it as Optuna's; ValueError if its values are not of so many objectives."""
+        if self.values is not None and len(self.values) != objectives:
+            raise ValueError(f"a trial has {len(self.values)} values, of {objectives} objectives")
         kinds = {key: json_to_distribution(text) for key, text in self.distributions.items()}
         trial = create_trial(
             state=TrialState[self.state], values=self.values, params=self.params,

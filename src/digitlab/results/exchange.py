@@ -104,7 +104,8 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
         recorded = _placed(config_from_yaml(str(index.notes["config"])), config, name)
         rows = bundle.find({})
         _verify(bundle, rows)
-        trials = [part.trial() for part in index.trials]
+        directions = Goal.of(recorded.study).directions
+        trials = [part.trial(len(directions)) for part in index.trials]
         with leader_lock(storage, lab, name):
             tracker = open_tracker(recorded, lab)
             _refuse_known(storage, tracker, name, str(index.notes["study_id"]))
