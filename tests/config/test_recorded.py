@@ -364,7 +364,6 @@ CONFIGS = st.builds(
             rotate=fractions(0, 180),
             scale=fractions(0, 1, exclude_max=True),
             shear=fractions(0, 60),
-            elastic=fractions(0, 14),
             erase=st.integers(0, 28),
             stroke=fractions(0, 1),
         ),

@@ -94,7 +94,6 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.augment.rotate": ([0.0, 180.0], [-1.0, 180.5, NAN]),
     "data.augment.scale": ([0.0, 0.99], [-0.1, 1.0, NAN]),
     "data.augment.shear": ([0.0, 60.0], [-0.5, 60.5, NAN]),
-    "data.augment.elastic": ([0.0, 14.0], [-0.5, 14.5, NAN]),
     "data.augment.erase": ([0, 28], [-1, 29]),
     "data.augment.stroke": ([0.0, 1.0], [-0.1, 1.1, NAN]),
     "data.validation_images": ([10], [9, 0, -10]),

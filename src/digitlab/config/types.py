@@ -60,9 +60,6 @@ class AugmentConfig:
     rotate: float = Field(ge=0, le=180, description="Largest rotation either way, degrees.")
     scale: Share = Field(description="Largest change of size: 0.1 is 0.9 to 1.1.")
     shear: float = Field(ge=0, le=60, description="Largest horizontal shear, degrees.")
-    elastic: float = Field(
-        ge=0, le=14, description="Largest shift of each node of a 5x5 grid on its own, pixels."
-    )
     erase: int = Field(ge=0, le=28, description="Side of a square set to black, pixels.")
     stroke: float = Field(ge=0, le=1, description="Most that strokes grow or shrink, pixels.")
 

@@ -1,6 +1,5 @@
 """Random changes of whole batches of training images."""
 
-import functools
 import math
 
 import torch
@@ -13,7 +12,7 @@ SIDE = 28  # pixels
 
 
 def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Rotate, scale, shear, shift, bend, thicken and erase, each image by its own random amounts.
+    """Rotate, scale, shear, shift, erase and thicken each image by its own random amounts.
 
     Args:
         images: (N, 1, 28, 28), float, 0 is black; what moves in from outside is black.
@@ -23,7 +22,7 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
     Returns:
         Images of the same shape and layout.
     """
-    if config.shift or config.rotate or config.scale or config.shear or config.elastic:
+    if config.shift or config.rotate or config.scale or config.shear:
         images = _move(images, config, generator)
     if config.stroke:
         images = _stroke(images, config.stroke, generator)
@@ -35,24 +34,9 @@ def augment(images: Tensor, config: AugmentConfig, generator: Generator) -> Tens
 _line = torch.linspace(1 / SIDE - 1, 1 - 1 / SIDE, SIDE)  # centres of pixels; -1 to 1 is the image
 _PIXELS = torch.stack([_line.repeat(SIDE), _line.repeat_interleave(SIDE), torch.ones(SIDE**2)])
 
-# What each node of a coarse grid, moved by 1, moves each pixel by: (25, 784), bicubic.
-_NODES = 5  # on a side: digits differ in arcs and ends, which are about 7 pixels long
-_unit = torch.eye(_NODES**2).view(-1, 1, _NODES, _NODES)
-_BENDS = F.interpolate(_unit, (SIDE, SIDE), mode="bicubic", align_corners=True).flatten(1)
-
-
-@functools.cache
-def _bases(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what affine maps and displaced nodes are multiplied by, where the images are."""
-    return _PIXELS.to(device), _BENDS.to(device)
-
 
 def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor:
-    """Sample each image at the places that its own map takes the pixels from.
-
-    The map is affine, plus an elastic part (Simard 2003): random displacements of the nodes of a
-    coarse grid, and smooth ones between them.
-    """
+    """Sample each image at the places that its own affine map takes the pixels from."""
     # One matrix product for the batch: torch's affine_grid takes three times as long, and its
     # layout of the grid slows grid_sample down too.
     n = len(images)
@@ -66,13 +50,7 @@ def _move(images: Tensor, config: AugmentConfig, generator: Generator) -> Tensor
     shift = 2 * config.shift / SIDE
     rows = [cosine, lean * cosine - sine, x * shift, sine, lean * sine + cosine, y * shift]
     matrices = torch.stack(rows, dim=1).view(2 * n, 3)
-    pixels, bends = _bases(images.device)
-    grid = matrices @ pixels
-    if config.elastic:
-        drawn = torch.rand(2 * n, _NODES**2, generator=generator).to(images.device)
-        nodes = drawn.mul_(2).sub_(1).mul_(2 * config.elastic / SIDE)
-        grid += nodes @ bends
-    grid = grid.view(n, 2, SIDE, SIDE).permute(0, 2, 3, 1)
+    grid = (matrices @ _PIXELS.to(images.device)).view(n, 2, SIDE, SIDE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, align_corners=False)
 
 

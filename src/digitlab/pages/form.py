@@ -16,8 +16,7 @@ LAYERS = ("model.widths", "model.kernel_sizes", "model.strides", "model.pools")
 _FIELDS = (
     *("model.batch_norm", "model.dropout", "model.hidden"),
     *("trainer.epochs", "optim.learning_rate", "data.batch_size", "optim.name", "trainer.seed"),
-    *(f"data.augment.{name}" for name in ("shift", "rotate", "scale", "shear")),
-    *(f"data.augment.{name}" for name in ("elastic", "erase", "stroke")),
+    *(f"data.augment.{name}" for name in ("shift", "rotate", "scale", "shear", "erase", "stroke")),
 )
 # The article's network as far as layers that can be changed go: those pad their images.
 _CHANGEABLE = ("model=convnet", "model.widths=[32]", "model.batch_norm=false", "model.hidden=0")
