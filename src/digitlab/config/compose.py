@@ -296,8 +296,9 @@ def _compose(overrides: Sequence[Override]) -> dict[str, Any]:
     except _ERRORS as error:
         _name_culprit(overrides)
         raise UserError(_reason(error)) from error
-    except (yaml.YAMLError, RecursionError) as error:  # of a recipe; YAML's own names the line
-        reason = error if isinstance(error, yaml.YAMLError) else "nested too deeply"
+    except (yaml.YAMLError, RecursionError, OSError) as error:  # of a recipe; YAML's names the line
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = getattr(error, "strerror", None) or reason  # a name in `defaults` is a file's
         raise UserError(f"not a recipe ({reason}): {_RECIPE}.") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
