@@ -469,7 +469,10 @@ def test_a_checkout_in_any_folder_composes(
         ("a: \x01", "special characters are not allowed"),
         ("a: !!python/name:os.abort ''", "could not determine a constructor"),
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        (f"# @package _global_\ndefaults:\n  - override /model: {'x' * 5000}", "File name too long"),
+        (
+            f"# @package _global_\ndefaults:\n  - override /model: {'x' * 5000}",
+            "File name too long",
+        ),
         ("a: &-a [x, x]\nb: &-b [*-a, *-a]\n", "it must hold no YAML anchors or aliases"),
         ("# " + "x" * 64_000, "it must have at most 64000 bytes"),
     ],
