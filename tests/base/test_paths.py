@@ -87,6 +87,11 @@ def test_a_lab_that_cannot_be_is_refused(
         lab_folder()
 
 
+def test_a_lab_with_a_zero_byte_in_its_name_is_refused() -> None:
+    with pytest.raises(UserError, match="is invalid: it must be a folder"):
+        lab_folder(Path("a\0b"))
+
+
 # A checkout that was copied
 
 

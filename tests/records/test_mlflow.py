@@ -100,6 +100,7 @@ def test_database_that_is_not_there_is_not_waited_for(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
+    monkeypatch.setenv("PGHOST", str(tmp_path))  # no server's socket is there
     with pytest.raises(UserError, match=r"tracking\.uri=postgresql.*cannot be used \(") as raised:
         MlflowTracker(f"postgresql+psycopg:{place}", "digitlab", tmp_path)
     assert "\n" not in str(raised.value)

@@ -48,7 +48,7 @@ def lab_folder(given: Path | None = None) -> Path:
     try:
         folder = Path(place).expanduser().resolve()
         make_folder(folder)
-    except (OSError, RuntimeError) as error:  # the latter: ~ of nobody, links that lead in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # ~ of nobody; a zero byte
         raise UserError(
             f"the lab {place} is invalid: it must be a folder that can be written "
             f"({getattr(error, 'strerror', None) or error}). Name another one."

@@ -14,7 +14,6 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-import sqlalchemy
 from filelock import FileLock
 
 from digitlab.base.errors import UserError, first_line, nearest, visible
@@ -60,6 +59,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.db.utils import create_sqlalchemy_engine
 
 from digitlab.records.mlflow_errors import http_status, translated
 from digitlab.records.mlflow_models import log_model, owner_of, register_model
@@ -85,8 +85,9 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
             return _open(sqlite_uri(lab), name, lab)
     if uri.partition(":")[0].partition("+")[0] in set(DATABASE_ENGINES) - {"sqlite"}:
         # MLflow would try for minutes, and say nothing.
-        with sqlalchemy.create_engine(uri).connect():
-            pass
+        engine = create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+        engine.connect().close()
+        engine.dispose()
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
         with suppress(MlflowException):  # another process was faster
