@@ -35,8 +35,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="fits that count")
     options = parser.parse_args()
     seconds, accuracies = [], []
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA here: it must. Run it on a machine with a GPU.")
     for seed in range(options.seeds + 1):
         words = [f"experiments={options.recipe}", "data.evaluate_on=test", f"trainer.seed={seed}"]
+        words.append("trainer.device=cuda")
         clock = Clock()
         result = fit(digitlab.compose(*words), lab_folder(), clock)
         seconds.append(time.perf_counter() - clock.at)

@@ -7,7 +7,8 @@
 Each run learns from all training images, is recorded in the lab, and reads the test images once.
 The file is written after each run, so that a call that was stopped goes on with the seeds that are
 missing; a recipe or code that has changed since begins anew, and what was recorded before stays.
-With several processes it is written after as many runs as there are. Each five runs vote, too.
+With several processes the file takes their runs in the order of the seeds: of a call that was
+stopped, those after the first that is missing are trained again. Five runs of `best` vote, too.
 The lines that `records.md` should have are printed. `curve` trains one recipe on more and more
 images, each seed on another choice of them.
 """
@@ -28,6 +29,7 @@ from figures import curve_row, record_row, runs_row, votes_row
 
 import digitlab
 from digitlab.base.environment import training_digest
+from digitlab.base.errors import UserError
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import softmax
 from digitlab.config.recorded import config_to_yaml
@@ -146,6 +148,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each configuration")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
+    if options.record == "curve" and options.processes > 1:
+        parser.error("--processes: the curve trains one run at a time. Leave it out.")
     document = json.loads(FILE.read_text()) if FILE.exists() else {"figures": []}
     is_curve = options.record == "curve"
     counts = CURVE_IMAGES if is_curve else (ALL,)
@@ -156,7 +160,10 @@ def main() -> None:
         for seeds in steps:
             figures = [measure(document, options.record, it, seeds, trained) for it in counts]
     if options.record == "best":
-        figures[0]["votes"] = votes(figures[0]["run_ids"])
+        try:
+            figures[0]["votes"] = votes(figures[0]["run_ids"])
+        except UserError as error:
+            parser.exit(2, f"records.py: the runs cannot vote: {error}\n")
         FILE.write_text(json.dumps(document, indent=1) + "\n")
     for figure in figures:
         rows = [curve_row] if is_curve else [record_row, runs_row, votes_row]

@@ -8,10 +8,12 @@ from typing import Any
 import figures
 import pytest
 import records
+import torch
 
 from digitlab.base.paths import ROOT
 from digitlab.config.compose import compose
 from digitlab.networks.table import build_network
+from digitlab.records.reader import lab_tracker, recorded_guesses, recorded_logits
 from digitlab.training.evaluate import count_parameters
 
 BOARD = (ROOT / "experiments" / "records.md").read_text()
@@ -92,6 +94,11 @@ def test_a_stopped_measurement_goes_on_and_a_changed_recipe_begins_anew(
         "small500",
     ]
     assert len(third["values"]) == 1
-    # A network agrees with itself, however often it votes.
-    [run_id] = third["run_ids"]
-    assert records.votes([run_id] * 9) == third["values"]
+    one, other = second["run_ids"]
+    tracker = lab_tracker(lab)
+    _, labels = recorded_guesses(tracker, tracker.get(one))
+    logits = [recorded_logits(tracker, tracker.get(run), len(labels)) for run in (one, other)]
+    shares = [torch.from_numpy(each).double().softmax(1).numpy() for each in logits]
+    right = ((3 * shares[0] + 2 * shares[1]).argmax(1) == labels).mean()
+    assert records.votes([one, other, one, other, one, *[other] * 4]) == [right]
+    assert records.votes([other] * 5 + [one] * 5) == second["values"][::-1]
