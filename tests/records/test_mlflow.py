@@ -106,6 +106,15 @@ def test_database_that_is_not_there_is_not_waited_for(
     assert "\n" not in str(raised.value)
 
 
+def test_a_tracker_on_a_server_imports_no_database() -> None:
+    """MLflow's database modules take half a second."""
+    code = (
+        "import sys, digitlab.records.mlflow; print({'alembic', 'sqlalchemy.orm'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_password_in_the_address_is_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{HOST}:1") as raised:
         MlflowTracker(f"http://me:secret@{HOST}:1", "digitlab", tmp_path)
