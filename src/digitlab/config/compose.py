@@ -297,8 +297,8 @@ def _compose(overrides: Sequence[Override]) -> dict[str, Any]:
         _name_culprit(overrides)
         raise UserError(_reason(error)) from error
     except (yaml.YAMLError, RecursionError, OSError) as error:  # of a recipe; YAML's names the line
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        reason = getattr(error, "strerror", None) or reason  # a name in `defaults` is a file's
+        is_deep = isinstance(error, RecursionError)
+        reason = "nested too deeply" if is_deep else getattr(error, "strerror", error)
         raise UserError(f"not a recipe ({reason}): {_RECIPE}.") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
