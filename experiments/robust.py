@@ -5,7 +5,7 @@
     python experiments/robust.py --families RUN [RUN ...]           # corrupted test images
 
 Prints the tables of robust.md: the answers of each run to each kind of image, or of scene. Digits
-of other people are the UCI set in scikit-learn (the test half: 1,797 of 13 writers, 8x8 pixels, enlarged).
+of other people are UCI's test set in scikit-learn (1,797 of 13 writers, 8x8 pixels, enlarged).
 """
 
 import argparse
