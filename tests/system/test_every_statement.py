@@ -6,6 +6,7 @@ server ends them, which takes a millisecond; at some statements it is restarted 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +116,25 @@ def go_through(
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_study_survives_the_end_of_its_connections_at_some_statements(site: Site) -> None:
-    end_all = lambda: site.postgres.query(END_ALL)  # noqa: E731
+    end_all = partial(site.postgres.query, END_ALL)
     assert go_through(site, lambda number: number % 20 == 7, end_all)[1] == []
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_study_survives_a_crash_of_the_server_at_some_statements(site: Site) -> None:
-    crash = lambda: site.postgres.restart("immediate")  # noqa: E731
+    crash = partial(site.postgres.restart, "immediate")
     assert go_through(site, lambda number: number % 90 == 31, crash)[1] == []
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
-def test_a_study_survives_the_end_of_its_connections_at_every_statement(
-    site: Site, is_wanted: Wanted, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("is_crash", [False, True], ids=["end", "crash"])
+def test_a_study_survives_either_at_every_statement(
+    site: Site, is_wanted: Wanted, is_crash: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    count, wrong = go_through(site, is_wanted, lambda: site.postgres.query(END_ALL))
+    server = site.postgres
+    disturb = partial(server.restart, "immediate") if is_crash else partial(server.query, END_ALL)
+    count, wrong = go_through(site, is_wanted, disturb)
     record_property("statements", count)
     assert wrong == []
