@@ -171,6 +171,13 @@ CHANGES: dict[str, Change] = {
     "an unknown state": with_index(lambda index: index["trials"][0].update(state="GONE")),
     "a trial without values": with_index(lambda index: index["trials"][0].update(values=[])),
     "a value too many": with_index(lambda index: index["trials"][0]["values"].append(0.5)),
+    "distributions that are none": with_index(
+        lambda index: index["trials"][0]["distributions"].update({"model.hidden": "1.5"})
+    ),
+    "a time that no store can hold": with_index(lambda i: first(i).update(started_ms=2**63)),
+    "a step that no store can hold": with_index(
+        lambda index: index["trials"][0]["intermediate_values"].update({str(2**63): 0.5})
+    ),
     "no configuration": with_index(lambda index: index["notes"].pop("config")),
     "an unknown key": with_index(lambda index: index.update(more=1)),
 }  # fmt: skip

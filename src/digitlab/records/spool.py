@@ -54,12 +54,13 @@ UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # What a line may hold. Another version, or a fault of the disk, can have left something else.
 _Size = Annotated[int, Field(ge=0)]
-_Number = Annotated[int, Field(ge=0, lt=2**53)]  # a time in ms or a step: a store takes 63 bits
+# A time in ms or a step: a store takes 63 bits.
+StoredNumber = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass
 class _Line:
-    time_ms: _Number
+    time_ms: StoredNumber
     sizes: dict[str, _Size]
     crc32: int
 
@@ -81,7 +82,7 @@ class _Resume(_Line):
 class _Log(_Line):
     do: Literal["log"]
     metrics: dict[str, float]
-    step: _Number
+    step: StoredNumber
     tags: dict[str, str]
 
 

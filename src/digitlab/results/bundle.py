@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import require_file
+from digitlab.records.spool import StoredNumber
 from digitlab.records.tracker import NoTracker, RunRow
 
 _FORMAT, _INDEX = 1, "bundle.json"
@@ -35,9 +36,9 @@ class RunPart:
     tags: dict[str, str]
     params: dict[str, str]
     metrics: dict[str, float]
-    started_ms: int
-    ended_ms: int
-    history: list[tuple[str, int, float]]
+    started_ms: StoredNumber
+    ended_ms: StoredNumber
+    history: list[tuple[str, StoredNumber, float]]
     files: dict[str, str]
 
     def row(self) -> RunRow:
@@ -55,7 +56,7 @@ class TrialPart:
     values: list[float] | None
     params: dict[str, Any]
     distributions: dict[str, str]
-    intermediate_values: dict[int, float]
+    intermediate_values: dict[StoredNumber, float]
     user_attrs: dict[str, Any]
     system_attrs: dict[str, Any]
     started: datetime | None
@@ -70,15 +71,18 @@ class TrialPart:
         )  # fmt: skip
 
     def trial(self, objectives: int) -> FrozenTrial:
-        """Return it as Optuna's; ValueError if its values are not of so many objectives."""
+        """Return it as Optuna's; ValueError if it is none, or not of so many objectives."""
         if self.values is not None and len(self.values) != objectives:
             raise ValueError(f"a trial has {len(self.values)} values, of {objectives} objectives")
-        kinds = {key: json_to_distribution(text) for key, text in self.distributions.items()}
-        trial = create_trial(
-            state=TrialState[self.state], values=self.values, params=self.params,
-            distributions=kinds, intermediate_values=self.intermediate_values,
-            user_attrs=self.user_attrs, system_attrs=self.system_attrs,
-        )  # fmt: skip
+        try:
+            kinds = {key: json_to_distribution(text) for key, text in self.distributions.items()}
+            trial = create_trial(
+                state=TrialState[self.state], values=self.values, params=self.params,
+                distributions=kinds, intermediate_values=self.intermediate_values,
+                user_attrs=self.user_attrs, system_attrs=self.system_attrs,
+            )  # fmt: skip
+        except (TypeError, AttributeError) as error:  # of Optuna's own, for other kinds of values
+            raise ValueError(f"a trial is not as Optuna has it: {error}") from error
         trial.datetime_start, trial.datetime_complete = self.started, self.completed
         return trial
 
