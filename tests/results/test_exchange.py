@@ -178,6 +178,9 @@ CHANGES: dict[str, Change] = {
     "a step that no store can hold": with_index(
         lambda index: index["trials"][0]["intermediate_values"].update({str(2**63): 0.5})
     ),
+    "a champion that is none": with_index(lambda i: i["notes"].update(champion=5)),
+    "a run's id that is none": with_index(lambda i: i["notes"].update(run_id={})),
+    "a fingerprint that is none": with_index(lambda i: i["notes"].update(fingerprint=[1])),
     "no configuration": with_index(lambda index: index["notes"].pop("config")),
     "an unknown key": with_index(lambda index: index.update(more=1)),
 }  # fmt: skip

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
@@ -87,13 +87,24 @@ class TrialPart:
         return trial
 
 
+def _check_notes(notes: dict[str, Any]) -> dict[str, Any]:
+    """Return a study's notes; ValueError if what an import reads of them has another form."""
+    champion, fingerprint = notes.get("champion", {}), notes.get("fingerprint", {})
+    if not isinstance(champion, dict) or not isinstance(fingerprint, dict):
+        raise ValueError("the study's champion or fingerprint is noted in another form")
+    texts = [notes.get(key, "") for key in ("config", "study_id", "run_id")]
+    if not all(isinstance(text, str) for text in [*texts, champion.get("run_id", "")]):
+        raise ValueError("the study's configuration or an id is noted in another form")
+    return notes
+
+
 @dataclass(config=_STRICT)
 class Index:
     """What a bundle holds."""
 
     format: int
     study: str
-    notes: dict[str, Any]
+    notes: Annotated[dict[str, Any], AfterValidator(_check_notes)]
     trials: list[TrialPart]
     runs: list[RunPart]
 

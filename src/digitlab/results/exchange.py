@@ -101,14 +101,14 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
     with opened_bundle(path) as bundle:
         index = bundle.index
         name = index.study
-        recorded = _placed(config_from_yaml(str(index.notes["config"])), config, name)
+        recorded = _placed(config_from_yaml(index.notes["config"]), config, name)
         rows = bundle.find({})
         _verify(bundle, rows)
         directions = Goal.of(recorded.study).directions
         trials = [part.trial(len(directions)) for part in index.trials]
         with leader_lock(storage, lab, name):
             tracker = open_tracker(recorded, lab)
-            _refuse_known(storage, tracker, name, str(index.notes["study_id"]))
+            _refuse_known(storage, tracker, name, index.notes["study_id"])
             ids = _record(tracker, bundle, rows)
             _insert(storage, index, trials, recorded, tracker.identity, ids)
     print(f"imported: study {name} with {len(trials)} trials and {len(rows)} runs")
