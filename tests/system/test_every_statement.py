@@ -4,6 +4,7 @@ What a restart does to a driver is that all its connections end, and its lock wi
 server ends them, which takes a millisecond; at some statements it is restarted in earnest.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -66,6 +67,11 @@ class Site:
         self.patch.setenv("DIGITLAB_STORAGE", self.postgres.create(template=self.tables))
         return new_lab(self.folder / name)
 
+    def drop(self) -> None:
+        """Remove the last database: after a crash a server reads the files of all it has."""
+        name = os.environ["DIGITLAB_STORAGE"].rpartition("/")[2]
+        self.postgres.query(f'DROP DATABASE "{name}" WITH (FORCE)')
+
     def run(self, lab: Path, statements: Statements) -> int | str:
         """Run a study, or go on with it; return its exit status, or the line that it ends with."""
         with stubs(Clock(COURSE, lab=lab)), statements.counted():
@@ -110,6 +116,7 @@ def go_through(
         if problem := problem_of(site, lab, statements, reference):
             wrong.append(f"{number}: {problem}")
         assert statements.count >= number
+        site.drop()
     return undisturbed.count, wrong
 
 
