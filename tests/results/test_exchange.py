@@ -175,8 +175,8 @@ CHANGES: dict[str, Change] = {
         lambda index: index["trials"][0]["distributions"].update({"model.hidden": "1.5"})
     ),
     "a time that no store can hold": with_index(lambda i: first(i).update(started_ms=2**63)),
-    "a step that no store can hold": with_index(
-        lambda index: index["trials"][0]["intermediate_values"].update({str(2**63): 0.5})
+    "a step that no server can hold": with_index(
+        lambda index: index["trials"][0]["intermediate_values"].update({str(2**31): 0.5})
     ),
     "a champion that is none": with_index(lambda i: i["notes"].update(champion=5)),
     "a run's id that is none": with_index(lambda i: i["notes"].update(run_id={})),

@@ -27,7 +27,7 @@ COMMAND = re.compile(r"(?:make|digitlab) [a-z].*")
 # What needs a cluster, the internet or many minutes, and what serves until Ctrl-C: parsed, not run.
 NOT_RUN = ("setup", "test", "bench", "data", "draw", "play", "ui", "dashboard")
 # So that a command takes a second or two; it prints the same lines.
-SMALL = ["data=sample", "data.batch_size=200", "data.images=0"]
+SMALL = ["data=sample", "data.batch_size=200", "data.images=0", "trainer.device=cpu"]
 FEW = [
     "study.trials=2",
     "study.finish=1",
@@ -59,6 +59,7 @@ FIRST_LINE = {  # of what each command prints
 
 # The same by how the command ends.
 OTHER_LINE = {"--cfg job": "format: 1\n", "--csv": "run_id,name,"}
+OTHER_LINE["measure_seeds=10"] = "study default: "  # of a study that is complete
 
 
 def commands(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
@@ -24,6 +24,7 @@ from digitlab.records.tracker import NoTracker, RunRow
 
 _FORMAT, _INDEX = 1, "bundle.json"
 _STRICT = ConfigDict(extra="forbid")
+_Step = Annotated[int, Field(ge=0, lt=2**31)]  # Optuna's column on a server has 32 bits
 
 
 @dataclass(config=_STRICT)
@@ -56,7 +57,7 @@ class TrialPart:
     values: list[float] | None
     params: dict[str, Any]
     distributions: dict[str, str]
-    intermediate_values: dict[StoredNumber, float]
+    intermediate_values: dict[_Step, float]
     user_attrs: dict[str, Any]
     system_attrs: dict[str, Any]
     started: datetime | None
