@@ -25,7 +25,7 @@ from digitlab.config import compose as composing
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
 COMMAND = re.compile(r"(?:make|digitlab) [a-z].*")
 # What needs a cluster, the internet or many minutes, and what serves until Ctrl-C: parsed, not run.
-NOT_RUN = ("setup", "test", "bench", "data", "draw", "play", "ui", "dashboard")
+NOT_RUN = ("setup", "test", "check", "bench", "data", "draw", "play", "ui", "dashboard")
 # So that a command takes a second or two; it prints the same lines.
 SMALL = ["data=sample", "data.batch_size=200", "data.images=0", "trainer.device=cpu"]
 FEW = [
