@@ -217,6 +217,22 @@ def test_a_changed_bundle_is_refused_and_leaves_nothing(
     refused(nowhere, call_in, path)
 
 
+def test_a_study_whose_champion_has_no_run_is_imported(
+    bundle: Path, call_in: CallIn, tmp_path: Path
+) -> None:
+    """As with study.final_seeds=0."""
+    with zipfile.ZipFile(bundle) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with_index(lambda index: index["notes"]["champion"].update(run_id=None))(members)
+    path = tmp_path / "without.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    status, out, err = call_in(tmp_path / "lab")("import", str(path))
+    assert (status, err) == (0, "")
+    assert out.startswith("imported: study ")
+
+
 def test_a_file_that_is_no_whole_bundle_is_refused(
     nowhere: Path, bundle: Path, call_in: CallIn, tmp_path: Path
 ) -> None:

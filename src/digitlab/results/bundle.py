@@ -93,8 +93,10 @@ def _check_notes(notes: dict[str, Any]) -> dict[str, Any]:
     champion, fingerprint = notes.get("champion", {}), notes.get("fingerprint", {})
     if not isinstance(champion, dict) or not isinstance(fingerprint, dict):
         raise ValueError("the study's champion or fingerprint is noted in another form")
-    texts = [notes.get(key, "") for key in ("config", "study_id", "run_id")]
-    if not all(isinstance(text, str) for text in [*texts, champion.get("run_id", "")]):
+    texts = [notes.get(key, "") for key in ("config", "study_id")]
+    # A champion that was fitted no more (study.final_seeds=0) has no run of its own.
+    texts += [place["run_id"] for place in (notes, champion) if place.get("run_id") is not None]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("the study's configuration or an id is noted in another form")
     return notes
 
