@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -176,6 +177,8 @@ class Variables(Reader):
     """Environment variables that name places, read by a command from its beginning to its end."""
 
     def corpus(self) -> Sequence[dict[str, str]]:
+        # It sets how often MLflow tries again, which a command that imports it would take back.
+        import_module("digitlab.records.mlflow")
         return [
             {},
             *(
