@@ -106,6 +106,23 @@ def test_database_that_is_not_there_is_not_waited_for(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["folder", "file/a.db"])
+def test_file_that_cannot_be_one_is_not_waited_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"tracking\.uri=sqlite.*cannot be used \(") as raised:
+        MlflowTracker(f"sqlite:///{tmp_path / name}", "digitlab", tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_folder_of_a_database_is_made(tmp_path: Path) -> None:
+    MlflowTracker(f"sqlite:///{tmp_path / 'new' / 'a.db'}", "digitlab", tmp_path)
+    assert (tmp_path / "new" / "a.db").is_file()
+
+
 def test_a_tracker_on_a_server_imports_no_database() -> None:
     """MLflow's database modules take half a second."""
     code = (

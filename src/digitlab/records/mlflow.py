@@ -81,10 +81,12 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
         with FileLock(lab / "mlflow.lock"):  # processes that open an empty database fail
             prepare_database(lab, _make_tables)
             return _open(sqlite_uri(lab), name, lab)
-    if uri.startswith(("postgresql", "mysql", "mssql")):
+    if uri.startswith(("sqlite", "postgresql", "mysql", "mssql")):
         # MLflow would try for minutes, and say nothing. Its import takes 0.4 s.
         from mlflow.store.db.utils import create_sqlalchemy_engine
 
+        if uri.startswith("sqlite:///"):  # MLflow, too, makes the folder of a file
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         engine = create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
         engine.connect().close()
         engine.dispose()
