@@ -1,7 +1,7 @@
 """`digitlab audit`: whether a study's trials and runs agree, and what can be repaired."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
 from digitlab.records.tracker import RunRow, Tracker
+from digitlab.results.held import other_tracker
 from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import (
@@ -179,11 +180,11 @@ def audit_studies(
             raise UserError(f"study {name} does not exist: {nearest(name, known)}")
     found: list[Problem] = []
     left: list[Problem] = []
-    checked: set[str] = set()  # trackers whose records in the outbox were looked for
+    unsent: dict[str, int] = {}  # records in the outbox, by tracker; of those looked for
     if not studies and (lab / "outbox").is_dir():  # runs outside a study wait there, too
         with lab_records(lab, stores) as records:
-            found += _find_pending(records, checked, is_repair, as_json)
-        left += [] if is_repair else found
+            found += _find_pending(records, unsent, is_repair, as_json)
+            left += found if unsent[records.tracker.identity] else []
     if not studies and (lab / "mlflow.db").is_file():
         with lab_records(lab, stores) as records:
             orphans = _find_orphans(records, storage)
@@ -197,7 +198,7 @@ def audit_studies(
                 print(f"skipped: {name!r} is no study of digitlab's, or has not started")
             continue
         with leader_lock(storage, lab, name):
-            problems, rest = _audit_named(name, lab, address, checked, is_repair, as_json)
+            problems, rest = _audit_named(name, lab, address, unsent, is_repair, as_json)
             found, left = found + problems, left + rest
     if as_json:
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
@@ -227,17 +228,22 @@ def _find_orphans(records: Records, storage: RDBStorage) -> list[Problem]:
 
 
 def _find_pending(
-    records: Records, checked: set[str], is_repair: bool, as_json: bool
+    records: Records, unsent: dict[str, int], is_repair: bool, as_json: bool
 ) -> list[Problem]:
-    """Return that records of ended processes wait in the outbox; a repair sends them."""
-    waiting = 0 if records.tracker.identity in checked else records.outbox.leftovers()
-    checked.add(records.tracker.identity)
+    """Return that records of ended processes wait in the outbox; a repair sends them.
+
+    What is left afterwards is noted in `unsent`; a tracker that is there is not looked for again.
+    """
+    tracker, outbox = records.tracker, records.outbox
+    if tracker.identity in unsent:
+        return []
+    waiting = unsent[tracker.identity] = outbox.leftovers()
     if not waiting:
         return []
     if is_repair:
-        records.outbox.adopt()
-        records.outbox.flush(_DELIVERY_S)
-        records.outbox.check()
+        outbox.adopt()
+        unsent[tracker.identity] = outbox.flush(_DELIVERY_S)
+        outbox.check()
     problem = Problem(
         PENDING, None, None, f"{waiting} records of ended processes wait in the lab's outbox"
     )
@@ -251,7 +257,12 @@ def _print(problems: Iterable[Problem], as_json: bool) -> None:
 
 
 def _audit_named(
-    name: str, lab: Path, address: str | None, checked: set[str], is_repair: bool, as_json: bool
+    name: str,
+    lab: Path,
+    address: str | None,
+    unsent: dict[str, int],
+    is_repair: bool,
+    as_json: bool,
 ) -> tuple[list[Problem], list[Problem]]:
     """As `_audit_study`; a study that cannot be read is a problem, and does not end the audit."""
     try:
@@ -260,26 +271,25 @@ def _audit_named(
         problems = [Problem("unreadable", None, None, f"study {name!r}: {error}")]
         _print(problems, as_json)
         return problems, problems
-    return _audit_study(*opened, lab, checked, is_repair, as_json)
+    return _audit_study(*opened, lab, unsent, is_repair, as_json)
 
 
 def _audit_study(
     store: TrialStore,
     config: Config,
     lab: Path,
-    checked: set[str],
+    unsent: dict[str, int],
     is_repair: bool,
     as_json: bool,
 ) -> tuple[list[Problem], list[Problem]]:
     """Return the problems that were found, and those that are left."""
     with open_records(config, lab) as records:
-        pending = _find_pending(records, checked, is_repair, as_json)
-        unsent = records.outbox.held_elsewhere(store.study_id)
-        if unsent:  # what the study's runs are is not known yet
-            detail = f"another process of this lab is still to send {unsent} records of the study"
-            problem = Problem("held elsewhere", None, None, detail)
-            _print([problem], as_json)
-            return [*pending, problem], [problem] if is_repair else [*pending, problem]
+        pending = _find_pending(records, unsent, is_repair, as_json)
+        unknown = _what_is_unknown(store, records, unsent if is_repair else {})
+        if unknown:
+            _print(unknown, as_json)
+            found = [*pending, *unknown]
+            return found, unknown if is_repair else found
         problems: list[Problem] = []
         if config.tracking.name is not TrackerName.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
@@ -290,3 +300,19 @@ def _audit_study(
         problems = pending + problems
         left = repair(problems, store, records) if is_repair else problems
     return problems, left
+
+
+def _what_is_unknown(
+    store: TrialStore, records: Records, unsent: Mapping[str, int]
+) -> list[Problem]:
+    """Return why it is not known yet what the study's runs are: nothing can be said of them."""
+    if other := other_tracker(store.notes(), records.tracker):
+        return [Problem("other tracker", None, None, f"study {store.config.name!r}: {other}")]
+    if held := records.outbox.held_elsewhere(store.study_id):
+        detail = f"another process of this lab is still to send {held} records of the study"
+        return [Problem("held elsewhere", None, None, detail)]
+    if left := unsent.get(records.tracker.identity):
+        why = records.outbox.problem.rstrip(".") or "it is slow"
+        detail = f"the tracker has yet to take {left} records ({why}); try again when it answers"
+        return [Problem("not sent", None, None, detail)]
+    return []

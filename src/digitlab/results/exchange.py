@@ -9,17 +9,17 @@ from typing import Any
 from optuna.storages import RDBStorage
 
 from digitlab.base.errors import UserError
-from digitlab.base.invocation import command, storage_of
+from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
-from digitlab.records.record import open_records, open_tracker
+from digitlab.records.record import open_tracker
 from digitlab.records.tracker import LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
 from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
+from digitlab.results.held import held_study
 from digitlab.study.goal import Goal
 from digitlab.study.storage import leader_lock, open_storage, study_names
-from digitlab.study.trials import load_study
 
 _RUN_OF = ("mlflow.parentRunId", "digitlab.weights_run", "digitlab.superseded_by")  # tags: run ids
 
@@ -31,44 +31,35 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
     """Write a study, its trials, its runs and their files into one file; return 0.
 
     Raises:
-        UserError: there is no such study, a process leads it, records of it wait in the outbox, a
-            run is not as it was recorded, or the file cannot be written.
+        UserError: the study cannot be held, a run is not as it was recorded, or the file cannot be
+            written.
     """
-    storage = open_storage(lab, storage_of(stores))
-    with leader_lock(storage, lab, name):
-        store, config = load_study(lab, name, storage_of(stores))
-        with open_records(config, lab) as records:
-            tracker = records.tracker
-            if records.outbox.leftovers(store.study_id):
-                repair = command("audit", name, "--repair", *stores)
-                raise UserError(
-                    f"records of study {name} wait in the outbox, and an export must be whole. "
-                    f"Run `{repair}` first."
-                )
-            rows = tracker.find({"digitlab.study_id": store.study_id})
-            damaged = find_damage(tracker, rows)
-            if damaged:
-                raise UserError(
-                    f"study {name} cannot be exported, as its record is damaged: "
-                    f"{damaged[0].detail}. Train it again."
-                )
-            trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
-            runs = [_part(tracker, row) for row in rows]
-            index = Index(1, name, store.notes(), trials, runs)
-            part = target.with_name(f"{target.name}.part")
-            try:
-                with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-                    write_bundle(file, index, _contents(tracker, rows))
-                part.replace(target)
-            except OSError as error:
-                reason = error.strerror or error
-                raise UserError(
-                    f"{target} cannot be written ({reason}): it must be in a folder that can be "
-                    "written. Name another file."
-                ) from error
-            finally:
-                with suppress(OSError):  # as a rule it is not there any more
-                    part.unlink()
+    with held_study(name, lab, stores) as study:
+        store, tracker = study.store, study.tracker
+        rows = tracker.find({"digitlab.study_id": store.study_id})
+        damaged = find_damage(tracker, rows)
+        if damaged:
+            raise UserError(
+                f"study {name} cannot be exported, as its record is damaged: "
+                f"{damaged[0].detail}. Train it again."
+            )
+        trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
+        runs = [_part(tracker, row) for row in rows]
+        index = Index(1, name, store.notes(), trials, runs)
+        part = target.with_name(f"{target.name}.part")
+        try:
+            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
+                write_bundle(file, index, _contents(tracker, rows))
+            part.replace(target)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{target} cannot be written ({reason}): it must be in a folder that can be "
+                "written. Name another file."
+            ) from error
+        finally:
+            with suppress(OSError):  # as a rule it is not there any more
+                part.unlink()
     print(f"written: {target}: study {name} with {len(trials)} trials and {len(runs)} runs")
     return 0
 

@@ -13,20 +13,18 @@ from digitlab.base.errors import UserError, nearest
 from digitlab.base.invocation import command, storage_of
 from digitlab.config.recorded import config_from_yaml
 from digitlab.records.record import open_tracker
+from digitlab.results.held import held_study, other_tracker
 from digitlab.study.storage import DELETED, leader_lock, open_storage, study_names, study_notes
-from digitlab.study.trials import load_study
 
 
 def delete_study(name: str, lab: Path, stores: Sequence[str], yes: bool) -> int:
     """Hide a study and its runs; return 0, or 1 where the answer is no.
 
     Raises:
-        UserError: there is no such study, a process leads it, or nobody is there to be asked.
+        UserError: the study cannot be held, or nobody is there to be asked.
     """
-    storage = open_storage(lab, storage_of(stores))
-    with leader_lock(storage, lab, name):
-        store, config = load_study(lab, name, storage_of(stores))
-        tracker = open_tracker(config, lab)
+    with held_study(name, lab, stores) as study:
+        store, tracker = study.store, study.tracker
         runs = [row.run_id for row in tracker.find({"digitlab.study_id": store.study_id})]
         what = f"study {name} with {len(store.rows())} trials and {len(runs)} runs"
         if not yes and not _agreed(what):
@@ -53,7 +51,8 @@ def restore_study(name: str, lab: Path, stores: Sequence[str]) -> int:
     """Bring back a study and the runs that were deleted with it; return 0.
 
     Raises:
-        UserError: no such study was deleted, or a run of it is gone for good.
+        UserError: no such study was deleted, its runs are in another tracker, or one is gone for
+            good.
     """
     storage = open_storage(lab, storage_of(stores))
     notes = _notes(storage, name)
@@ -62,6 +61,8 @@ def restore_study(name: str, lab: Path, stores: Sequence[str]) -> int:
         raise UserError(f"study {name} was not deleted: {nearest(name, deleted)}")
     with leader_lock(storage, lab, name):
         tracker = open_tracker(config_from_yaml(str(notes["config"])), lab)
+        if other := other_tracker(notes, tracker):
+            raise UserError(f"study {name} cannot be restored: {other}")
         for run in notes[DELETED]["runs"]:
             tracker.restore(run)
         storage.set_study_user_attr(storage.get_study_id_from_name(name), DELETED, None)
