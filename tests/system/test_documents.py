@@ -23,6 +23,8 @@ from digitlab.cli import build_parser
 from digitlab.config import compose as composing
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
+TOP = {".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"}
+TOP |= {"conf", "experiments", "pyproject.toml", "requirements.lock", "src", "tests"}
 COMMAND = re.compile(r"(?:make|digitlab) [a-z].*")
 # What needs a cluster, the internet or many minutes, and what serves until Ctrl-C: parsed, not run.
 NOT_RUN = ("setup", "test", "check", "bench", "data", "draw", "play", "ui", "dashboard")
@@ -202,3 +204,11 @@ def test_a_table_of_figures_has_a_row_for_each_and_a_source(tmp_path: Path) -> N
     assert list(problems(f"{row}\n\n{source}", tmp_path)) == []
     assert list(problems(f"| slow |\n\n{source}", tmp_path)) == [f"no row {row}"]
     assert list(problems(f"{row}\n", tmp_path)) == [f"no source of the table with {row}"]
+
+
+def test_nothing_else_lies_at_the_top_of_the_checkout() -> None:
+    """A program without an address of its own writes its databases where it was called."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == TOP
