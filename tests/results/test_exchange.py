@@ -15,6 +15,7 @@ from studies import problems_of, results_of
 
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import find_run, load_run
+from digitlab.records.tracker import LogBatch, RunRow
 from digitlab.results import exchange
 from digitlab.results.exchange import export_study
 from digitlab.study.storage import open_storage, study_names
@@ -33,6 +34,11 @@ def bundle(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def datasets(tracker: Any, row: RunRow) -> list[tuple[str, str, str]]:
+    inputs = tracker.client.get_run(row.run_id).inputs.dataset_inputs
+    return sorted((one.dataset.name, one.dataset.digest, one.tags[0].value) for one in inputs)
+
+
 def facts(lab: Path, name: str) -> list[tuple[Any, ...]]:
     """What is recorded of a study's runs, but for their ids."""
     tracker = recorded(lab, name).tracker
@@ -44,6 +50,7 @@ def facts(lab: Path, name: str) -> list[tuple[Any, ...]]:
             {k: v for k, v in row.tags.items() if k.startswith(own) and k not in links},
             tracker.history(row.run_id),
             {path: tracker.artifact(row.run_id, path) for path in tracker.files(row.run_id)},
+            datasets(tracker, row) if row.tags["digitlab.kind"] != "champion" else [],
         )
         for row in recorded(lab, name).runs()
     ]  # fmt: skip
@@ -102,6 +109,35 @@ def test_an_import_that_was_killed_is_started_again(
     assert call("import", str(bundle))[0] == 0
     assert problems_of(other) == []
     assert facts(other, "smoke") == facts(lab, "smoke")
+
+
+def test_the_last_of_several_values_at_a_step_stays_the_last(
+    lab: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    """A study that is extended publishes its figures again: MLflow shows those that came last."""
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    study = recorded(mine, "smoke").runs(kind="study")[0]
+    tracker = recorded(mine, "smoke").tracker
+    for time_ms, value in ((study.ended_ms + 1, 0.9), (study.ended_ms + 2, 0.1)):
+        tracker.log(study.run_id, LogBatch({}, [("test_accuracy_mean", value, 0, time_ms)]))
+    assert call_in(mine)("export", "smoke", str(tmp_path / "file"))[0] == 0
+    other = tmp_path / "other"
+    assert call_in(other)("import", str(tmp_path / "file"))[0] == 0
+    assert recorded(other, "smoke").runs(kind="study")[0].metrics["test_accuracy_mean"] == 0.1
+    assert facts(other, "smoke") == facts(mine, "smoke")
+
+
+def test_a_study_that_was_imported_goes_on_with_the_stores_of_its_lab(
+    lab: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    store = recorded(mine, "smoke").store
+    words = ["tracking.uri=http://old", "study.trials=6", "study.storage=old"]
+    store.note("overrides", words)
+    assert call_in(mine)("export", "smoke", str(tmp_path / "file"))[0] == 0
+    call = call_in(tmp_path / "other")
+    assert call("import", str(tmp_path / "file"))[0] == 0
+    assert recorded(tmp_path / "other", "smoke").store.notes()["overrides"] == ["study.trials=6"]
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -181,6 +217,11 @@ CHANGES: dict[str, Change] = {
     "a champion that is none": with_index(lambda i: i["notes"].update(champion=5)),
     "a run's id that is none": with_index(lambda i: i["notes"].update(run_id={})),
     "a fingerprint that is none": with_index(lambda i: i["notes"].update(fingerprint=[1])),
+    "overrides that are none": with_index(lambda i: i["notes"].update(overrides=5)),
+    "an override that is none": with_index(lambda i: i["notes"].update(overrides=[5])),
+    "data that are none": with_index(
+        lambda index: first(index)["tags"].update({"digitlab.data_sha256": "[1]"})
+    ),
     "no configuration": with_index(lambda index: index["notes"].pop("config")),
     "an unknown key": with_index(lambda index: index.update(more=1)),
 }  # fmt: skip
@@ -215,6 +256,19 @@ def test_a_changed_bundle_is_refused_and_leaves_nothing(
         for name, content in members.items():
             file.writestr(name, content)
     refused(nowhere, call_in, path)
+
+
+def test_runs_that_are_in_the_tracker_already_are_not_written_to(
+    lab: Path, bundle: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    """Two labs share a tracker: what one has exported, the other must not record there again."""
+    before = facts(lab, "smoke")
+    shared = f"tracking.uri=sqlite:///{lab / 'mlflow.db'}"
+    call = call_in(tmp_path / "other")
+    status, out, err = call("import", str(bundle), shared)
+    assert (status, out, "has its runs in this tracker already" in err) == (2, "", True)
+    assert json.loads(call("studies", "--json")[1]) == []
+    assert facts(lab, "smoke") == before
 
 
 def test_a_study_whose_champion_has_no_run_is_imported(

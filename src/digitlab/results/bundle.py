@@ -93,7 +93,10 @@ def _check_notes(notes: dict[str, Any]) -> dict[str, Any]:
     champion, fingerprint = notes.get("champion", {}), notes.get("fingerprint", {})
     if not isinstance(champion, dict) or not isinstance(fingerprint, dict):
         raise ValueError("the study's champion or fingerprint is noted in another form")
-    texts = [notes.get(key, "") for key in ("config", "study_id")]
+    overrides = notes.get("overrides", [])
+    if not isinstance(overrides, list):
+        raise ValueError("the study's overrides are noted in another form")
+    texts = [*overrides, *(notes.get(key, "") for key in ("config", "study_id"))]
     # A champion that was fitted no more (study.final_seeds=0) has no run of its own.
     texts += [place["run_id"] for place in (notes, champion) if place.get("run_id") is not None]
     if not all(isinstance(text, str) for text in texts):

@@ -8,13 +8,14 @@ from typing import Any
 
 from optuna.storages import RDBStorage
 
-from digitlab.base.errors import UserError
-from digitlab.base.invocation import command
+from digitlab.base.errors import UserError, first_line
+from digitlab.base.invocation import command, split_stores
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
-from digitlab.records.record import open_tracker
-from digitlab.records.tracker import LogBatch, NewRun, RunRow, Tracker
+from digitlab.records.reader import recorded_config, recorded_data
+from digitlab.records.record import datasets_of, open_tracker
+from digitlab.records.tracker import Dataset, LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
 from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
 from digitlab.results.held import held_study
@@ -100,8 +101,9 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
         with leader_lock(storage, lab, name):
             tracker = open_tracker(recorded, lab)
             _refuse_known(storage, tracker, name, index.notes["study_id"])
+            _refuse_originals(tracker, name, index.notes["study_id"], rows)
             ids = _record(tracker, bundle, rows)
-            _insert(storage, index, trials, recorded, tracker.identity, ids)
+            _insert(storage, index, trials, recorded, tracker.identity, ids, stores)
     print(f"imported: study {name} with {len(trials)} trials and {len(rows)} runs")
     print(f"look at it: {command('show', name, *stores)}")
     return 0
@@ -112,9 +114,19 @@ def _verify(bundle: Bundle, rows: Sequence[RunRow]) -> None:
     for row in rows:
         for path in bundle.files(row.run_id):
             bundle.artifact(row.run_id, path)
+        try:
+            _datasets(bundle, row)
+        except UserError as error:
+            raise ValueError(first_line(error)) from error
     damaged = find_damage(bundle, rows)
     if damaged:
         raise ValueError(damaged[0].detail)
+
+
+def _datasets(bundle: Bundle, row: RunRow) -> list[Dataset]:
+    """Return what a run has read, which follows from its record."""
+    read = recorded_data(row)
+    return datasets_of(recorded_config(bundle, row).data, read) if read else []
 
 
 def _placed(recorded: Config, here: Config, name: str) -> Config:
@@ -145,6 +157,16 @@ def _refuse_known(storage: RDBStorage, tracker: Tracker, name: str, study_id: st
         )
 
 
+def _refuse_originals(tracker: Tracker, name: str, study_id: str, rows: Sequence[RunRow]) -> None:
+    """Refuse the tracker that the runs came from: an import would write into them."""
+    exported = {row.run_id for row in rows}
+    if any(row.run_id in exported for row in tracker.find({"digitlab.study_id": study_id})):
+        raise UserError(
+            f"study {name} has its runs in this tracker already: an import must go into another. "
+            "Give tracking.uri=ADDRESS, or unset MLFLOW_TRACKING_URI for the lab's own."
+        )
+
+
 def _record(tracker: Tracker, bundle: Bundle, rows: Sequence[RunRow]) -> dict[str, str]:
     """Record the runs; return their new ids by the old ones."""
     ids: dict[str, str] = {}
@@ -154,9 +176,12 @@ def _record(tracker: Tracker, bundle: Bundle, rows: Sequence[RunRow]) -> dict[st
     for row in rows:
         run_id = ids[row.run_id]
         tags = {k: ids.get(v, v) if k in _RUN_OF else v for k, v in row.tags.items()}
-        history = bundle.history(row.run_id)
-        metrics = [(key, value, step, row.started_ms) for key, step, value in history]
-        tracker.log(run_id, LogBatch(row.params, metrics, tags))
+        # Of several values at one step the last to be logged was the run's: it is later here, too.
+        metrics = [
+            (name, value, step, row.started_ms + (value == row.metrics.get(name)))
+            for name, step, value in bundle.history(row.run_id)
+        ]
+        tracker.log(run_id, LogBatch(row.params, metrics, tags, _datasets(bundle, row)))
         paths = bundle.files(row.run_id)
         tracker.upload(run_id, {path: bundle.artifact(row.run_id, path) for path in paths})
         state = row.tags.get("digitlab.state", "running")
@@ -167,7 +192,7 @@ def _record(tracker: Tracker, bundle: Bundle, rows: Sequence[RunRow]) -> dict[st
 
 def _insert(
     storage: RDBStorage, index: Index, trials: Sequence[Any], recorded: Config, tracker: str,
-    ids: dict[str, str],
+    ids: dict[str, str], stores: Sequence[str],
 ) -> None:  # fmt: skip
     study = storage.create_new_study(Goal.of(recorded.study).directions, index.study)
     storage.set_study_user_attr(study, _IMPORTING, True)
@@ -175,6 +200,8 @@ def _insert(
         storage.create_new_trial(study, template_trial=trial)
     notes = {key: value for key, value in index.notes.items() if key != "config"}
     notes["fingerprint"] = notes.get("fingerprint", {}) | {"tracker": tracker}
+    # The command that goes on is printed with them.
+    notes["overrides"] = [*split_stores(notes.get("overrides", []))[1], *stores]
     for place in (notes, notes.get("champion", {})):
         if "run_id" in place:
             place["run_id"] = ids.get(place["run_id"], place["run_id"])
