@@ -40,7 +40,7 @@ from digitlab.data.datasets import TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
 from digitlab.records.record import SUMS, Identity, open_records, seal, trial_tags
-from digitlab.records.tracker import LogBatch, NewRun, RunRow, now_ms
+from digitlab.records.tracker import LogBatch, NewRun, RunRow, TrackerAway, now_ms
 from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
 from digitlab.results.at_commit import confirm_code, train_at_commit
@@ -97,6 +97,26 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 def call(recorded: Recorded, call_in: CallIn) -> Call:
     """`digitlab` in this process, in the lab of the run: exit status, output, error output."""
     return call_in(recorded.lab)
+
+
+def test_a_reproduction_whose_record_waits_has_no_verdict(
+    recorded: Recorded, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of artifacts that is down, while the tracker answers all else."""
+    tracker = recorded.tracker
+
+    def away(*_: object) -> None:
+        raise TrackerAway("the artifacts cannot be stored")
+
+    before = tracker.get(recorded.run_id).tags
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "upload", away)
+        patch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+        patch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
+        status, _, err = call("reproduce", recorded.run_id)
+    assert (status, "1 of its records wait in" in err, err.count("\n")) == (2, True, 1)
+    assert tracker.get(recorded.run_id).tags == before
+    assert call("audit", "--repair")[0] == 0
 
 
 def runs(recorded: Recorded) -> set[str]:

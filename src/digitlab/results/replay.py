@@ -72,10 +72,11 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
         is_harmless = all(difference.is_harmless for difference in found)
         verdict = IDENTICAL if not parted else NOT_REPRODUCED if is_harmless else INCOMPARABLE
         run_id = _record(records, config, row, verdict, parted, now)
-    reasons = [*map(str, found), *parted]
-    original_id = row.run_id if row else study
-    reached = Verdict(verdict, reasons, run_id, original_id)
-    reached.show(as_json, f"study {study}")
+        reasons = [*map(str, found), *parted]
+        reached = Verdict(verdict, reasons, run_id, row.run_id if row else study)
+        reached.show(as_json, f"study {study}")  # before it is noted: the tracker may be away
+        if row:
+            records.tracker.tag(row.run_id, {"digitlab.reproduced": verdict})
     return reached.exit_status
 
 
@@ -136,7 +137,7 @@ def _record(
     parted: Sequence[str],
     environment: Mapping[str, Any],
 ) -> str | None:
-    """Record a run that has the verdict, and tag it and the study's own run; returns its id."""
+    """Record a run that has the verdict; returns its id."""
     tags = {"digitlab.reproduction_of": original.run_id if original else ""}
     tags["digitlab.verdict"] = verdict
     identity = Identity(config.study.name, "reproduction", tags, None, (), environment)
@@ -144,6 +145,4 @@ def _record(
     recorder.add_files({"replay.json": json.dumps(list(parted), indent=1).encode()})
     recorder.end("finished")
     records.outbox.flush(_DELIVERY_S)
-    if original:
-        records.tracker.tag(original.run_id, {"digitlab.reproduced": verdict})
     return recorder.run_id()

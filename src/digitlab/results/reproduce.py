@@ -79,8 +79,8 @@ def reproduce(
                 verdict = _train_at_commit(tracker, row, overrides, config, lab)
             else:
                 verdict = _train_again(records, row, values, lab)
+        verdict.show(as_json, row.name)  # before it is noted: the tracker may be away by now
         _record(tracker, row, verdict)
-    verdict.show(as_json, row.name)
     return verdict
 
 
@@ -108,6 +108,13 @@ def _train_again(records: Records, row: RunRow, values: Mapping[str, Any], lab: 
     outcome = run_once(config, identity, records, lab)
     if outcome.state == "interrupted":
         raise KeyboardInterrupt
+    if pending := records.outbox.pending():
+        why = records.outbox.problem.rstrip(".") or "the tracker is slow"
+        raise UserError(
+            f"the reproduction of {row.name} {outcome.state}, and {pending} of its records wait in "
+            f"{lab / 'outbox'} ({why}): a verdict must be on a whole record. Try again when the "
+            "tracker answers."
+        )
     if outcome.state != "finished" or outcome.run_id is None:
         failed = f"the reproduction {outcome.state}: {outcome.reason}"
         return Verdict(NOT_REPRODUCED, [failed], outcome.run_id, row.run_id)
