@@ -11,6 +11,7 @@ from conftest import TINY
 from samples import WHOLE, copy_digits, studies
 
 from digitlab.base.console import Board
+from digitlab.base.errors import UserError
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import compose
 from digitlab.data.datasets import TEST, load_digits
@@ -18,7 +19,7 @@ from digitlab.data.images import as_tensors
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, load_network, recorded_config, trained
 from digitlab.records.tracker import RunRow
-from digitlab.results.publish import publish
+from digitlab.results.publish import publish, register_champion
 from digitlab.study.session import StudySession, open_session
 from digitlab.training.evaluate import evaluate
 
@@ -129,6 +130,21 @@ def test_the_vote_of_the_final_fits_is_that_of_their_networks_mean_probability(
     text = f"vote of the 2 fits (mean probability) {right:.2%}".replace("%", " % (n=1)")
     assert text in study.tags["mlflow.note.content"]
     assert text in tracker.artifact(study.run_id, "report.html").decode()
+
+
+def test_a_final_fit_whose_run_was_deleted_is_named(
+    session: StudySession, champions: list[RunRow]
+) -> None:
+    tracker = session.records.tracker
+    runs = [run.run_id for run in tracker.find({**STUDY, "digitlab.kind": "final"})]
+    for run_id in runs:
+        tracker.delete(run_id)
+    try:
+        with pytest.raises(UserError, match=r"run of the final fit of trial \d+ with seed \d+ is"):
+            register_champion(session, session.store.notes()["champion"])
+    finally:
+        for run_id in runs:
+            tracker.restore(run_id)
 
 
 def test_studys_own_run_names_the_new_champion_in_text_figures_and_report(

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from digitlab.base.errors import UserError
 from digitlab.base.statistics import Interval, softmax
 from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
@@ -65,7 +66,14 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     study_id, study = session.store.study_id, config.study.name
     row = session.store.rows()[summary["trial"]]
     fit = next(f for f in final_fits(config, row) if f.key == summary["weights_of"])
-    weights_run = _final_runs(session, fit)[-1]
+    found = _final_runs(session, fit)
+    if not found:
+        raise UserError(
+            f"study {study}: the run of the final fit of trial {fit.number} with seed {fit.seed} "
+            "is not in the tracker, and the champion has its weights. Was it deleted? Restore it "
+            f"with `{tracker.command} runs restore --run-id RUN`, then go on."
+        )
+    weights_run = found[-1]
     weights = verified(tracker, weights_run, "weights")
     earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
     tags = trial_tags(study_id, study, row.number, 1) | {
