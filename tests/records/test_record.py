@@ -1,6 +1,8 @@
 """What a run's record holds, and that a change of any part of it is noticed."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from digitlab.base.errors import UserError
 from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.networks.table import build_network
+from digitlab.records import spool
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import (
     damage,
@@ -239,3 +242,21 @@ def test_nothing_is_recorded_with_tracking_none(tmp_path: Path) -> None:
         recorder.finish({"seconds": 1.0}, results(configure()))
         assert recorder.run_id(60) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_seal_meets_a_full_disk_is_ended_once(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is in the outbox: whoever sees the error may end it again, and changes nothing."""
+    recorder = RunRecorder(records.outbox, configure(), Identity("run", "train"))
+
+    def fill(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "sync", fill)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.end("failed")
+        recorder.end("interrupted")
+    assert records.outbox.flush(30) == 0
+    assert records.tracker.get("run").tags["digitlab.state"] == "failed"

@@ -218,10 +218,10 @@ class RunRecorder:
             self.spool.add_datasets([registration.measured_on])
             self.spool.register(registration)
         self.spool.end(state)
+        self.is_ended = True  # also where the disk takes nothing more, and the seal fails
         self.spool.seal()
         if state != "interrupted":  # else the same training may go on
             self.checkpoints.remove()
-        self.is_ended = True
 
     def run_id(self, timeout_s: float = 0.0) -> str | None:
         return self.spool.run_id(timeout_s)
