@@ -8,8 +8,10 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import Call, CallIn
 from disks import read_only
+from optuna.study import StudyDirection
 from PIL import Image
 from samples import WHOLE, copy_digits, studies
 from serving import COMMAND, environment_of
@@ -27,6 +30,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.mlflow import MlflowTracker
+from digitlab.study.storage import open_storage
 
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
@@ -259,6 +263,17 @@ def test_lab_that_may_only_be_read_is_one_line_whatever_is_asked(
             status, _, err = call(*command)
             assert status == 2, command
             assert re.fullmatch(r"digitlab: .*cannot be used.*\n", err), command
+
+
+def test_storage_that_does_not_answer_as_it_must_is_one_line(lab: Path, call_in: CallIn) -> None:
+    call = call_in(lab)
+    open_storage(lab).create_new_study([StudyDirection.MAXIMIZE], "a")
+    with closing(sqlite3.connect(lab / "optuna.db")) as database:
+        database.execute("ALTER TABLE studies RENAME COLUMN study_name TO other")
+    for command in (("studies",), ("sweep", *SMALL, "study.name=a"), ("delete", "a", "--yes")):
+        status, _, err = call(*command)
+        assert status == 2, command
+        assert re.fullmatch(r"digitlab: .*no such column.*\n", err), command
 
 
 def test_reader_of_the_output_may_leave() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from digitlab import __version__, commands
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, first_line, nearest
 from digitlab.base.files import disk_problem
 from digitlab.base.invocation import split_stores
 from digitlab.base.paths import CONF, recipe_folders
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        problem = disk_problem(error)
+        problem = disk_problem(error) or _database_problem(error)
         if debug or not problem:
             raise
         what = "the lab, or what the output goes to,"
@@ -90,6 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError, AttributeError):  # or the output is written again at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
+
+
+def _database_problem(error: Exception) -> str:
+    """Return why Optuna's storage does not answer; empty if that is not the cause."""
+    from digitlab.study.storage import STORE_ERRORS  # and Optuna, which not every command needs
+
+    is_database = isinstance(error, STORE_ERRORS) and not isinstance(error, OSError)
+    return f"Optuna's storage: {first_line(error.__cause__ or error)}" if is_database else ""
 
 
 def _run(arguments: list[str]) -> int:

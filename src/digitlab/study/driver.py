@@ -79,10 +79,10 @@ def sweep(
             "was selected. Leave it out, and search trainer.epochs."
         )
     searched_space(config)  # what it refuses is refused before data are fetched
-    if not is_published(config, lab):
-        _refuse_missing_device(config)
     stop = StopSignal()
     try:
+        if not is_published(config, lab):
+            _refuse_missing_device(config)
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
             if again is not None:
                 session.store.note("again", again)
