@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from playwright.sync_api import Browser
 from samples import copy_digits, recorded, studies
 
-from digitlab.base.statistics import holm, mcnemar, share_interval
+from digitlab.base.statistics import Interval, holm, mcnemar, share_interval
 from digitlab.cli import main
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
@@ -176,6 +176,18 @@ def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(
         assert ("p_holm" in test) == (name in whole)
     _, text, _ = call("compare", "smoke/")
     assert f"{pruned[0]}: no paired test: {pruned[0]} keeps no predictions" in text
+
+
+def test_an_accuracy_over_seeds_has_the_interval_that_the_study_printed(
+    tmp_path_factory: pytest.TempPathFactory, call_in: CallIn
+) -> None:
+    lab = studies(tmp_path_factory)
+    _, out, _ = call_in(lab)("compare", "champion", "smoke/0", "--json")
+    metrics = json.loads(out)["differences"]["metrics"]
+    champion = recorded(lab, "smoke").store.notes()["champion"]
+    tested = metrics["test_accuracy, mean over seeds (95 %)"]
+    assert tested == [str(Interval(**champion["test_accuracy"])), None]
+    assert all(row[0] is None for name, row in metrics.items() if name.startswith("val_accuracy,"))
 
 
 def test_same_weights_are_equally_often_right(compare: Compare, trained: Path) -> None:

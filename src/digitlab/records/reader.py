@@ -269,14 +269,22 @@ def accuracy_name(row: RunRow) -> str:
     return "test_accuracy" if "test_accuracy" in row.metrics else "val_accuracy"
 
 
-def over_seeds(tracker: Tracker, row: RunRow) -> list[float]:
-    """Return accuracies of the runs that differ from `row` in the seed alone, `row` among them."""
-    same = {key: value for key, value in row.params.items() if key != "trainer.seed"}
-    accuracies: dict[str, float] = {}
+def over_seeds(tracker: Tracker, row: RunRow) -> list[RunRow]:
+    """Return the runs that differ from `row` in the seed alone, one of each seed.
+
+    They have read the same files. A trial counts only where its configuration has no other run: a
+    search selects what measures high, and new fits of it measure less.
+    """
+    same, data = _without_seed(row), row.tags.get("digitlab.data_sha256")
+    found: dict[str, RunRow] = {}
     for other in [*tracker.find({"digitlab.state": "finished"}), row]:
         is_whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
-        is_whole = is_whole and "trainer.seed" in other.params
-        others = {key: value for key, value in other.params.items() if key != "trainer.seed"}
-        if is_whole and others == same:
-            accuracies[other.params["trainer.seed"]] = other.metrics[accuracy_name(row)]
-    return list(accuracies.values())
+        is_whole = is_whole and other.tags.get("digitlab.data_sha256") == data
+        if is_whole and "trainer.seed" in other.params and _without_seed(other) == same:
+            found[other.params["trainer.seed"]] = other
+    new = [one for one in found.values() if one.tags.get("digitlab.kind") != "trial"]
+    return new or list(found.values())
+
+
+def _without_seed(row: RunRow) -> dict[str, str]:
+    return {key: value for key, value in row.params.items() if key != "trainer.seed"}

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from digitlab.base.console import Board, table
 from digitlab.base.errors import UserError, nearest, require
 from digitlab.base.files import write_output
-from digitlab.base.statistics import holm, mcnemar, mean_interval
+from digitlab.base.statistics import Interval, accuracy_interval, holm, mcnemar
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.records.reader import (
     accuracy_name,
@@ -133,13 +135,22 @@ def _environments(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[An
 
 
 def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
-    """Return the last metrics that differ, and the mean accuracy over seeds where there are any."""
+    """Return the last metrics that differ, and the mean accuracy over seeds where there are any.
+
+    The intervals are those of a study, over seeds and images, of the fits of each configuration.
+    """
     found: dict[str, list[Any]] = dict(_unlike([row.metrics for row in rows]))
-    seeds = [over_seeds(tracker, row) for row in rows]
-    if any(len(values) > 1 for values in seeds):
-        means = [str(mean_interval(values)) if values else None for values in seeds]
-        found["accuracy over seeds"] = means
+    for name in sorted({accuracy_name(row) for row in rows}):
+        seeds = [over_seeds(tracker, row) if accuracy_name(row) == name else [] for row in rows]
+        if any(len(fits) > 1 for fits in seeds):
+            means = [str(_over_fits(tracker, fits)) if fits else None for fits in seeds]
+            found[f"{name}, mean over seeds (95 %)"] = means
     return found
+
+
+def _over_fits(tracker: Tracker, fits: Sequence[RunRow]) -> Interval:
+    answers = [recorded_guesses(tracker, fit) for fit in fits]
+    return accuracy_interval([np.stack([guesses == labels for guesses, labels in answers])], 0)
 
 
 def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
@@ -200,5 +211,6 @@ def _sentence(test: Mapping[str, Any], names: Sequence[str], tests: int) -> str:
     corrected = f", {test['p_holm']:.3g} after Holm's correction for {tests} tests" * (tests > 1)
     return (
         f"of {test['images']} images, right: {'; '.join(sides)}\n"
-        f"  McNemar's exact test: p = {test['p']:.3g}{corrected}; the difference {chance}"
+        f"  McNemar's exact test: p = {test['p']:.3g}{corrected}; "
+        f"between these two networks the difference {chance}, of other seeds it says nothing"
     )

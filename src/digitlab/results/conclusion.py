@@ -53,4 +53,5 @@ def _difference(tracker: Tracker, before: RunRow, row: RunRow) -> str:
         return f"{text}: no paired test: {test['reason']}"
     gained, lost = len(test["only_second"]), len(test["only_first"])
     images = f"{gained} images gained, {lost} lost"
-    return f"{text}:\n  {images}; this {in_words(test['p'])} (McNemar, p = {test['p']:.2g})"
+    chance = f"between these two networks this {in_words(test['p'])}"
+    return f"{text}:\n  {images}; {chance} (McNemar, p = {test['p']:.2g})"

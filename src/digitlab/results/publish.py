@@ -70,7 +70,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     if not found:
         raise UserError(
             f"study {study}: the run of the final fit of trial {fit.number} with seed {fit.seed} "
-            "is not in the tracker, and the champion has its weights. Was it deleted? Restore it "
+            "must be in the tracker, since the champion has its weights. Restore it "
             f"with `{tracker.command} runs restore --run-id RUN`, then go on."
         )
     weights_run = found[-1]

@@ -137,7 +137,8 @@ def reach_verdict(
 
 def _may_be_chance(tracker: Tracker, row: RunRow, again: RunRow) -> tuple[bool, str]:
     """Return whether the accuracies lie no further apart than by chance in 95 of 100 cases."""
-    name, seeds = accuracy_name(row), over_seeds(tracker, row)
+    name = accuracy_name(row)
+    seeds = [one.metrics[name] for one in over_seeds(tracker, row)]
     distance = abs(row.metrics[name] - again.metrics.get(name, 0.0))
     if len(seeds) >= 3:
         # Of a difference of two runs, from a deviation that so few seeds tell: Student's t.
