@@ -343,7 +343,10 @@ def _add_digits(builder: _Builder) -> None:
     other = "the other digit (default: the next likely)"
     explain.add_argument("--against", type=int, metavar="DIGIT", choices=range(10), help=other)
     shifted = "measure a run's network on images that are shifted, rotated or noisy"
-    evaluate = builder.add_reader("evaluate", commands.evaluate, shifted, _WITH, _JSON)
+    evaluate = builder.add_reader(
+        "evaluate", commands.evaluate, shifted, _WITH, _JSON,
+        more="With the default this takes several minutes; with `--prepared 100`, about one.",
+    )  # fmt: skip
     count = "images of each change that are prepared, too (default: %(default)s)"
     evaluate.add_argument("--prepared", type=int, metavar="N", default=1000, help=count)
 
