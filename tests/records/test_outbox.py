@@ -723,6 +723,23 @@ def test_full_disk_is_raised_and_leaves_no_half_operation(
     outbox.close()
 
 
+def test_record_that_cannot_be_read_now_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, or a file system that is away for a moment."""
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSpool, "unsent", lambda _: os.read(-1, 1))
+        outbox.open_run(new()).end("finished")
+        assert outbox.flush(60) == 1  # at once
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            outbox.check()
+    assert outbox.flush(60) == 0
+    outbox.check()
+    assert recorded(outbox.tracker)
+    outbox.close()
+
+
 def test_full_disk_of_the_lab_is_no_outage_and_space_lets_the_records_through(
     tmp_path: Path,
 ) -> None:

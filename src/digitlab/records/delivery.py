@@ -136,12 +136,14 @@ class Delivery:
                     break
                 try:
                     sent.append((spool, _send(self.tracker, self._changes, spool)))
-                except TrackerAway:
-                    with self._changes:
-                        self._spools = _postponed(self._spools, spool)
-                    raise
-                except Exception as error:  # noqa: BLE001  of this run alone; `check` raises it
-                    self._fail(spool, error)
+                except Exception as error:
+                    # A file that cannot be read now may be readable later; one that is gone is not.
+                    is_gone = isinstance(error, FileNotFoundError)
+                    if isinstance(error, TrackerAway | OSError) and not is_gone:
+                        with self._changes:
+                            self._spools = _postponed(self._spools, spool)
+                        raise
+                    self._fail(spool, error)  # of this run alone; `check` raises it
         finally:
             self._acknowledge(sent)
 
