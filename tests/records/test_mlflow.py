@@ -21,6 +21,7 @@ import requests
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 from trackers import CODE, FILES, HOST, Server, answers
@@ -30,7 +31,14 @@ from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.mlflow_errors import http_status
 from digitlab.records.mlflow_models import save_servable
-from digitlab.records.tracker import Dataset, LogBatch, NewRun, Registration, TrackerAway
+from digitlab.records.tracker import (
+    Dataset,
+    LogBatch,
+    NewRun,
+    Registration,
+    TrackerAway,
+    TrackerRefused,
+)
 from digitlab.results.verdict import Change
 
 _FOUR_AT_ONCE = """
@@ -121,6 +129,31 @@ def test_file_that_cannot_be_one_is_not_waited_for(
 def test_folder_of_a_database_is_made(tmp_path: Path) -> None:
     MlflowTracker(f"sqlite:///{tmp_path / 'new' / 'a.db'}", "digitlab", tmp_path)
     assert (tmp_path / "new" / "a.db").is_file()
+
+
+def test_an_experiment_that_is_refused_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MlflowException("you may not", PERMISSION_DENIED)
+
+    MlflowTracker(None, "digitlab", tmp_path)
+    monkeypatch.setattr(MlflowClient, "create_experiment", refuse)
+    with pytest.raises(UserError, match=r"cannot be used \(you may not\)"):
+        MlflowTracker(None, "new", tmp_path)
+
+
+def test_a_404_of_something_between_does_not_mean_that_a_run_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker(None, "digitlab", tmp_path)
+
+    def answer(*_: object) -> None:
+        raise MlflowException("API request failed with error code 404 != 200")
+
+    monkeypatch.setattr(MlflowClient, "get_run", answer)
+    with pytest.raises(TrackerRefused):
+        tracker.is_deleted("0" * 32)
 
 
 def test_a_tracker_on_a_server_imports_no_database() -> None:

@@ -140,7 +140,7 @@ def test_a_final_fit_whose_run_was_deleted_is_named(
     for run_id in runs:
         tracker.delete(run_id)
     try:
-        with pytest.raises(UserError, match=r"run of the final fit of trial \d+ with seed \d+ must"):
+        with pytest.raises(UserError, match=r"final fit of trial \d+ with seed \d+ must be in"):
             register_champion(session, session.store.notes()["champion"])
     finally:
         for run_id in runs:

@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -92,8 +92,11 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
         engine.dispose()
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
-        with suppress(MlflowException):  # another process was faster
+        try:
             client.create_experiment(name, None if uri.startswith("http") else LOCATION)
+        except MlflowException:
+            if client.get_experiment_by_name(name) is None:  # else another process was faster
+                raise
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     return client, experiment
@@ -208,9 +211,10 @@ class MlflowTracker(Tracker):
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:
-            if http_status(error) == 404:  # removed for good by `mlflow gc`
-                return True
-            raise
+            # Removed for good by `mlflow gc`; a proxy's 404 says nothing of the run.
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True
         return bool(stage == LifecycleStage.DELETED)
 
     @translated
