@@ -69,6 +69,8 @@ def test_an_interpolation_on_the_command_line_is_resolved_before_it_is_kept() ->
         ("model.hiden=3", "model.hiden", "model.hidden"),
         ("modle.hidden=3", "modle.hidden", "model.hidden"),
         ("epochs=3", "epochs", "trainer.epochs"),
+        ("hidden=3", "hidden", "model.hidden"),
+        ("modle=seed", "modle", "model?"),
         ("optim._target_=os.system", "optim._target_", "optim."),
     ],
 )

@@ -334,7 +334,10 @@ def _name_culprit(overrides: Sequence[Override]) -> None:
         key = override.key_or_group
         exists = any(name == key or name.startswith(f"{key}.") for name in keys)
         if override.type is OverrideType.CHANGE and override not in groups and not exists:
-            raise UserError(f"{key}: no such key in the configuration, {nearest(key, keys)}")
+            # Without a dot it stands for a group, or for a key whose group was left out.
+            ends = {*_GROUPS, *(name for name in keys if name.endswith(f".{key}"))}
+            words = nearest(key, keys if "." in key else ends)
+            raise UserError(f"{key}: no such key in the configuration, {words}")
 
 
 def _options(group: str) -> list[str]:
