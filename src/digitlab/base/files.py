@@ -46,7 +46,7 @@ def require_file(path: Path, given: str) -> None:
     if not path.is_file():
         found = "a pipe or a device" if path.exists() else "missing"
         found = "a folder" if path.is_dir() else found
-        raise UserError(f"{given} is {found}: it must be a file. Name or make another one.")
+        raise UserError(f"{given} is {found}: it must be a file. Name another one.")
 
 
 def write_synced(path: Path, content: bytes) -> None:
