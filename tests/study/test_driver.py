@@ -41,6 +41,8 @@ def test_a_study_ends_with_its_total_says_so_and_can_be_extended(lab, run_sweep)
     assert is_published(lab, *study)
     assert not is_published(lab, *study, "study.trials=4")
     assert not is_published(lab, *study, "study.margin=0.01")
+    assert not is_published(lab, *study, "study.final_seeds=3")
+    assert is_published(lab, *study, "study.trials=2", "study.final_seeds=1")  # which it keeps
     assert not is_published(lab, *study, "study.name=other")
     assert run_sweep(*study, published=True).wait() == 0
     assert "study smoke is complete: 3 trials" in parent.log.read_text()

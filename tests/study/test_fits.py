@@ -85,6 +85,64 @@ def test_the_race_is_the_same_whoever_trains_and_wherever_it_was_killed(
     assert len([job for job in jobs if kind_of(job) == "confirm"]) < 8  # some were taken over
 
 
+LARGE = ("study.confirm=2", "study.confirm_fits=8", "study.measure_seeds=3", "study.final_seeds=3")
+SMALL = ("study.confirm=1", "study.confirm_fits=2", "study.measure_seeds=0", "study.final_seeds=1")
+
+
+def test_a_later_call_cannot_make_the_statement_weaker(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By fewer fits the champion could be another one, picked after the first was read."""
+    published = []
+
+    def publish(session: StudySession, summary: Mapping[str, Any]) -> dict[str, Any]:
+        published.append((summary["trial"], session.config.study.final_seeds))
+        return {}
+
+    assert lead(lab, scatter, *PLAIN, *LARGE, publish=publish)[0] == 0
+    before = open_store(lab).notes()
+    assert len(before["confirm"]) == 8
+    capsys.readouterr()
+    status, jobs = lead(lab, scatter, *PLAIN, *SMALL, publish=publish)
+    assert (status, jobs, len(published)) == (0, [], 1)
+    assert open_store(lab).notes()["champion"] == before["champion"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"study smoke keeps {', '.join(LARGE)}, by which its champion was chosen" in said
+    assert f"cannot lower that to {', '.join(SMALL)}; a new study can" in said
+    # More trials are chosen among, measured and tested as thoroughly.
+    more = (*PLAIN, *SMALL, "study.trials=4")
+    assert lead(lab, scatter, *more, publish=publish)[0] == 0
+    summary = open_store(lab).notes()["champion"]
+    assert summary["asked"] == before["champion"]["asked"] | {"trials": 4}
+    assert summary["confirm_fits"]["budget"] == 8
+    assert (summary["measured"]["n"], summary["test_accuracy"]["n"]) == (3, 3)
+    assert published[-1][1] == 3
+
+
+def test_what_a_study_has_said_nothing_by_can_be_lowered(lab: Path) -> None:
+    """A budget that was too large is no reason for a new study, as long as it has no champion."""
+    stop = StopSignal()
+
+    def stop_at_final(job: Job) -> Script:
+        stop.count = is_final(job)
+        yield Progress(0.0)
+        yield from train_well(job)
+
+    assert lead(lab, stop_at_final, *PLAIN, *LARGE, stop=stop)[0] == 130
+    assert lead(lab, train_well, *PLAIN, *SMALL)[0] == 0
+    assert open_store(lab).notes()["champion"]["test_accuracy"]["n"] == 1
+
+
+def test_where_nothing_was_confirmed_fewer_candidates_can_be(lab: Path) -> None:
+    none = ("study.confirm=8", "study.confirm_fits=0")
+    assert lead(lab, scatter, *PLAIN, *none)[0] == 0
+    assert lead(lab, scatter, *PLAIN, "study.confirm=2", "study.confirm_fits=3")[0] == 0
+    assert open_store(lab).notes()["champion"]["asked"]["confirm"] == 2
+    assert lead(lab, scatter, *PLAIN, *none)[0] == 0
+    asked = open_store(lab).notes()["champion"]["asked"]
+    assert (asked["confirm"], asked["confirm_fits"]) == (2, 3)
+
+
 def test_every_look_at_the_test_set_is_kept_and_counted(
     lab: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

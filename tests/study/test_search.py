@@ -18,10 +18,11 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.sessions import Sessions
 from digitlab.results.audit import audit_studies
 from digitlab.study import progress
-from digitlab.study.trials import TrialStore
+from digitlab.study.trials import TrialStore, load_study
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
 
 PLAIN = ("tracking=none", "study.pruner=none")
+DIVERGED = Failed("the loss is not finite", is_deterministic=True)
 
 
 def is_final(job: Job) -> bool:
@@ -91,6 +92,35 @@ def test_minutes_count_calls_that_were_killed(lab: Path, monkeypatch: pytest.Mon
     assert noted > 0
     assert lead(lab, train_well, *PLAIN, f"study.minutes={noted / 60}")[0] == 1  # none has finished
     assert [row.state for row in rows_of(lab)] == ["waiting"]
+
+
+def test_fewer_trials_than_there_are_end_none_and_that_is_said(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is planned, printed and recorded from then on is the number that there is."""
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    assert "already" not in capsys.readouterr().out
+    status, jobs = lead(lab, train_well, *PLAIN, "study.trials=2", "study.margin=0.01")
+    assert (status, jobs) == (0, [])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "study smoke has 3 trials already: study.trials=2 removes none of them" in said
+    assert "study.trials=4" in said  # by which it is extended
+    assert load_study(lab, "smoke")[1].study.trials == 3
+
+
+def test_trials_that_failed_and_do_not_count_are_not_too_many(lab: Path) -> None:
+    """A total that they were not part of is still to be reached."""
+    began: list[Job] = []
+
+    def write(job: Job) -> Script:
+        began.append(job)
+        yield from [DIVERGED] if len(began) == 2 else train_well(job)
+
+    uncounted = (*PLAIN, "study.count_failed=false")
+    assert lead(lab, write, *uncounted)[0] == 0
+    assert len(rows_of(lab)) == 4
+    assert lead(lab, train_well, *uncounted)[0] == 0
+    assert load_study(lab, "smoke")[1].study.trials == 3
 
 
 def test_failures_that_do_not_count_end_the_study_with_their_reason(lab: Path) -> None:

@@ -75,7 +75,8 @@ def confirm_fits(config: Config, rows: Sequence[TrialRow], results: Results) -> 
 
     First each has one; then those between which it is undecided have one more, two at a time, the
     least trained first, since that lowers the variance of a difference most. A round depends on the
-    results of the earlier rounds alone, so that a driver that was killed comes to the same ones.
+    results of the earlier rounds alone, so that a driver that was killed comes to the same ones,
+    and one with a larger budget goes on behind them: it uses all fits of the same candidates.
     A single candidate is confirmed only where it must be shown to be accurate enough.
     """
     left = config.study.confirm_fits - len(results)

@@ -21,14 +21,14 @@ from digitlab.study.progress import StudyProgress
 from digitlab.study.samplers import searched_space
 from digitlab.study.search import TrialSearch
 from digitlab.study.selection import select_and_test
-from digitlab.study.session import StudySession, open_session
+from digitlab.study.session import GROWING, StudySession, open_session
 from digitlab.study.settle import RecordedFits, recorded_fits, settle
 from digitlab.study.storage import STORE_ERRORS, open_storage, study_names, study_notes
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.workers.base import Workers, WorkerSetup
 
 # Settings that decide on the champion, beside the trials: with others it is chosen again.
-_CHOICE_SETTINGS = ("confirm", "confirm_fits", "margin", "measure_seeds", "final_seeds")
+_CHOICE_SETTINGS = (*GROWING, "margin")
 
 # Registers and reports a study that has just selected its champion; returns what to note of it.
 Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
@@ -41,8 +41,9 @@ def is_published(config: Config, lab: Path) -> bool:
     storage, name = open_storage(lab, config.study.storage), config.study.name
     known = study_notes(storage, name) if name in study_names(storage) else {}
     published = known.get("published", {})
-    is_same = all(published.get(key) == getattr(config.study, key) for key in _CHOICE_SETTINGS)
-    return is_same and bool(published["trials"] >= config.study.trials)
+    grown = {key: getattr(config.study, key) for key in ("trials", *GROWING)}
+    is_large_enough = all(published.get(key, -1) >= value for key, value in grown.items())
+    return is_large_enough and bool(published["margin"] == config.study.margin)
 
 
 def sweep(

@@ -2,15 +2,18 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
 from digitlab.base.console import Board
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -29,6 +32,9 @@ from digitlab.study.storage import (
 )
 from digitlab.study.summary import describe_study
 from digitlab.study.trials import TrialStore
+
+# How much is trained to choose, measure and test a champion: what a study says of it rests on that.
+GROWING = ("confirm", "confirm_fits", "measure_seeds", "final_seeds")
 
 _DELIVERY_S = 300.0  # to wait for a tracker whose answer is needed before the study can go on
 _SILENT_S = 5.0  # during which nothing is printed
@@ -154,6 +160,7 @@ def open_session(
                     f"study.name={name} is taken: the storage holds another program's study of "
                     "that name, with trials. Start yours with study.name=NEW."
                 )
+            config = _as_large_as_before(config, storage, board.say)
         _refuse_foreign_runs(records, name, study_id)
         store = TrialStore(storage, config, stop)
         check_fingerprint(store, config, digits.sha256, records.tracker.identity)
@@ -166,6 +173,40 @@ def open_session(
         session.flush_leftovers()
         _open_parent_run(session)
         yield session
+
+
+def _as_large_as_before(config: Config, storage: RDBStorage, say: Callable[[str], None]) -> Config:
+    """Return the configuration with the totals that a study has reached, where it asks for less.
+
+    Its trials are there, and what was said of its champion is known: chosen again by fewer fits,
+    it would be another statement that shows less, picked after the first one was read. So the
+    choice is made again by the same rule from its beginning, never with a smaller budget.
+    """
+    study, name = config.study, config.study.name
+    notes = study_notes(storage, name)
+    counted = [state for state in TrialState if study.count_failed or state != TrialState.FAIL]
+    count = storage.get_n_trials(storage.get_study_id_from_name(name), tuple(counted))
+    if count > study.trials:
+        say(
+            f"study {name} has {count} trials already: study.trials={study.trials} removes none "
+            f"of them, and it goes on with {count}"
+        )
+    with refuse_damage(f"what the storage holds of study {name!r}"):
+        asked = notes.get("champion", {}).get("asked", {})
+        then = {key: int(asked[key]) for key in GROWING if asked}
+    now = {key: int(getattr(study, key)) for key in GROWING}
+    for settings in filter(None, (then, now)):  # where there is no fit, none is confirmed
+        settings["confirm"] = settings["confirm"] if settings["confirm_fits"] else 1
+    kept = {key: value for key, value in then.items() if value > now[key]}
+    if lower := [key for key in kept if kept[key] > getattr(study, key)]:
+        more = ", ".join(f"study.{key}={kept[key]}" for key in lower)
+        less = ", ".join(f"study.{key}={getattr(study, key)}" for key in lower)
+        say(
+            f"study {name} keeps {more}, by which its champion was chosen: a later call cannot "
+            f"lower that to {less}; a new study can (study.name=NEW)"
+        )
+    grown: dict[str, Any] = kept | {"trials": max(count, study.trials)}
+    return replace(config, study=replace(study, **grown))
 
 
 def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> None:
