@@ -244,6 +244,13 @@ def test_page_of_a_study_of_one_trial_says_that_charts_need_two() -> None:
     assert page.drawn == {}
 
 
+def test_training_time_leaves_out_trials_that_were_taken_from_others() -> None:
+    study = new_study()
+    add_trials(study.store, [0.75])
+    add_trials(study.store, [0.75], taken_from="0")  # a twin: nobody trained it
+    assert "Training time of all trials</dt><dd>1 s<" in study.report()
+
+
 def test_page_of_a_study_whose_trials_failed_says_why() -> None:
     study = new_study()
     for reason in ("Diverged: the loss is not finite", "RuntimeError: out of memory"):

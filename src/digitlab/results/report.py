@@ -94,7 +94,7 @@ def report(store: TrialStore, config: Config, tracker: Tracker, lab: Path) -> st
         rows=rows,
         planned=config.study.trials,
         counts=", ".join(f"{n} {state}" for state, n in counts.items() if n),
-        seconds=sum(row.notes.get("metrics", {}).get("seconds", 0.0) for row in rows),
+        seconds=sum(row.seconds for row in rows),
         champion=champion,
         test=Interval(**champion["test_accuracy"]) if champion else None,
         summary=champion_text(config, champion, overrides) if champion else "",

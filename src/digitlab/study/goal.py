@@ -29,6 +29,12 @@ class TrialRow:
     def attempt(self) -> int:
         return int(self.notes.get("attempt", 1))
 
+    @property
+    def seconds(self) -> float:
+        """What its training took; nothing where its result was taken from another trial."""
+        metrics = {} if "taken_from" in self.notes else self.notes.get("metrics", {})
+        return float(metrics.get("seconds", 0.0))
+
     def metric(self, name: Objective) -> float:
         """Return what an objective is for the trial; a cost that is not known is infinite."""
         if name is Objective.val_accuracy:

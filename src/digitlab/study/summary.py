@@ -68,14 +68,12 @@ def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
     promoted = {row.notes[PROMOTED_FROM] for row in rows if PROMOTED_FROM in row.notes}
     saved = spent = 0.0
     for row in rows:
-        metrics = row.notes.get("metrics", {})
-        # A trial that was taken over has spent nothing here.
-        seconds = 0.0 if "taken_from" in row.notes else metrics.get("seconds", 0.0)
-        spent += seconds
+        rung = row.notes.get("metrics", {}).get("rung")
+        spent += row.seconds
         if row.number in promoted:  # what it trained was trained again
-            saved -= seconds
-        elif row.state == "pruned" and metrics.get("rung"):
-            saved += seconds * (1 / metrics["rung"] - 1)
+            saved -= row.seconds
+        elif row.state == "pruned" and rung:
+            saved += row.seconds * (1 / rung - 1)
     saved = max(saved, 0.0)
     text = f"pruning saved about {saved:.0f} s of {saved + spent:.0f} s of training"
     if promoted:
