@@ -312,6 +312,31 @@ def test_no_more_trials_are_taken_over_than_the_study_asks_for(lab: Path) -> Non
     assert [row.state for row in rows_of(lab, "fork")] == ["finished"] * 2
 
 
+def test_what_is_taken_over_into_a_study_with_trials_ends_at_its_total(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    own = (*PLAIN, "study.name=own", "study.seed=1", "study.begin_with=[{model.hidden: 20}]")
+    assert lead(lab, train_well, *own, "study.trials=2")[0] == 0
+    fork = (*own, "study.fork_from=smoke", "study.trials=3")
+    capsys.readouterr()
+    assert lead(lab, train_well, *fork)[0] == 0
+    assert ["taken_from" in row.notes for row in rows_of(lab, "own")] == [False, False, True]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 trials taken over from study smoke; 2 more fit, for which study.trials=3 has" in said
+
+
+def test_a_full_study_takes_nothing_over_until_it_has_room(lab: Path) -> None:
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    own = (*PLAIN, "study.name=own", "study.trials=2")
+    assert lead(lab, train_well, *own)[0] == 0
+    for total, taken in ((2, 0), (3, 1)):
+        fork = (*own, "study.fork_from=smoke", f"study.trials={total}")
+        assert lead(lab, train_well, *fork)[0] == 0
+        rows = rows_of(lab, "own")
+        assert (len(rows), sum("taken_from" in row.notes for row in rows)) == (total, taken)
+
+
 def test_trials_are_taken_over_from_one_study_alone(lab: Path) -> None:
     assert lead(lab, train_well, *PLAIN)[0] == 0
     fork = (*PLAIN, "study.name=fork")

@@ -151,16 +151,18 @@ class TrialSearch:
         own = {"digitlab.study_id": self.store.study_id, "digitlab.kind": "trial"}
         recorded = {run.tags["digitlab.trial"] for run in self.session.records.tracker.find(own)}
         fitting = fitting_trials(self.store, self.session.config, source, source_config)
-        fitting = fitting[: self.study.trials]
-        for trial in fitting:
-            number = len(self.store.rows())
-            if trial.notes["taken_from"] not in done:
-                config = with_values(self.session.config, trial.values)
-                if str(number) not in recorded:
-                    self._record_taken(number, 1, config, trial.notes)
-                self.store.add(trial.values, trial.value or 0.0, trial.notes)
-        self.store.note("forked", other)
-        self._say(f"{len(fitting)} trials taken over from study {other}")
+        new = [trial for trial in fitting if trial.notes["taken_from"] not in done]
+        while new and not self.store.is_full(self.study.trials):
+            trial, number = new.pop(0), len(self.store.rows())
+            config = with_values(self.session.config, trial.values)
+            if str(number) not in recorded:
+                self._record_taken(number, 1, config, trial.notes)
+            self.store.add(trial.values, trial.value or 0.0, trial.notes)
+        total, taken = self.study.trials, len(fitting) - len(new)
+        if taken or not new:  # else it has not happened, and can as soon as there is room
+            self.store.note("forked", other)
+        more = f"; {len(new)} more fit, for which study.trials={total} has no room" if new else ""
+        self._say(f"{taken} trials taken over from study {other}{more}")
 
 
 def _require_source(store: TrialStore, other: str) -> None:
