@@ -202,9 +202,14 @@ def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
         )
     elif notes.get("gain"):
         gain = Difference(**notes["gain"])
-        is_shown = gain.low is None or gain.low > 0
-        verdict = "was worth" if is_shown else "found nothing shown to be better:"
-        lines.append(f"  the search {verdict} {gain} over the recipe's own values (trial {own})")
+        verdict, more = "found nothing shown to be better:", ""
+        if gain.low is None:
+            verdict = "is not shown to be worth anything, by a single seed:"
+            more = "; a larger study.measure_seeds may show it"
+        elif gain.low > 0:
+            verdict = "was worth"
+        over = f"over the recipe's own values (trial {own})"
+        lines.append(f"  the search {verdict} {gain} {over}{more}")
     return lines
 
 
