@@ -11,6 +11,7 @@ import yaml
 from conftest import Call, CallIn
 from samples import copy_digits, recorded, stop_in_the_middle, studies
 
+from digitlab.base.statistics import Interval
 from digitlab.config import compose as composing
 from digitlab.config.compose import compose
 from digitlab.config.recorded import with_values
@@ -42,6 +43,25 @@ def test_a_run_is_shown_with_changed_settings_metrics_and_files(call: Call, lab:
     text = call("show", row.run_id)[1]
     assert "model.widths" in text
     assert "pictures/" in text
+
+
+def test_a_champion_is_shown_with_its_own_figures_before_the_fit_that_it_has_the_weights_of(
+    call: Call, lab: Path
+) -> None:
+    smoke = recorded(lab, "smoke")
+    [champion] = smoke.runs(kind="champion")
+    test = str(Interval(**smoke.store.notes()["champion"]["test_accuracy"]))
+    weights_run = champion.tags["digitlab.weights_run"]
+    for name in (champion.run_id[:12], champion.name, "champion", "smoke/champion"):
+        first, second, *_ = call("show", name)[1].splitlines()
+        assert first.startswith(f"run {champion.run_id} (smoke-champion) is the champion of")
+        assert f"test accuracy {test}, the mean of its final fits" in first
+        assert second.startswith(f"run {weights_run} (smoke-final-")
+    shown = json.loads(call("show", champion.run_id, "--json")[1])
+    assert shown["champion"]["metrics"] == champion.metrics
+    assert shown["run_id"] == weights_run
+    assert "champion" not in json.loads(call("show", weights_run, "--json")[1])
+    assert call("show", weights_run)[1].startswith(f"run {weights_run} ")
 
 
 def test_a_study_is_shown_with_its_trials_and_champion(call: Call, lab: Path) -> None:

@@ -37,10 +37,15 @@ def show(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
         return _show_study(name, lab, stores, as_json)
     tracker = lab_tracker(lab, stores)
     row = find_run(tracker, name)
-    document = _describe_run(tracker, row)
+    document, champion = _describe_run(tracker, row), _named_champion(tracker, name, row)
+    if champion is not None:
+        known = {"run_id": champion.run_id, "name": champion.name, "metrics": champion.metrics}
+        document = {"champion": known} | document
     if as_json:
         print(json.dumps(document, indent=1))
         return 0
+    if champion is not None:
+        print(visible(_champion_line(champion)))
     print(f"run {row.run_id} ({row.name}): {document['kind']}, {document['state']}")
     if document["reason"]:
         print(visible(f"reason: {document['reason']}"))
@@ -48,6 +53,34 @@ def show(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
     _print_pairs("metrics, the last of each", document["metrics"])
     print(visible("files: " + (", ".join(document["files"]) or "none")))
     return 0
+
+
+def _named_champion(tracker: Tracker, name: str, row: RunRow) -> RunRow | None:
+    """Return the champion's run that was named, where `row`, whose weights it has, stands for it.
+
+    None where `row` itself was named.
+    """
+    tags = {"digitlab.kind": "champion", "digitlab.weights_run": row.run_id}
+    named = [
+        champion
+        for champion in tracker.find(tags)
+        if name.rpartition("/")[2] == "champion"
+        or champion.run_id.startswith(name)
+        or champion.name == name
+    ]
+    return named[-1] if named else None
+
+
+def _champion_line(champion: RunRow) -> str:
+    """Return what was published of a champion: one of its fits alone says less."""
+    metrics, study = champion.metrics, champion.tags.get("digitlab.study")
+    low, high = (metrics.get(f"test_accuracy_{part}") for part in ("low", "high"))
+    text = f"run {champion.run_id} ({champion.name}) is the champion of study {study}"
+    if "test_accuracy_mean" in metrics:
+        seeds = int(metrics.get("test_seeds", 1))
+        test = Interval(metrics["test_accuracy_mean"], low, high, seeds)
+        text += f": test accuracy {test}, the mean of its final fits"
+    return f"{text}. Its weights are of the final fit that follows."
 
 
 def _describe_run(tracker: Tracker, row: RunRow) -> dict[str, Any]:
