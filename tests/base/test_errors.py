@@ -1,6 +1,6 @@
 """What a message of a mistake looks like, whatever is named in it."""
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, counted
 
 
 def test_a_message_that_names_something_long_keeps_its_beginning_and_its_advice() -> None:
@@ -10,3 +10,7 @@ def test_a_message_that_names_something_long_keeps_its_beginning_and_its_advice(
     assert message.startswith("key xxx")
     assert message.endswith(short)
     assert str(UserError("a\n b")) == "a b"
+
+
+def test_one_thing_is_counted_in_the_singular() -> None:
+    assert [counted(n, "trial") for n in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]

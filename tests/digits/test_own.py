@@ -126,7 +126,7 @@ def test_arrays_of_an_npz_file_are_kept_as_they_are(call: Call, lab: Path, tmp_p
         ("mine", "pickled.npz", "cannot be read"),
         ("mine", "empty.npz", "cannot be read"),
         ("mine", "scalar.npz", "labels int64 () is invalid"),
-        ("mine", "few", "with 1 images is invalid"),
+        ("mine", "few", "with 1 image is invalid"),
         ("null", "shapes", "data null is invalid"),
         ("MNIST", "shapes", "data MNIST is invalid"),
         ("mine", "times.npz", "labels timedelta64"),

@@ -207,7 +207,7 @@ def test_folder_and_standard_input_are_read(
         picture(DIGITS[i]).save(folder / f"{i}.png")
     (folder / "notes.txt").write_text("not an image")
     status, out, err = predict("--json", str(folder), "--out", str(tmp_path / "seen"))
-    assert err == f"{folder}: 1 files are no images\n"
+    assert err == f"{folder}: 1 file is no image\n"
     assert status == 0
     assert [Path(answer["path"]).name for answer in json.loads(out)] == ["0.png", "1.png", "2.png"]
     with Image.open(tmp_path / "seen" / "1.28x28.png") as seen:

@@ -74,7 +74,7 @@ def test_a_study_is_shown_with_its_trials_and_champion(call: Call, lab: Path) ->
     text = call("show", "smoke")[1]
     assert "champion: trial" in text
     assert "extend:    digitlab sweep experiments=smoke " in text
-    assert "no champion yet: 1 of 3 trials have ended" in call("show", "stopped")[1]
+    assert "no champion yet: 1 of 3 trials ended" in call("show", "stopped")[1]
 
 
 def test_what_there_is_not_is_one_line(call: Call) -> None:

@@ -127,7 +127,7 @@ def test_failures_that_do_not_count_end_the_study_with_their_reason(lab: Path) -
     """Values that contradict each other fail without a worker, and would without end."""
     no_pixel = ("model.strides=choice([14])", "model.pools=choice([14])")  # each is valid alone
     study = (*no_pixel, "study.count_failed=false", "study.trials=2")
-    reason = r"2 trials have failed, the last: model.pools=\[14\] with model.strides=\[14\]"
+    reason = r"2 trials failed, the last: model.pools=\[14\] with model.strides=\[14\]"
     for _ in range(2):
         with pytest.raises(UserError, match=reason):
             lead(lab, train_well, *study)
@@ -323,7 +323,7 @@ def test_what_is_taken_over_into_a_study_with_trials_ends_at_its_total(
     assert lead(lab, train_well, *fork)[0] == 0
     assert ["taken_from" in row.notes for row in rows_of(lab, "own")] == [False, False, True]
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 trials taken over from study smoke; 2 more fit, for which study.trials=3 has" in said
+    assert "1 trial taken over from study smoke; 2 more fit, for which study.trials=3 has" in said
 
 
 def test_a_full_study_takes_nothing_over_until_it_has_room(lab: Path) -> None:

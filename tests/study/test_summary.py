@@ -133,7 +133,7 @@ def test_what_pruning_saved_and_whether_it_cost_the_winner() -> None:
     assert pruning_text(rows[:1], {}) == "no trial was pruned"
     assert pruning_text(rows, {}) == "pruning saved about 6 s of 18 s of training"
     better = pruning_text(rows, {"1/0": {"val_accuracy": 0.91}})
-    assert better.endswith("1 pruned trials trained to the end: trial 1 would have won")
+    assert better.endswith("1 pruned trial trained to the end: trial 1 would have won")
     worse = pruning_text(rows, {"1/0": {"val_accuracy": 0.8}})
     assert worse.endswith("none of them would have won")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from digitlab.base.errors import counted
 from digitlab.base.statistics import (
     LEVEL,
     Difference,
@@ -152,7 +153,7 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
         for n, i in found
     ]
     spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
-    more = f"study.confirm_fits={2 * budget} may settle it"
+    fits, more = counted(spent, "fit"), f"study.confirm_fits={2 * budget} may settle it"
     least, less = _LEAST[notes["cost"]]
     aim = f"within {100 * notes['margin']:g} points of the "
     aim, others = f"{aim}best", f"{aim}others"
@@ -160,18 +161,18 @@ def describe_choice(notes: Mapping[str, Any]) -> list[str]:
         aim = others = f"at least {100 * notes['required']:g} % accurate"
     if notes["is_settled"] and not notes["is_decided"]:
         lines.append(
-            f"  it is shown to be {aim}; whether a {less} one is, too, is not settled by {spent} "
-            f"fits; {more}"
+            f"  it is shown to be {aim}; whether a {less} one is, too, is not settled by "
+            f"{fits}; {more}"
         )
     elif notes["is_settled"]:
         saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
         least = f"{least} that is" if notes["required"] else least
         lines.append(f"  it is the {least} {aim}, as shown{saved}")
     elif notes["is_decided"]:
-        lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {spent} fits")
+        lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {fits}")
     else:
         mean = "" if notes["required"] else "has the best mean, and "
-        lines.append(f"  not settled by {spent} fits: it {mean}is not shown to be {others}; {more}")
+        lines.append(f"  not settled by {fits}: it {mean}is not shown to be {others}; {more}")
     return [*lines, *_describe_measure(notes)]
 
 

@@ -18,6 +18,11 @@ def visible(text: str) -> str:
     return _CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number of things in words: `1 trial`, `2 trials`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 class UserError(ValueError):
     """A mistake of the caller; the text names what was given, the rule and what to do.
 

@@ -12,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from digitlab.base.errors import UserError, require, visible
+from digitlab.base.errors import UserError, counted, require, visible
 from digitlab.base.files import write_synced
 from digitlab.base.invocation import command
 from digitlab.data.datasets import KNOWN, OWN, TEST, TRAIN, idx_bytes, sha256_of, stratified_split
@@ -146,8 +146,8 @@ def _read_folder(folder: Path, classes: Sequence[str], is_prepared: bool, least:
         found = list(_images(folder / name, is_prepared))
         if len(found) < least:
             raise UserError(
-                f"--from {folder / name} with {len(found)} images is invalid: it must have "
-                f"{least} or more. Add images, or leave that class out."
+                f"--from {folder / name} with {counted(len(found), 'image')} is invalid: it must "
+                f"have {least} or more. Add images, or leave that class out."
             )
         images += found
         labels += [label] * len(found)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from digitlab.base.errors import UserError, require, visible
+from digitlab.base.errors import UserError, counted, require, visible
 from digitlab.base.files import write_output
 from digitlab.config.types import Config
 from digitlab.data.datasets import class_names
@@ -227,7 +227,8 @@ def _report_passed_over(
     folders = [file for file in shown if file.is_dir()]
     others = len(shown) - len(inside) - len(folders)
     if others:
-        print(visible(f"{path}: {others} files are no images"), file=sys.stderr)
+        are = "is no image" if others == 1 else "are no images"
+        print(visible(f"{path}: {counted(others, 'file')} {are}"), file=sys.stderr)
     if folders and not recursive:
         text = f"{path}: {len(folders)} sub-folders are not read: --recursive reads them"
         print(visible(text), file=sys.stderr)

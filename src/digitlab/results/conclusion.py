@@ -1,6 +1,6 @@
 """What `digitlab train` prints at its end: what changed since the last run, and what to do next."""
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, counted
 from digitlab.base.invocation import SHORT_ID, command
 from digitlab.config.compose import store_words
 from digitlab.config.types import Config
@@ -52,6 +52,6 @@ def _difference(tracker: Tracker, before: RunRow, row: RunRow) -> str:
     if "p" not in test:
         return f"{text}: no paired test: {test['reason']}"
     gained, lost = len(test["only_second"]), len(test["only_first"])
-    images = f"{gained} images gained, {lost} lost"
+    images = f"{counted(gained, 'image')} gained, {lost} lost"
     chance = f"between these two networks this {in_words(test['p'])}"
     return f"{text}:\n  {images}; {chance} (McNemar, p = {test['p']:.2g})"

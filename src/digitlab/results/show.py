@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from digitlab.base.console import Board, print_table, table
-from digitlab.base.errors import UserError, refuse_damage, visible
+from digitlab.base.errors import UserError, counted, refuse_damage, visible
 from digitlab.base.invocation import storage_of
 from digitlab.base.paths import CONF
 from digitlab.base.statistics import Interval
@@ -120,7 +120,7 @@ def _show_study(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> i
             board.say(champion_text(config, champion, overrides))
         return 0
     ended = sum(row.is_ended for row in rows)
-    board.say(f"no champion yet: {ended} of {config.study.trials} trials have ended")
+    board.say(f"no champion yet: {ended} of {counted(config.study.trials, 'trial')} ended")
     board.say(f"go on: {continue_command(notes)}")
     return 0
 

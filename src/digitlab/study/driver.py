@@ -9,7 +9,7 @@ from typing import Any
 
 from digitlab.base.console import Board
 from digitlab.base.environment import training_digest
-from digitlab.base.errors import UserError, first_line, refuse_damage
+from digitlab.base.errors import UserError, counted, first_line, refuse_damage
 from digitlab.base.limits import usable_cores
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -153,7 +153,7 @@ class StudyDriver:
         summary = self.store.notes().get("champion", {})
         unpruned = self._fits("unpruned", unpruned_fits(self.session.config, rows))
         if summary.get("asked") == asked:
-            self.board.say(f"study {self.study.name} is complete: {len(rows)} trials")
+            self.board.say(f"study {self.study.name} is complete: {counted(len(rows), 'trial')}")
         elif not stop():
             summary = select_and_test(self.session, best, self._fits) | {"asked": asked}
             if stop():
@@ -208,7 +208,7 @@ class StudyDriver:
         if self.session.stop():
             ended = sum(row.is_ended for row in self.store.rows())
             self.board.say(
-                f"stopped with {ended} of {self.study.trials} trials; "
+                f"stopped with {ended} of {counted(self.study.trials, 'trial')}; "
                 f"go on with: {self.again or sweep_command(self.session.overrides)}"
             )
         self.store.note("seconds", self.progress.seconds())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from digitlab.base.console import print_table
 from digitlab.base.environment import describe_environment
+from digitlab.base.errors import counted
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
@@ -119,7 +120,8 @@ def train(
         pending = records.outbox.pending()
         run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
         if pending:
-            print(f"{pending} records wait in {lab / 'outbox'} until the tracker answers again")
+            waiting = counted(pending, "record")
+            print(f"{waiting} still in {lab / 'outbox'}, until the tracker answers again")
         if outcome.state != "finished":
             print(f"{run} {outcome.state}: {outcome.reason}")
             return outcome

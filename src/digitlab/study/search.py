@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, counted, nearest
 from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner, StudyConfig
@@ -35,7 +35,7 @@ class TrialSearch:
                 self._say(f"the recipe's own values are not in the space: {self.store.own}")
         is_open = not self.store.is_full(total) or any(not row.is_ended for row in rows)
         if ended and is_open:
-            self._say(f"study {name}: going on from {ended} of {total} trials")
+            self._say(f"study {name}: going on from {ended} of {counted(total, 'trial')}")
         if is_open and not self._is_exhausted():
             loop.run(self._next_task, self._ended)
 
@@ -63,7 +63,7 @@ class TrialSearch:
         failed = [row for row in self.store.rows() if row.state == "failed"]
         if not self.study.count_failed and len(failed) >= self.study.trials:
             raise UserError(
-                f"study {self.study.name}: {len(failed)} trials have failed, the last: "
+                f"study {self.study.name}: {counted(len(failed), 'trial')} failed, the last: "
                 f"{failed[-1].notes.get('reason')}. A study that does not count failures ends "
                 "after study.trials of them: narrow study.space."
             )
@@ -162,7 +162,7 @@ class TrialSearch:
         if taken or not new:  # else it has not happened, and can as soon as there is room
             self.store.note("forked", other)
         more = f"; {len(new)} more fit, for which study.trials={total} has no room" if new else ""
-        self._say(f"{taken} trials taken over from study {other}{more}")
+        self._say(f"{counted(taken, 'trial')} taken over from study {other}{more}")
 
 
 def _require_source(store: TrialStore, other: str) -> None:
@@ -181,7 +181,7 @@ def _require_source(store: TrialStore, other: str) -> None:
 
 
 def _plan_text(study: StudyConfig) -> str:
-    text = f"study {study.name}: {study.trials} trials over {', '.join(study.space)}"
+    text = f"study {study.name}: {counted(study.trials, 'trial')} over {', '.join(study.space)}"
     if (goal := Goal.of(study)).has_cost or goal.require:
         text += f", for {goal.aim()}"
     if study.pruner is Pruner.screening:

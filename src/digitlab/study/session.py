@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from digitlab.base.console import Board
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError, refuse_damage
+from digitlab.base.errors import UserError, counted, refuse_damage
 from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -124,14 +124,16 @@ class StudySession:
         """
         pending = self.records.outbox.flush(_SILENT_S, self.stop)
         if pending and not self.stop():
-            self.board.say(f"waiting for the tracker, which has yet to take {pending} records")
+            self.board.say(
+                f"waiting for the tracker, which has yet to take {counted(pending, 'record')}"
+            )
             pending = self.records.outbox.flush(_DELIVERY_S, self.stop)
         self.records.outbox.check(self.store.study_id)
         if pending and not self.stop():
             why = self.records.outbox.problem.rstrip(".") or "the tracker is slow"
             raise UserError(
-                f"{pending} records wait in {self.lab / 'outbox'}, and the champion must be chosen "
-                f"from complete ones ({why}). Try again with the same command."
+                f"{counted(pending, 'record')} still in {self.lab / 'outbox'}: the champion must "
+                f"be chosen from complete records ({why}). Try again with the same command."
             )
 
 
@@ -184,12 +186,12 @@ def _as_large_as_before(config: Config, storage: RDBStorage, say: Callable[[str]
     """
     study, name = config.study, config.study.name
     notes = study_notes(storage, name)
-    counted = [state for state in TrialState if study.count_failed or state != TrialState.FAIL]
-    count = storage.get_n_trials(storage.get_study_id_from_name(name), tuple(counted))
+    states = [state for state in TrialState if study.count_failed or state != TrialState.FAIL]
+    count = storage.get_n_trials(storage.get_study_id_from_name(name), tuple(states))
     if count > study.trials:
         say(
-            f"study {name} has {count} trials already: study.trials={study.trials} removes none "
-            f"of them, and it goes on with {count}"
+            f"study {name} has {counted(count, 'trial')} already: study.trials={study.trials} "
+            f"removes none of them, and it goes on with {count}"
         )
     with refuse_damage(f"what the storage holds of study {name!r}"):
         asked = notes.get("champion", {}).get("asked", {})

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from digitlab.base.choice import describe_choice
 from digitlab.base.console import table
+from digitlab.base.errors import counted
 from digitlab.base.invocation import SHORT_ID, command
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import store_words
@@ -83,7 +84,7 @@ def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
         better = [key for key, metrics in unpruned.items() if metrics["val_accuracy"] > best]
         trials = ", ".join(key.split("/")[0] for key in better)
         verdict = f"trial {trials} would have won" if better else "none of them would have won"
-        text += f"; {len(unpruned)} pruned trials trained to the end: {verdict}"
+        text += f"; {counted(len(unpruned), 'pruned trial')} trained to the end: {verdict}"
     return text
 
 
@@ -148,8 +149,8 @@ def describe_study(config: Config, overrides: Sequence[str], champion: str = "")
     return "\n".join(
         [
             f"## Study {study.name}",
-            f"{study.trials} trials ({study.sampler} sampler, {study.pruner} pruner), for "
-            f"{Goal.of(study).aim()} on validation images.",
+            f"{counted(study.trials, 'trial')} ({study.sampler} sampler, {study.pruner} pruner), "
+            f"for {Goal.of(study).aim()} on validation images.",
             *("", "| hyperparameter | searched |", "|---|---|", *space, ""),
             *(*result, "", f"Start or go on: `{sweep_command(overrides)}`"),
         ]
