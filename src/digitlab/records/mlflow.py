@@ -211,10 +211,9 @@ class MlflowTracker(Tracker):
         try:
             stage = self.client.get_run(run_id).info.lifecycle_stage
         except MlflowException as error:
-            # Removed for good by `mlflow gc`; a proxy's 404 says nothing of the run.
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return True
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # by `mlflow gc`: no proxy's 404
+                return True
+            raise
         return bool(stage == LifecycleStage.DELETED)
 
     @translated
