@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_table_keeps_its_numbers_where_the_terminal_is_too_narrow(
     monkeypatch.setenv("COLUMNS", "10")
     [champion] = json.loads(call("runs", "--json", "--kind", "champion")[1])
     assert f"{champion['test_accuracy']:.2%}" in call("runs")[1]
+
+
+def test_an_earlier_champion_is_listed_where_champions_are_asked_for(
+    lab: Path, call_in: CallIn, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    [champion] = recorded(mine, "smoke").runs(kind="champion")
+    recorded(mine, "smoke").tracker.tag(champion.run_id, {"digitlab.superseded_by": "a later one"})
+    call = call_in(mine)
+    assert "champion" not in {row["kind"] for row in json.loads(call("runs", "--json")[1])}
+    [row] = json.loads(call("runs", "--json", "--kind=champion")[1])
+    assert (row["run_id"], row["superseded_by"]) == (champion.run_id, "a later one")
 
 
 def test_csv_has_a_row_a_run_with_its_settings(call: Call) -> None:

@@ -36,8 +36,7 @@ def list_runs(
     found = lab_tracker(lab, stores).find(tags)
     if wanted["study"] and not found:
         _require_study(wanted["study"], listed_studies(open_storage(lab, storage_of(stores))))
-    # A study's own run trains nothing: `digitlab studies` lists it.
-    rows = [row for row in found if wanted["kind"] or row.tags.get("digitlab.kind") != "study"]
+    rows = [row for row in found if wanted["kind"] or not _is_beside(row)]
     rows.sort(key=_rank)
     shown = rows[:most] if most else rows
     _write([_run(row) for row in shown], form, _RUN_COLUMNS)
@@ -51,6 +50,15 @@ def list_runs(
 def _require_study(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+
+
+def _is_beside(row: RunRow) -> bool:
+    """Whether a run is listed only where its kind is asked for.
+
+    A study's own run trains nothing: `digitlab studies` lists it. An earlier champion is none.
+    """
+    kind, is_superseded = row.tags.get("digitlab.kind"), "digitlab.superseded_by" in row.tags
+    return kind == "study" or (kind == "champion" and is_superseded)
 
 
 def _rank(row: RunRow) -> tuple[int, float, int]:
@@ -67,6 +75,7 @@ def _run(row: RunRow) -> dict[str, Any]:
         "run_id": row.run_id,
         "name": row.name,
         **{name: row.tags.get(f"digitlab.{name}") for name in names},
+        "superseded_by": row.tags.get("digitlab.superseded_by"),
         "started": started.isoformat(timespec="seconds"),
         "test_accuracy": row.metrics.get("test_accuracy", row.metrics.get("test_accuracy_mean")),
         **{name: row.metrics.get(name) for name in _METRICS},
