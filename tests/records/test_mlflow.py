@@ -22,10 +22,12 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
-from sqlalchemy import text
+from parts import Postgres
+from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
 from trackers import CODE, FILES, HOST, Server, answers
 
+from digitlab.base import server
 from digitlab.base.errors import UserError
 from digitlab.records import local
 from digitlab.records.mlflow import MlflowTracker
@@ -112,6 +114,40 @@ def test_database_that_is_not_there_is_not_waited_for(
     with pytest.raises(UserError, match=r"tracking\.uri=postgresql.*cannot be used \(") as raised:
         MlflowTracker(f"postgresql+psycopg:{place}", "digitlab", tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_database_server_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections are accepted by the system, and nobody reads them."""
+    monkeypatch.setitem(server.TIMEOUTS, "connect_timeout", 2)  # s; psycopg takes no less
+    with closing(socket.create_server((HOST, 0))) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(UserError, match=r"tracking\.uri=postgresql.*timeout") as raised:
+            MlflowTracker(f"postgresql+psycopg://me:secret@{HOST}:{port}/x", "digitlab", tmp_path)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_runs_are_recorded_in_a_database_server(
+    postgres: Postgres, mlflow_tables: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    tracker = MlflowTracker(postgres.create(template=mlflow_tables), "digitlab", tmp_path)
+    run_id = tracker.create_run(NewRun("run", {"a": "1"}, {"seed": "3"}))
+    tracker.log(run_id, LogBatch(metrics=[("loss", 0.5, 1, 1000)]))
+    tracker.end_run(run_id, "finished", 2000)
+    assert tracker.get("run").status == "FINISHED"
+    assert tracker.history(run_id) == [("loss", 1, 0.5)]
+
+
+@pytest.mark.parametrize("timeout", ["", "?connect_timeout=3&sslmode=prefer"])
+def test_an_address_keeps_the_limits_that_it_has(timeout: str) -> None:
+    query = make_url(server.with_timeouts(f"postgresql+psycopg://a:b@c/d{timeout}")).query
+    assert query["connect_timeout"] == ("3" if timeout else "10")
+    assert query.get("sslmode") == ("prefer" if timeout else None)
+    assert server.TIMEOUTS.keys() <= query.keys()
 
 
 @pytest.mark.parametrize("name", ["folder", "file/a.db"])

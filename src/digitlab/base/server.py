@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from digitlab.base.errors import UserError
@@ -12,10 +12,25 @@ from digitlab.base.files import disk_problem
 from digitlab.base.retry import retry
 
 OUTAGE_S = 300.0  # for which a server that is away is tried again
+# Of a connection to PostgreSQL: a server that does not answer must not be waited for for ever.
+TIMEOUTS = {
+    "connect_timeout": 10,  # s
+    "tcp_user_timeout": 30_000,  # ms
+    "keepalives_idle": 10,  # s
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
 _LOCK_RELEASE_S = 3.0  # until a server has noticed that a connection is gone, and frees its lock
 
 _PERMANENT = ("password", "pg_hba.conf", "does not exist")  # in refusals that waiting cannot change
 _MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of the connection
+
+
+def with_timeouts(address: str) -> str:
+    """Return an address of PostgreSQL with TIMEOUTS, but for those that it sets itself."""
+    url = make_url(address)
+    added = {name: str(value) for name, value in TIMEOUTS.items() if name not in url.query}
+    return url.update_query_dict(added).render_as_string(hide_password=False)
 
 
 def is_away(error: BaseException | None) -> bool:

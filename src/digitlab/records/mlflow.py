@@ -19,6 +19,7 @@ from filelock import FileLock
 from digitlab.base.errors import UserError, first_line, nearest, visible
 from digitlab.base.files import disk_problem
 from digitlab.base.paths import sqlite_address
+from digitlab.base.server import with_timeouts
 from digitlab.records import local
 from digitlab.records.local import (
     LOCATION,
@@ -87,6 +88,7 @@ def _open(uri: str | None, name: str, lab: Path) -> tuple[MlflowClient, Experime
 
         if uri.startswith("sqlite:///"):  # MLflow, too, makes the folder of a file
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        uri = with_timeouts(uri) if uri.startswith("postgresql") else uri
         engine = create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
         engine.connect().close()
         engine.dispose()

@@ -18,7 +18,7 @@ from digitlab.base.files import safe_name
 from digitlab.base.invocation import command
 from digitlab.base.locks import file_lock
 from digitlab.base.paths import sqlite_address
-from digitlab.base.server import LeaderLock, ServerLock
+from digitlab.base.server import TIMEOUTS, LeaderLock, ServerLock
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -36,11 +36,7 @@ _SERVER = {
     "tcp_keepalives_count": "3",
 }
 _CONNECTION = {
-    "connect_timeout": 10,  # s
-    "tcp_user_timeout": 30_000,  # ms
-    "keepalives_idle": 10,  # s
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
+    **TIMEOUTS,
     "options": " ".join(f"-c {name}={value}" for name, value in _SERVER.items()),
     "application_name": "digitlab",
 }
