@@ -200,9 +200,10 @@ def test_runs_that_differ_in_the_seed_alone_are_compared(records: Records) -> No
     for seed in (1, 2):
         finish(records, f"seed-{seed}", f"trainer.seed={seed}")
     finish(records, "other", "trainer.seed=3", "optim.learning_rate=0.02")
-    finish(records, "a trial", "trainer.seed=4", kind="trial")
-    found = over_seeds(records.tracker, records.tracker.get("seed-1"))
-    assert [run.name for run in found] == ["seed-1", "seed-2"]
+    trial = finish(records, "trial", "trainer.seed=1", kind="trial")
+    for run_id in (trial, records.tracker.get("seed-1").run_id):
+        found = over_seeds(records.tracker, records.tracker.get(run_id))
+        assert {run.name for run in found} == {"seed-1", "seed-2"}
     first, second, other = (
         records.tracker.get(name).tags["digitlab.configuration"]
         for name in ("seed-1", "seed-2", "other")

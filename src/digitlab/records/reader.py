@@ -276,14 +276,15 @@ def over_seeds(tracker: Tracker, row: RunRow) -> list[RunRow]:
     search selects what measures high, and new fits of it measure less.
     """
     same, data = _without_seed(row), row.tags.get("digitlab.data_sha256")
-    found: dict[str, RunRow] = {}
+    trials: dict[str, RunRow] = {}
+    others: dict[str, RunRow] = {}
     for other in [*tracker.find({"digitlab.state": "finished"}), row]:
         is_whole = "digitlab.weights_sha256" in other.tags and accuracy_name(row) in other.metrics
         is_whole = is_whole and other.tags.get("digitlab.data_sha256") == data
         if is_whole and "trainer.seed" in other.params and _without_seed(other) == same:
+            found = trials if other.tags.get("digitlab.kind") == "trial" else others
             found[other.params["trainer.seed"]] = other
-    new = [one for one in found.values() if one.tags.get("digitlab.kind") != "trial"]
-    return new or list(found.values())
+    return list((others or trials).values())
 
 
 def _without_seed(row: RunRow) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from digitlab.base.console import Board, table
 from digitlab.base.errors import UserError, nearest, require
 from digitlab.base.files import write_output
-from digitlab.base.statistics import Interval, accuracy_interval, holm, mcnemar
+from digitlab.base.statistics import accuracy_interval, holm, mcnemar
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.records.reader import (
     accuracy_name,
@@ -143,14 +144,18 @@ def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
     for name in sorted({accuracy_name(row) for row in rows}):
         seeds = [over_seeds(tracker, row) if accuracy_name(row) == name else [] for row in rows]
         if any(len(fits) > 1 for fits in seeds):
-            means = [str(_over_fits(tracker, fits)) if fits else None for fits in seeds]
-            found[f"{name}, mean over seeds (95 %)"] = means
+            found[f"{name}, mean over seeds (95 %)"] = [_over_fits(tracker, fits) for fits in seeds]
     return found
 
 
-def _over_fits(tracker: Tracker, fits: Sequence[RunRow]) -> Interval:
-    answers = [recorded_guesses(tracker, fit) for fit in fits]
-    return accuracy_interval([np.stack([guesses == labels for guesses, labels in answers])], 0)
+def _over_fits(tracker: Tracker, fits: Sequence[RunRow]) -> str | None:
+    """Return the mean of the fits whose predictions can be read; None where none can."""
+    right = []
+    for fit in fits:
+        with suppress(UserError):  # of a run that was not named: `audit` finds what it lacks
+            guesses, labels = recorded_guesses(tracker, fit)
+            right.append(guesses == labels)
+    return str(accuracy_interval([np.stack(right)], 0)) if right else None
 
 
 def paired_test(tracker: Tracker, first: RunRow, second: RunRow) -> dict[str, Any]:
