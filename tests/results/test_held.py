@@ -59,6 +59,7 @@ def test_a_repair_that_cannot_send_all_changes_nothing_else(
         for words in (("smoke",), ()):
             status, out, _ = call("audit", *words, "--repair")
             assert (status, "not sent: the tracker has yet to take 1 records" in out) == (1, True)
+            assert out.endswith(", 0 repaired\n")
             assert "interrupted" not in {row.tags["digitlab.state"] for row in runs_of(lab)}
     status, out, _ = call("audit", "smoke", "--repair")
     assert (status, out.splitlines()[-1]) == (0, "1 studies, 0 problems, 1 repaired")
@@ -92,7 +93,7 @@ def test_a_tracker_that_is_not_the_study_s_is_refused(
         patch.setenv("MLFLOW_TRACKING_URI", other)
         for words in COMMANDS:
             status, _, err = call(*words)
-            assert (status, f"this call opens '{other} digitlab'" in err) == (2, True)
+            assert (status, f"this call opens {other}, experiment digitlab." in err) == (2, True)
         status, out, _ = call("audit", "smoke", "--repair")
         assert (status, out.startswith("other tracker: study 'smoke': ")) == (1, True)
     assert (results_of(lab), rows_of(lab), problems_of(lab)) == (before, rows, [])

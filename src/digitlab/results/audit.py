@@ -289,7 +289,8 @@ def _audit_study(
         if unknown:
             _print(unknown, as_json)
             found = [*pending, *unknown]
-            return found, unknown if is_repair else found
+            is_sent = is_repair and not unsent.get(records.tracker.identity)
+            return found, unknown if is_sent else found
         problems: list[Problem] = []
         if config.tracking.name is not TrackerName.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})

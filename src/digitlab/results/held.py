@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.invocation import command, storage_of
 from digitlab.config.types import Config
 from digitlab.records.record import open_records
@@ -54,10 +54,12 @@ def other_tracker(notes: Mapping[str, Any], tracker: Tracker) -> str:
 
     MLFLOW_TRACKING_URI is of each call, and what a wrong tracker lacks is not lost.
     """
-    noted = notes.get("fingerprint", {}).get("tracker", tracker.identity)
+    with refuse_damage("what is noted of the study's tracker"):
+        noted = str(notes.get("fingerprint", {}).get("tracker", tracker.identity))
     if noted == tracker.identity:
         return ""
+    there, here = (name.replace(" ", ", experiment ", 1) for name in (noted, tracker.identity))
     return (
-        f"its runs are in the tracker '{noted}', and this call opens '{tracker.identity}'. It must "
-        "be the same: set MLFLOW_TRACKING_URI to that address, or unset it for the lab's own."
+        f"its runs are in the tracker {there}, and this call opens {here}. It must be the same: "
+        "set MLFLOW_TRACKING_URI to that address, or unset it for the lab's own."
     )

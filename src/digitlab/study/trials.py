@@ -256,6 +256,7 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     with refuse_damage(f"what the storage holds of study {name!r}"):
         config = config_from_yaml(str(notes["config"]))
         config = with_values(config, {"study.name": name})  # it may have been renamed
+        dict(notes.get("fingerprint", {}))
         if champion := notes.get("champion"):  # shown by many: refused here if it cannot be
             str(Interval(**champion["test_accuracy"])), int(champion["trial"])
             with_values(config, champion["values"])
