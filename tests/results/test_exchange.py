@@ -50,7 +50,7 @@ def facts(lab: Path, name: str) -> list[tuple[Any, ...]]:
             {k: v for k, v in row.tags.items() if k.startswith(own) and k not in links},
             tracker.history(row.run_id),
             {path: tracker.artifact(row.run_id, path) for path in tracker.files(row.run_id)},
-            datasets(tracker, row) if row.tags["digitlab.kind"] != "champion" else [],
+            datasets(tracker, row),
         )
         for row in recorded(lab, name).runs()
     ]  # fmt: skip
@@ -132,12 +132,12 @@ def test_a_study_that_was_imported_goes_on_with_the_stores_of_its_lab(
 ) -> None:
     mine = shutil.copytree(lab, tmp_path / "lab")
     store = recorded(mine, "smoke").store
-    words = ["tracking.uri=http://old", "study.trials=6", "study.storage=old"]
+    words = ["tracking.uri=http://old", "study.trials=6", "study.storage=old", "tracking=mlflow"]
     store.note("overrides", words)
     assert call_in(mine)("export", "smoke", str(tmp_path / "file"))[0] == 0
     call = call_in(tmp_path / "other")
     assert call("import", str(tmp_path / "file"))[0] == 0
-    assert recorded(tmp_path / "other", "smoke").store.notes()["overrides"] == ["study.trials=6"]
+    assert recorded(tmp_path / "other", "smoke").store.notes()["overrides"] == [words[1], words[3]]
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.storages import RDBStorage
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.base.invocation import command, split_stores
+from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
@@ -25,6 +25,7 @@ from digitlab.study.storage import leader_lock, open_storage, study_names
 _RUN_OF = ("mlflow.parentRunId", "digitlab.weights_run", "digitlab.superseded_by")  # tags: run ids
 
 
+_PLACES = ("tracking.uri=", "tracking.experiment=", "study.storage=")  # words that name stores
 _IMPORTING = "importing"  # the attribute of a study that is being imported; its config comes last
 
 
@@ -124,9 +125,12 @@ def _verify(bundle: Bundle, rows: Sequence[RunRow]) -> None:
 
 
 def _datasets(bundle: Bundle, row: RunRow) -> list[Dataset]:
-    """Return what a run has read, which follows from its record."""
-    read = recorded_data(row)
-    return datasets_of(recorded_config(bundle, row).data, read) if read else []
+    """Return what a run has read, or its champion was measured on: it follows from the record."""
+    fit = bundle.parts.get(row.tags.get("digitlab.weights_run", ""))  # of a champion
+    source = fit.row() if fit else row
+    read = recorded_data(source)
+    found = datasets_of(recorded_config(bundle, source).data, read) if read else []
+    return found[-1:] if fit else found
 
 
 def _placed(recorded: Config, here: Config, name: str) -> Config:
@@ -201,7 +205,8 @@ def _insert(
     notes = {key: value for key, value in index.notes.items() if key != "config"}
     notes["fingerprint"] = notes.get("fingerprint", {}) | {"tracker": tracker}
     # The command that goes on is printed with them.
-    notes["overrides"] = [*split_stores(notes.get("overrides", []))[1], *stores]
+    own = [word for word in notes.get("overrides", []) if not word.startswith(_PLACES)]
+    notes["overrides"] = [*own, *stores]
     for place in (notes, notes.get("champion", {})):
         if "run_id" in place:
             place["run_id"] = ids.get(place["run_id"], place["run_id"])
