@@ -740,6 +740,28 @@ def test_record_that_cannot_be_read_now_is_read_later(
     outbox.close()
 
 
+def test_record_of_another_process_that_cannot_be_read_is_left_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    monkeypatch.setattr(first, "_send_all", lambda: None)
+    monkeypatch.setattr(first, "flush", lambda _: 1)  # it ends without sending
+    first.open_run(new()).end("finished")
+    first.close()
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSpool, "unsent", lambda _: os.read(-1, 1))
+        outbox.adopt()
+        assert outbox.flush(60) == 0
+        outbox.check(study_id="")
+    outbox.close()
+    last = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    last.adopt()
+    assert last.flush(60) == 0
+    assert recorded(last.tracker)
+    last.close()
+
+
 def test_full_disk_of_the_lab_is_no_outage_and_space_lets_the_records_through(
     tmp_path: Path,
 ) -> None:

@@ -137,9 +137,11 @@ class Delivery:
                 try:
                     sent.append((spool, _send(self.tracker, self._changes, spool)))
                 except Exception as error:
-                    # A file that cannot be read now may be readable later; one that is gone is not.
-                    is_gone = isinstance(error, FileNotFoundError)
-                    if isinstance(error, TrackerAway | OSError) and not is_gone:
+                    # A file that cannot be read now may be readable later. One that is gone is not,
+                    # and another process's is left to the next one: nobody else waits for it.
+                    is_lasting = spool.is_adopted or isinstance(error, FileNotFoundError)
+                    is_passing = isinstance(error, OSError) and not is_lasting
+                    if isinstance(error, TrackerAway) or is_passing:
                         with self._changes:
                             self._spools = _postponed(self._spools, spool)
                         raise
