@@ -148,6 +148,8 @@ def test_an_address_keeps_the_limits_that_it_has(timeout: str) -> None:
     assert query["connect_timeout"] == ("3" if timeout else "10")
     assert query.get("sslmode") == ("prefer" if timeout else None)
     assert server.TIMEOUTS.keys() <= query.keys()
+    other = f"postgresql+pg8000://a:b@c/d{timeout}"
+    assert server.with_timeouts(other) == other
 
 
 @pytest.mark.parametrize("name", ["folder", "file/a.db"])

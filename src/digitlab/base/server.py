@@ -27,8 +27,13 @@ _MISTAKES = (ProgrammingError, DataError, IntegrityError)  # of the call, not of
 
 
 def with_timeouts(address: str) -> str:
-    """Return an address of PostgreSQL with TIMEOUTS, but for those that it sets itself."""
+    """Return an address of PostgreSQL with TIMEOUTS, but for those that it sets itself.
+
+    They are those of PostgreSQL's own library: another driver's address stays as it is.
+    """
     url = make_url(address)
+    if url.get_driver_name() not in ("psycopg", "psycopg2"):
+        return address
     added = {name: str(value) for name, value in TIMEOUTS.items() if name not in url.query}
     return url.update_query_dict(added).render_as_string(hide_password=False)
 
