@@ -94,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _database_problem(error: Exception) -> str:
     """Return why Optuna's storage does not answer; empty if that is not the cause."""
-    from digitlab.study.storage import STORE_ERRORS  # and Optuna, which not every command needs
+    from digitlab.base.server import is_away  # and SQLAlchemy, which not every command needs
 
-    is_database = isinstance(error, STORE_ERRORS) and not isinstance(error, OSError)
-    return f"Optuna's storage: {first_line(error.__cause__ or error)}" if is_database else ""
+    return f"Optuna's storage: {first_line(error.__cause__ or error)}" if is_away(error) else ""
 
 
 def _run(arguments: list[str]) -> int:
