@@ -81,8 +81,6 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     assert found
     assert "study.trials=4" in words_of(found[1])
     assert "extend" not in champion_text(config, SUMMARY, None)
-    larger = champion_text(config, SUMMARY | {"asked": {"trials": 20}}, ("experiments=smoke",))
-    assert "study.trials=30" in words_of(larger.rpartition("extend:")[2].strip())
 
 
 def test_both_parts_of_the_error_and_every_further_look_are_said() -> None:

@@ -21,7 +21,7 @@ from digitlab.study.progress import StudyProgress
 from digitlab.study.samplers import searched_space
 from digitlab.study.search import TrialSearch
 from digitlab.study.selection import select_and_test
-from digitlab.study.session import GROWING, StudySession, open_session
+from digitlab.study.session import GROWING, StudySession, choice_budget, open_session
 from digitlab.study.settle import RecordedFits, recorded_fits, settle
 from digitlab.study.storage import STORE_ERRORS, open_storage, study_names, study_notes
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
@@ -40,9 +40,9 @@ def is_published(config: Config, lab: Path) -> bool:
         return False
     storage, name = open_storage(lab, config.study.storage), config.study.name
     known = study_notes(storage, name) if name in study_names(storage) else {}
-    published = known.get("published", {})
-    grown = {key: getattr(config.study, key) for key in ("trials", *GROWING)}
-    is_large_enough = all(published.get(key, -1) >= value for key, value in grown.items())
+    published = choice_budget(known.get("published", {}))
+    now = choice_budget({key: getattr(config.study, key) for key in ("trials", *GROWING)})
+    is_large_enough = all(published.get(key, -1) >= value for key, value in now.items())
     return is_large_enough and bool(published["margin"] == config.study.margin)
 
 
@@ -152,7 +152,7 @@ class StudyDriver:
         asked |= {name: getattr(self.study, name) for name in _CHOICE_SETTINGS}
         summary = self.store.notes().get("champion", {})
         unpruned = self._fits("unpruned", unpruned_fits(self.session.config, rows))
-        if summary.get("asked") == asked:
+        if choice_budget(summary.get("asked", {})) == choice_budget(asked):
             self.board.say(f"study {self.study.name} is complete: {counted(len(rows), 'trial')}")
         elif not stop():
             summary = select_and_test(self.session, best, self._fits) | {"asked": asked}
@@ -162,7 +162,7 @@ class StudyDriver:
             self.store.note("champion", summary)
         if stop():
             return 130
-        if self.store.notes().get("published") != asked:
+        if choice_budget(self.store.notes().get("published", {})) != choice_budget(asked):
             self.session.flush_records()  # a champion is published from complete records
             self.session.check_lock()  # no loop has done so meanwhile
             if not stop():

@@ -177,6 +177,11 @@ def open_session(
         yield session
 
 
+def choice_budget(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a choice as they count: where there is no fit, none is confirmed."""
+    return {**asked, **({} if asked.get("confirm_fits") else {"confirm": 1})} if asked else {}
+
+
 def _as_large_as_before(config: Config, storage: RDBStorage, say: Callable[[str], None]) -> Config:
     """Return the configuration with the totals that a study has reached, where it asks for less.
 
@@ -195,10 +200,8 @@ def _as_large_as_before(config: Config, storage: RDBStorage, say: Callable[[str]
         )
     with refuse_damage(f"what the storage holds of study {name!r}"):
         asked = notes.get("champion", {}).get("asked", {})
-        then = {key: int(asked[key]) for key in GROWING if asked}
-    now = {key: int(getattr(study, key)) for key in GROWING}
-    for settings in filter(None, (then, now)):  # where there is no fit, none is confirmed
-        settings["confirm"] = settings["confirm"] if settings["confirm_fits"] else 1
+        then = choice_budget({key: int(asked[key]) for key in GROWING if asked})
+    now = choice_budget({key: int(getattr(study, key)) for key in GROWING})
     kept = {key: value for key, value in then.items() if value > now[key]}
     if lower := [key for key in kept if kept[key] > getattr(study, key)]:
         more = ", ".join(f"study.{key}={kept[key]}" for key in lower)

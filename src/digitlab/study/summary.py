@@ -132,9 +132,7 @@ def champion_text(
         again = command("reproduce", summary["run_id"][:SHORT_ID], *store_words(config))
         lines.append(f"reproduce: {again}")
     if overrides is not None:
-        # A call may have asked for fewer than the study has.
-        total = max(study.trials, summary.get("asked", {}).get("trials", 0))
-        more = f"study.trials={total + max(1, total // 2)}"
+        more = f"study.trials={study.trials + max(1, study.trials // 2)}"
         lines.append(f"extend:    {sweep_command(overrides, more)}")
     return "\n".join(lines)
 
