@@ -52,7 +52,7 @@ FIRST_LINE = {  # of what each command prints
     "reproduce": r"reproducing \S+-final-\d+-\d+ \([0-9a-f]{32}\)|replaying study smoke as ",
     "restore": r"restored: study smoke with \d+ runs",
     "runs": r"[┏━┳┓]+",
-    "show": r"run [0-9a-f]{32} \(\S+-final-\d+-\d+\): final, finished",
+    "show": r"run [0-9a-f]{32} \(\S+-champion\) is the champion of study \S+: test accuracy ",
     "studies": r"[┏━┳┓]+",
     "sweep": r"study \S+: 2 trials over |study (smoke|default) is complete: ",
     "train": r"epoch 1/\d+  train_accuracy 0\.\d+",
