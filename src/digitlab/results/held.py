@@ -8,7 +8,6 @@ from typing import Any
 
 from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.invocation import command, storage_of
-from digitlab.config.types import Config
 from digitlab.records.record import open_records
 from digitlab.records.tracker import Tracker
 from digitlab.study.storage import leader_lock, open_storage
@@ -17,10 +16,9 @@ from digitlab.study.trials import TrialStore, load_study
 
 @dataclass(frozen=True)
 class HeldStudy:
-    """A study, its configuration, and the tracker that has all of its records."""
+    """A study, and the tracker that has all of its records."""
 
     store: TrialStore
-    config: Config
     tracker: Tracker
 
 
@@ -46,7 +44,7 @@ def held_study(name: str, lab: Path, stores: Sequence[str]) -> Iterator[HeldStud
                     f"End what else records in this lab, and run "
                     f"`{command('audit', name, '--repair', *stores)}` first."
                 )
-            yield HeldStudy(store, config, records.tracker)
+            yield HeldStudy(store, records.tracker)
 
 
 def other_tracker(notes: Mapping[str, Any], tracker: Tracker) -> str:
