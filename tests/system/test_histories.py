@@ -1,12 +1,9 @@
 """Histories of a study that hypothesis makes up, compared with a model of what it must come to."""
 
-import json
-import shutil
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -23,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from kept import InMemory, OnDisk
 from leading import compose_tiny, kind_of
 from plain import PlainTracker
 from scripted import finished
@@ -91,14 +89,18 @@ class FusedClock(Clock):
     fuse = 0  # points until then; 0 is never
     left: Path | None = None  # the copy, once it is made
     line = Line()
+    storage = OnDisk()
 
     def __call__(self, name: str) -> None:
         if self.fuse:
             self.fuse -= 1
             if not self.fuse:
-                self.left = self.lab.with_name(f"{self.lab.name}x")
-                shutil.copytree(self.lab, self.left, symlinks=True)
+                self.copy_lab()
         super().__call__(name)
+
+    def copy_lab(self) -> None:
+        self.left = self.lab.with_name(f"{self.lab.name}x")
+        self.storage.copy(self.lab, self.left)
 
     def opened(self, outbox: Outbox) -> None:
         """Let nobody wait for a tracker that is away: nothing but the test brings it back."""
@@ -115,6 +117,7 @@ class Histories(RuleBasedStateMachine):
     """A driver, its workers and its tracker, and what may become of them."""
 
     count = 0  # of those that came to their end
+    storage = OnDisk()
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,16 +127,17 @@ class Histories(RuleBasedStateMachine):
         self.rungs: set[int] = set()  # workers that have passed theirs
         self.doubts: dict[int, str] = {}  # states of trials whose record may be whole
         self.lab = Path(tempfile.mkdtemp(prefix="digitlab-")) / "lab"
-        shutil.copytree(template(), self.lab, symlinks=True)
+        self.storage.copy(template(), self.lab)
 
     @initialize(workers=st.sampled_from([1, 2]), sent=st.sampled_from(sorted(SENT)))
     def set_up(self, workers: int, sent: str) -> None:
         self.course = Course(workers, sent)
         self.clock = FusedClock(self.course)
-        self.clock.line = self.line
+        self.clock.line, self.clock.storage = self.line, self.storage
         patch = self.stack.enter_context(stubs(self.clock))
         patch.setattr(record, "open_tracker", lambda _, lab: ShakyTracker(lab, self.line))
         patch.setattr(delivery, "_FIRST_WAIT_S", 0.001)
+        self.storage.install(patch)
         self.patch = patch
 
     # What a person does
@@ -149,7 +153,7 @@ class Histories(RuleBasedStateMachine):
             return
         self.model.restart()
         for number, state in self.doubts.items():
-            if states_of(self.lab)[number] == state:
+            if self.states_of(self.lab)[number] == state:
                 self.model.end(number, state)
         self.settle(before)
 
@@ -187,8 +191,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.driver is not None)
     @rule()
     def kill(self) -> None:
-        self.clock.left = self.lab.with_name(f"{self.lab.name}x")
-        shutil.copytree(self.lab, self.clock.left, symlinks=True)
+        self.clock.copy_lab()
         self.settle(deepcopy(self.model))
 
     @rule(points=st.integers(1, 12))
@@ -330,7 +333,7 @@ class Histories(RuleBasedStateMachine):
         """Go on with what a kill has left: each trial as it was before the last event or after."""
         assert self.clock.left is not None
         assert self.driver is not None
-        after, states = self.model, states_of(self.clock.left)
+        after, states = self.model, self.states_of(self.clock.left)
         self.driver.kill()
         self.driver, self.lab, self.clock.left = None, self.clock.left, None
         self.numbers.clear()
@@ -345,14 +348,14 @@ class Histories(RuleBasedStateMachine):
             assert state in possible, (number, state, possible)
             if number < len(after.states) and state == "running" and after.states[number] in ENDED:
                 self.doubts[number] = after.states[number]
-        charged = charges_of(self.lab)
+        charged = self.charges_of(self.lab)
         for number in (n for n, state in enumerate(states) if state not in ENDED):
             known = (before.charged[number], after.charged[number])
             assert charged.get(number, 0) in known, (number, charged, known)
         after.states, after.charged = states, Counter(charged)
 
     def compare(self) -> None:
-        assert states_of(self.lab) == self.model.states
+        assert self.states_of(self.lab) == self.model.states
 
     def teardown(self) -> None:
         """Whatever has happened, the study can be brought to its end, and its books are whole."""
@@ -370,12 +373,22 @@ class Histories(RuleBasedStateMachine):
             Histories.count += 1
         finally:
             self.stack.close()
-            shutil.rmtree(self.lab.parent)
+            self.storage.forget(self.lab)
 
     def go_on(self) -> None:
         """Start again what was stopped or killed; a study that is complete ends at once."""
         if self.driver is None:
             self.start()
+
+    def states_of(self, lab: Path) -> list[str]:
+        """Return the states of the trials, as they stand in the storage."""
+        names = {"COMPLETE": "finished", "FAIL": "failed"}
+        return [names.get(state, state.lower()) for state, _ in self.storage.trials(lab)]
+
+    def charges_of(self, lab: Path) -> dict[int, int]:
+        """Return how many attempts are charged to each trial that was run again."""
+        results = enumerate(result for _, result in self.storage.trials(lab))
+        return {number: result.get("charged", 0) for number, result in results if result}
 
     def check_books(self) -> None:
         found = facts(self.lab, self.model.has_champion)
@@ -387,35 +400,24 @@ class Histories(RuleBasedStateMachine):
                 assert value == self.model.values[number, "finished"]
 
 
-def states_of(lab: Path) -> list[str]:
-    """Return the states of the trials, as they stand on the disk."""
-    names = {"COMPLETE": "finished", "FAIL": "failed"}
-    with closing(sqlite3.connect(lab / "optuna.db")) as database:
-        rows = database.execute("SELECT state FROM trials ORDER BY number").fetchall()
-    return [names.get(state, state.lower()) for (state,) in rows]
+class HistoriesInMemory(Histories):
+    """The same; Optuna's part of a kill's leavings is a copy of its storage in memory."""
+
+    storage = InMemory()
 
 
-def charges_of(lab: Path) -> dict[int, int]:
-    """Return how many attempts are charged to each trial that was run again."""
-    query = """SELECT number, value_json FROM trial_user_attributes
-        JOIN trials USING (trial_id) WHERE key = 'result'"""
-    with closing(sqlite3.connect(lab / "optuna.db")) as database:
-        rows = database.execute(query).fetchall()
-    return {number: json.loads(text).get("charged", 0) for number, text in rows}
-
-
-def run_histories(count: int) -> None:
+def run_histories(machine: type[Histories], count: int) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     few = settings(
         max_examples=count, stateful_step_count=25, deadline=None, suppress_health_check=checks
     )
-    run_state_machine_as_test(Histories, settings=few)
+    run_state_machine_as_test(machine, settings=few)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_comes_to_what_the_model_does() -> None:
-    run_histories(20)
+    run_histories(Histories, 20)
 
 
 @pytest.mark.exhaustive
@@ -424,5 +426,5 @@ def test_a_study_comes_to_what_the_model_does() -> None:
 def test_ten_thousand_histories(part: int, record_property: Callable[[str, object], None]) -> None:
     """Each part begins with other histories, as `--hypothesis-seed` numbers them."""
     before = Histories.count
-    run_histories(100)
+    run_histories(HistoriesInMemory if part % 10 else Histories, 100)
     record_property("histories", Histories.count - before)

@@ -1,0 +1,87 @@
+"""Where histories keep Optuna's studies: sqlite in the lab, or memory, which is twice as fast."""
+
+import copy
+import json
+import shutil
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from optuna.storages import InMemoryStorage
+
+from digitlab.study import storage
+from digitlab.study.mirror import RESULT
+
+Stored = tuple[str, dict[str, Any]]  # of a trial: Optuna's name of its state, and its result
+
+
+class OnDisk:
+    """The storage as it is."""
+
+    def install(self, patch: pytest.MonkeyPatch) -> None: ...
+
+    def copy(self, lab: Path, to: Path) -> None:
+        """Copy a lab: this is what a kill leaves."""
+        shutil.copytree(lab, to, symlinks=True)
+
+    def forget(self, lab: Path) -> None:
+        shutil.rmtree(lab.parent)
+
+    def trials(self, lab: Path) -> list[Stored]:
+        """Return the trials of a lab, by number."""
+        query = f"""SELECT state, value_json FROM trials LEFT JOIN trial_user_attributes AS held
+            ON held.trial_id = trials.trial_id AND key = '{RESULT}' ORDER BY number"""
+        with closing(sqlite3.connect(lab / "optuna.db")) as database:
+            rows = database.execute(query).fetchall()
+        return [(state, json.loads(text or "{}")) for state, text in rows]
+
+
+class InMemory(OnDisk):
+    """One storage for each lab, which a copy of the lab has a copy of."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Path, _Storage] = {}
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(storage, "_open_sqlite", lambda path: self._open(path.parent))
+
+    def _open(self, lab: Path) -> "_Storage":
+        return self.kept.setdefault(lab, _Storage())
+
+    def copy(self, lab: Path, to: Path) -> None:
+        super().copy(lab, to)
+        self.kept[to] = copy.deepcopy(self._open(lab))
+
+    def forget(self, lab: Path) -> None:
+        super().forget(lab)
+        self.kept = {known: it for known, it in self.kept.items() if known.parent != lab.parent}
+
+    def trials(self, lab: Path) -> list[Stored]:
+        kept = self._open(lab)
+        ids = [kept.get_study_id_from_name(study.study_name) for study in kept.get_all_studies()]
+        found = [trial for one in ids for trial in kept.get_all_trials(one)]
+        return [(trial.state.name, trial.user_attrs.get(RESULT, {})) for trial in found]
+
+
+class _Storage(InMemoryStorage):
+    """Holds what it is given as JSON, as a database does."""
+
+    engine = SimpleNamespace(dialect=SimpleNamespace(name="sqlite"))
+
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        super().set_study_user_attr(study_id, key, json.loads(json.dumps(value)))
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        super().set_trial_user_attr(trial_id, key, json.loads(json.dumps(value)))
+
+    def remove_session(self) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
