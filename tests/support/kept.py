@@ -1,16 +1,16 @@
 """Where histories keep Optuna's studies: sqlite in the lab, or memory, which is twice as fast."""
 
-import copy
 import json
+import pickle
 import shutil
 import sqlite3
-import threading
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from enumeration import digest_of
 from optuna.storages import InMemoryStorage
 
 from digitlab.study import storage
@@ -28,8 +28,13 @@ class OnDisk:
         """Copy a lab: this is what a kill leaves."""
         shutil.copytree(lab, to, symlinks=True)
 
-    def forget(self, lab: Path) -> None:
-        shutil.rmtree(lab.parent)
+    def forget(self, folder: Path) -> None:
+        """Remove a lab, or a folder of labs."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def digest(self, lab: Path) -> str:
+        """Return one of all that a lab holds."""
+        return digest_of(lab)
 
     def trials(self, lab: Path) -> list[Stored]:
         """Return the trials of a lab, by number."""
@@ -54,11 +59,15 @@ class InMemory(OnDisk):
 
     def copy(self, lab: Path, to: Path) -> None:
         super().copy(lab, to)
-        self.kept[to] = copy.deepcopy(self._open(lab))
+        self.kept[to] = pickle.loads(pickle.dumps(self._open(lab)))
 
-    def forget(self, lab: Path) -> None:
-        super().forget(lab)
-        self.kept = {known: it for known, it in self.kept.items() if known.parent != lab.parent}
+    def forget(self, folder: Path) -> None:
+        super().forget(folder)
+        kept = self.kept.items()
+        self.kept = {lab: held for lab, held in kept if folder not in (lab, lab.parent)}
+
+    def digest(self, lab: Path) -> str:
+        return super().digest(lab) + pickle.dumps(self._open(lab)).hex()
 
     def trials(self, lab: Path) -> list[Stored]:
         kept = self._open(lab)
@@ -79,9 +88,3 @@ class _Storage(InMemoryStorage):
         super().set_trial_user_attr(trial_id, key, json.loads(json.dumps(value)))
 
     def remove_session(self) -> None: ...
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())

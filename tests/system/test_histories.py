@@ -1,6 +1,8 @@
 """Histories of a study that hypothesis makes up, compared with a model of what it must come to."""
 
+import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -78,7 +80,9 @@ class Model:
 def template() -> Path:
     """A lab whose databases have their tables, which takes longer than a study in it."""
     lab = new_lab(Path(tempfile.mkdtemp(prefix="digitlab-")) / "lab")
-    open_storage(lab).remove_session()
+    storage = open_storage(lab)
+    storage.remove_session()
+    storage.engine.dispose()  # or it would end while the lab is copied
     PlainTracker(lab).database.close()
     return lab
 
@@ -88,19 +92,43 @@ class FusedClock(Clock):
 
     fuse = 0  # points until then; 0 is never
     left: Path | None = None  # the copy, once it is made
-    line = Line()
-    storage = OnDisk()
+
+    def __init__(self, course: Course, line: Line, storage: OnDisk) -> None:
+        super().__init__(course)
+        self.line, self.storage = line, storage
+        self.gate = threading.RLock()  # whoever copies holds it: others stop at their next point
 
     def __call__(self, name: str) -> None:
-        if self.fuse:
-            self.fuse -= 1
-            if not self.fuse:
-                self.copy_lab()
+        with self.gate:
+            if self.fuse:
+                self.fuse -= 1
+                if not self.fuse:
+                    self.copy_lab()
         super().__call__(name)
 
     def copy_lab(self) -> None:
-        self.left = self.lab.with_name(f"{self.lab.name}x")
-        self.storage.copy(self.lab, self.left)
+        with self.gate:
+            self.fuse = 0
+            left = self.lab.with_name(f"{self.lab.name}x")
+            # A kill takes a moment, and a copy longer: what another thread has written meanwhile
+            # may be in a part of it.
+            while not self.is_copied(left):
+                self.storage.forget(left)
+            self.left = left
+
+    def is_copied(self, left: Path) -> bool:
+        before = self.storage.digest(self.lab)
+        try:
+            self.storage.copy(self.lab, left)
+            return self.storage.digest(self.lab) == before
+        except (OSError, shutil.Error, RuntimeError):  # something was removed meanwhile
+            return False
+
+    def take_left(self) -> Path | None:
+        """Return the copy, if there is one, which is whole then."""
+        with self.gate:
+            left, self.left = self.left, None
+            return left
 
     def opened(self, outbox: Outbox) -> None:
         """Let nobody wait for a tracker that is away: nothing but the test brings it back."""
@@ -132,8 +160,7 @@ class Histories(RuleBasedStateMachine):
     @initialize(workers=st.sampled_from([1, 2]), sent=st.sampled_from(sorted(SENT)))
     def set_up(self, workers: int, sent: str) -> None:
         self.course = Course(workers, sent)
-        self.clock = FusedClock(self.course)
-        self.clock.line, self.clock.storage = self.line, self.storage
+        self.clock = FusedClock(self.course, self.line, self.storage)
         patch = self.stack.enter_context(stubs(self.clock))
         patch.setattr(record, "open_tracker", lambda _, lab: ShakyTracker(lab, self.line))
         patch.setattr(delivery, "_FIRST_WAIT_S", 0.001)
@@ -150,6 +177,7 @@ class Histories(RuleBasedStateMachine):
         if self.line.is_cut:
             assert "is away" in str(self.driver.outcome)
             self.driver = None
+            self.lab = self.clock.take_left() or self.lab
             return
         self.model.restart()
         for number, state in self.doubts.items():
@@ -174,6 +202,7 @@ class Histories(RuleBasedStateMachine):
             driver = self.call()
         assert isinstance(driver.outcome, UserError), driver.outcome
         assert self.line.is_cut or "code of training" in str(driver.outcome)
+        self.lab = self.clock.take_left() or self.lab
         self.compare()
 
     @precondition(lambda self: self.driver is None)
@@ -301,8 +330,9 @@ class Histories(RuleBasedStateMachine):
     def settle(self, before: Model) -> None:
         """See what the driver has made of it, and go on without it if it was killed meanwhile."""
         assert self.driver is not None
-        if self.clock.left is not None:
-            self.bury(before)
+        left = self.clock.take_left()
+        if left is not None:
+            self.bury(left, before)
             return
         self.doubts.clear()
         for worker, job in self.driver.workers.jobs.items():
@@ -329,13 +359,12 @@ class Histories(RuleBasedStateMachine):
             assert len(self.model.states) == self.model.total
             assert set(self.model.states) <= set(ENDED)
 
-    def bury(self, before: Model) -> None:
+    def bury(self, left: Path, before: Model) -> None:
         """Go on with what a kill has left: each trial as it was before the last event or after."""
-        assert self.clock.left is not None
         assert self.driver is not None
-        after, states = self.model, self.states_of(self.clock.left)
+        after, states = self.model, self.states_of(left)
         self.driver.kill()
-        self.driver, self.lab, self.clock.left = None, self.clock.left, None
+        self.driver, self.lab = None, left
         self.numbers.clear()
         self.rungs.clear()
         assert len(before.states) <= len(states) <= self.model.total
@@ -373,7 +402,7 @@ class Histories(RuleBasedStateMachine):
             Histories.count += 1
         finally:
             self.stack.close()
-            self.storage.forget(self.lab)
+            self.storage.forget(self.lab.parent)
 
     def go_on(self) -> None:
         """Start again what was stopped or killed; a study that is complete ends at once."""
