@@ -41,7 +41,7 @@ from digitlab.records.record import Records, open_records
 from digitlab.records.tracker import RunRow
 from digitlab.results import publish, report
 from digitlab.results.audit import find_damage, find_problems
-from digitlab.study import session, trials
+from digitlab.study import fingerprint, session, space, trials
 from digitlab.study.trials import load_study
 from digitlab.workers.base import Job
 
@@ -175,6 +175,8 @@ def _compose(
 
 _load_migration = cache(alembic.util.load_python_file)
 _read_config = cache(config_from_yaml)
+_version = cache(fingerprint.version)
+_parse = cache(space._parse)
 
 
 @contextmanager
@@ -199,6 +201,8 @@ def stubs(clock: Clock) -> Iterator[pytest.MonkeyPatch]:
         # What takes most of the time of so small a study, and is the same each time.
         patch.setattr(composing, "compose", _compose)
         patch.setattr(alembic.util, "load_python_file", _load_migration)
+        patch.setattr(fingerprint, "version", _version)
+        patch.setattr(space, "_parse", _parse)
         for room in (reader, trials):
             patch.setattr(room, "config_from_yaml", _read_config)
         if clock.course.tracker == "plain":

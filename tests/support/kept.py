@@ -71,8 +71,11 @@ class InMemory(OnDisk):
 
     def trials(self, lab: Path) -> list[Stored]:
         kept = self._open(lab)
-        ids = [kept.get_study_id_from_name(study.study_name) for study in kept.get_all_studies()]
-        found = [trial for one in ids for trial in kept.get_all_trials(one)]
+        try:
+            study_id = kept.get_study_id_from_name("smoke")
+        except KeyError:  # it was killed before it had one
+            return []
+        found = kept.get_all_trials(study_id, deepcopy=False)
         return [(trial.state.name, trial.user_attrs.get(RESULT, {})) for trial in found]
 
 

@@ -8,6 +8,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from digitlab.networks.settings import ModelConfig
 from digitlab.networks.table import build_network
 from digitlab.workers.base import (
     Decision,
@@ -87,14 +88,23 @@ class Losing:
 
 def finished(job: Job, accuracy: float) -> Finished:
     """Return a result of that accuracy, with weights that the job's network can load."""
-    torch.manual_seed(job.config.trainer.seed)
-    network = build_network(job.config.model)
     files = {
-        "weights.safetensors": safetensors.torch.save(network.state_dict()),
+        "weights.safetensors": _weights(job.config.model, job.config.trainer.seed),
         "predictions.safetensors": predictions(accuracy),
     }
     metrics = {"val_accuracy": accuracy, "test_accuracy": accuracy}
     return Finished(metrics, files, {}, {"train": "0" * 64})
+
+
+_KNOWN: dict[str, bytes] = {}  # weights, of which one study after the other has the same
+
+
+def _weights(model: ModelConfig, seed: int) -> bytes:
+    key = f"{seed} {model}"
+    if key not in _KNOWN:
+        torch.manual_seed(seed)
+        _KNOWN[key] = safetensors.torch.save(build_network(model).state_dict())
+    return _KNOWN[key]
 
 
 class ScriptedWorkers(Workers):
