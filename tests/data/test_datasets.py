@@ -253,6 +253,16 @@ def test_without_a_source_the_error_says_where_to_put_which_files(
         assert file in message
 
 
+def test_of_a_set_without_known_files_the_error_says_how_its_files_are_taken(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KNOWN, "tiny", Known({}))
+    put(home, CONTENTS)
+    assert "give data.allow_unknown=true" in refusal(home)
+    put(home, CONTENTS)
+    assert len(load_digits(home.parents[1], "tiny", TRAIN, allow_unknown=True).labels)
+
+
 def test_without_a_source_an_altered_file_is_still_set_aside(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,10 +257,11 @@ def _fetch(folder: Path, known: Known, name: str, problem: str) -> None:
         if found:
             print(f"fetched {name} from {source} into {folder}", file=sys.stderr)
             return
+    unknown = "" if known.sha256 else ", and give data.allow_unknown=true: none has a known SHA-256"
     raise UserError(
         f"{problem}, and no source has it ({'; '.join(tried) or 'none is known'}): it must be "
         f"there. "
-        f"Put {', '.join((*TRAIN, *TEST))}, uncompressed, into {folder}."
+        f"Put {', '.join((*TRAIN, *TEST))}, uncompressed, into {folder}{unknown}."
     )
 
 
