@@ -1,6 +1,7 @@
 """Operations reach the tracker in order and once, whatever is away, whenever it is killed."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from disks import full_databases
+from filelock import FileLock
 from trackers import (
     FILES,
     HISTORY,
@@ -655,6 +657,17 @@ def test_a_record_that_is_damaged_in_its_middle_is_kept_whole(tmp_path: Path) ->
     assert path.read_bytes() == content
 
 
+def test_a_record_that_is_damaged_at_an_earlier_end_is_kept_whole(tmp_path: Path) -> None:
+    ends = [{"do": "end", "state": state, "tags": {}} for state in ("running", "finished")]
+    content = bytearray(b"".join(encode({**what, "time_ms": 1}) for what in (CREATE, *ends)))
+    content[content.index(b'"state": "running"')] ^= 1
+    path = tmp_path / "1.run"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read from byte"):
+        FileSpool.load(path, Changes())
+    assert path.read_bytes() == content
+
+
 def test_every_operation_that_is_written_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "a.run"
     spool = FileSpool(path, Changes())
@@ -667,7 +680,7 @@ def test_every_operation_that_is_written_is_taken_over(tmp_path: Path) -> None:
     spool.end("finished")
     resumed = FileSpool(tmp_path / "b.run", Changes())
     resumed.resume("run-id", "study-id")
-    written = {name for name in vars(RunSpool) if name[0] != "_"} - {"seal", "run_id"}
+    written = {name for name in vars(RunSpool) if name[0] != "_"} - {"seal", "leave", "run_id"}
     assert written == {"log", "add_datasets", "add_files", "register", "end"}  # all of them above
     for one in (spool, resumed):
         assert FileSpool.load(one.path, Changes()).size == one.size > 0
@@ -686,6 +699,33 @@ def test_sessions_of_living_processes_are_left_alone(open_outbox: Open, gate: Ga
     outbox.close()
     other.close()
     assert outbox.tracker.get("mine").status == "FINISHED"
+
+
+def test_a_folder_that_another_process_looks_into_is_taken_over_afterwards(
+    tmp_path: Path, kill_at: Callable[..., bool]
+) -> None:
+    kill_at(tmp_path, "record", "outbox.appended", 4)
+    [session] = (tmp_path / "outbox").glob("*/session.json")
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    taken: list[str] = []
+    adopting = threading.Thread(target=lambda: taken.extend(outbox.adopt()))
+    with FileLock(tmp_path / "outbox.lock"), open(session) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        adopting.start()
+        adopting.join(0.5)
+        assert adopting.is_alive()
+    adopting.join()
+    assert len(taken) == 1
+    outbox.close()
+
+
+def test_a_run_that_another_process_goes_on_with_is_not_ended(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, MlflowTracker(None, "digitlab", tmp_path))
+    left = outbox.open_run(new("left"))
+    left.leave()
+    outbox.close()
+    assert outbox.tracker.get("left").status == "RUNNING"
+    assert waiting(tmp_path) == []
 
 
 def test_records_for_another_tracker_are_left_alone(

@@ -1,5 +1,6 @@
 """Of a study whose records are still on their way, or elsewhere, nothing is said and changed."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from studies import problems_of, results_of, rows_of, runs_of
 from digitlab.records import delivery
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.outbox import Outbox
-from digitlab.records.tracker import TrackerAway
+from digitlab.records.tracker import NewRun, TrackerAway
 from digitlab.results import audit
 from digitlab.study.storage import open_storage
 
@@ -58,7 +59,7 @@ def test_a_repair_that_cannot_send_all_changes_nothing_else(
         patch.setattr(audit, "_DELIVERY_S", 0.2)
         for words in (("smoke",), ()):
             status, out, _ = call("audit", *words, "--repair")
-            assert (status, "not sent: the tracker has yet to take 1 records" in out) == (1, True)
+            assert (status, "not sent: the tracker has yet to take 1 record " in out) == (1, True)
             assert out.endswith(", 0 repaired\n")
             assert "interrupted" not in {row.tags["digitlab.state"] for row in runs_of(lab)}
     status, out, _ = call("audit", "smoke", "--repair")
@@ -81,6 +82,38 @@ def test_a_study_whose_records_wait_is_refused(
     assert (status, "1 records of study smoke wait in the outbox" in err) == (2, True)
     assert not (lab / "smoke.zip").exists()
     assert runs_of(lab)
+
+
+def test_a_record_that_cannot_be_read_is_named_and_all_else_repaired(
+    lab: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        waiting_record(lab, patch).close()
+    [folder] = {path.parent for path in (lab / "outbox").glob("*/*.run")}
+    damaged = folder / "000000-bad.run"
+    damaged.write_text('{"do": "unheard-of", "sizes": {}, "crc32": 0}\n')
+    status, out, _ = call("audit", "smoke", "--repair", "--json")
+    [problem] = json.loads(out)["problems"]
+    assert (status, problem["kind"], json.loads(out)["repaired"]) == (1, "refused", 1)
+    assert str(damaged) in problem["detail"]
+    assert problems_of(lab) == []
+    damaged.unlink()
+    assert call("audit", "smoke")[0] == 0
+
+
+def test_records_for_a_tracker_that_is_not_looked_for_are_named(
+    lab: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = MlflowTracker(None, "other", lab)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "create_run", away)
+        outbox = Outbox(lab, other)
+        patch.setattr(outbox, "flush", lambda _: 1)
+        outbox.open_run(NewRun("waiting", {}, {}))
+        outbox.close()
+    status, out, _ = call("audit", "--repair")
+    assert (status, "pending: 1 record of ended processes for another tracker" in out) == (1, True)
+    assert f"({other.identity})" in out
 
 
 def test_a_tracker_that_is_not_the_study_s_is_refused(

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import optuna
@@ -13,6 +13,7 @@ import pytest
 from conftest import DATA, TINY
 from leading import lead, train_well
 from studies import open_store, problems_of, results_of, rows_of, runs_of
+from trackers import waiting
 
 from digitlab.base import faults
 from digitlab.base.console import Board
@@ -23,6 +24,7 @@ from digitlab.config.compose import compose
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.tracker import Dataset, NewRun, Registration, RunRow
 from digitlab.results.audit import audit_studies
+from digitlab.study import session
 from digitlab.study.run import train
 from digitlab.study.session import StudySession, open_session
 from digitlab.study.storage import open_storage
@@ -219,6 +221,21 @@ def test_a_driver_that_lost_its_lock_while_another_one_led_writes_no_more(finish
         with pytest.raises(UserError, match="another process has gone on with it"):
             session.check_lock()
         assert session.lock.is_lost
+
+
+def test_a_driver_that_lost_its_lock_leaves_the_study_s_run_to_the_other(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(LeaderLock):
+        def check(self, stopped: Callable[[], bool] = lambda: False) -> bool:
+            self.is_lost = True
+            raise UserError("study.name=smoke is in use: wait for it.")
+
+    monkeypatch.setattr(session, "leader_lock", lambda *_: nullcontext(Lost()))
+    with pytest.raises(UserError, match="is in use"):
+        lead(lab, train_well, *STUDY)
+    [run] = [run for run in all_runs(lab) if run.tags["digitlab.kind"] == "study"]
+    assert (run.status, waiting(lab)) == ("RUNNING", [])
 
 
 @pytest.mark.parametrize("name", ["a?b", "feature%2Fx", "o'neil #%? lab, {ü}$"])

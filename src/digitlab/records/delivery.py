@@ -83,6 +83,10 @@ class Delivery:
             ):
                 raise spool.failure
 
+    def failures(self) -> list[tuple[str, Exception]]:
+        """Return why runs are not sent, each with its study's id if that is known."""
+        return [(spool.study_id, spool.failure) for spool in self._failed if spool.failure]
+
     def _stop(self, timeout_s: float) -> bool:
         """End the thread; return False if it waits for an answer of the tracker for longer."""
         if self._thread is not None:

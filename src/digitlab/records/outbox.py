@@ -47,7 +47,7 @@ class Outbox(Delivery):
             A line for each such run, and for each file that cannot be read.
         """
         lines = []
-        for folder in self._sessions.left_behind():
+        for folder in self._sessions.take_over():
             for path in sorted(folder.glob("*.run")):
                 try:
                     spool = FileSpool.load(path, self._changes)
@@ -69,12 +69,8 @@ class Outbox(Delivery):
 
     def leftovers(self, study_id: str = "") -> int:
         """Return the number of records, or of a study's, that `adopt` would take over."""
-        count = 0
-        for folder in self._sessions.left_behind():
-            paths = list(folder.glob("*.run"))
-            count += sum(not study_id or _belongs_to(path, study_id) for path in paths)
-            self._sessions.release(folder)
-        return count
+        paths = self._sessions.left_behind()
+        return sum(not study_id or _belongs_to(path, study_id) for path in paths)
 
     def held_elsewhere(self, study_id: str) -> int:
         """Return the number of a study's records that another live process is to send."""

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -52,19 +52,25 @@ class Sessions:
             self._locks[self._own] = self._locks.pop(hidden)
         return self._own
 
-    def left_behind(self) -> Iterator[Path]:
-        """Lock and yield each folder of a process that has ended and had the same tracker."""
-        for folder in sorted(self.outbox.glob("[!.]*/")):
-            if folder not in self._locks and self._lock(folder):
-                yield folder
+    def take_over(self) -> list[Path]:
+        """Lock and return the folders of processes that have ended and had the same tracker."""
+        with _alone(self.outbox):
+            others = [folder for folder in _folders(self.outbox) if folder not in self._locks]
+            return [folder for folder in others if self._lock(folder)]
 
-    def held_elsewhere(self) -> Iterator[Path]:
-        """Yield the files of folders that other live processes have locked."""
-        for folder in sorted(self.outbox.glob("[!.]*/")):
-            if folder not in self._locks and _is_locked(folder):
-                yield from folder.glob("*.run")
+    def left_behind(self) -> list[Path]:
+        """Return the files of processes that have ended and had the same tracker."""
+        others = [folder for folder in unlocked(self.outbox) if folder not in self._locks]
+        ours = [folder for folder in others if tracker_of(folder) == self.tracker]
+        return [path for folder in ours for path in folder.glob("*.run")]
 
-    def release(self, folder: Path) -> None:
+    def held_elsewhere(self) -> list[Path]:
+        """Return the files of folders that other live processes have locked."""
+        known = {*self._locks, *unlocked(self.outbox)}
+        others = [folder for folder in _folders(self.outbox) if folder not in known]
+        return [path for folder in others for path in folder.glob("*.run")]
+
+    def _release(self, folder: Path) -> None:
         os.close(self._locks.pop(folder))
 
     def remove_empty(self) -> None:
@@ -73,13 +79,13 @@ class Sessions:
             if folder != self._own and not any(folder.glob("*.run")):
                 with suppress(FileNotFoundError):  # another process has removed it, too
                     shutil.rmtree(folder)
-                self.release(folder)
+                self._release(folder)
 
     def close(self) -> None:
         self._own = None
         self.remove_empty()
         for folder in list(self._locks):
-            self.release(folder)
+            self._release(folder)
 
     def _lock(self, folder: Path) -> bool:
         """Lock a folder unless its process is alive, or has recorded for another tracker."""
@@ -88,12 +94,38 @@ class Sessions:
             file = os.open(folder / "session.json", os.O_RDWR)
             opened.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            session = json.loads((folder / "session.json").read_bytes())
-            if session["tracker"] == self.tracker:
+            if tracker_of(folder) == self.tracker:
                 self._locks[folder] = file
                 opened.pop_all()
                 return True
         return False
+
+
+def unlocked(outbox: Path) -> list[Path]:
+    """Return the folders of processes that have ended."""
+    with _alone(outbox):
+        return [folder for folder in _folders(outbox) if not _is_locked(folder)]
+
+
+def tracker_of(folder: Path) -> str:
+    """Return the identity of the tracker that a folder's process recorded for, empty if unknown."""
+    with suppress(OSError, *UNREADABLE):  # or it was just removed
+        return str(json.loads((folder / "session.json").read_bytes())["tracker"])
+    return ""
+
+
+def _folders(outbox: Path) -> list[Path]:
+    return sorted(outbox.glob("[!.]*/"))
+
+
+@contextmanager
+def _alone(outbox: Path) -> Iterator[None]:
+    """Look for locks, which takes them: others would see a live process in whoever looks."""
+    with ExitStack() as held:
+        if outbox.is_dir():
+            with suppress(OSError, NotImplementedError):  # of a lab that can only be read
+                held.enter_context(FileLock(outbox.with_suffix(".lock")))
+        yield
 
 
 def _is_locked(folder: Path) -> bool:

@@ -6,6 +6,7 @@ cut off in the middle of an operation ends with the one before.
 
 import json
 import os
+import re
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,9 @@ class RunSpool:
 
     def end(self, state: str) -> None:
         """Record the state that the run ended in, or `running` where it goes on."""
+
+    def leave(self) -> None:
+        """Record no more of it, and no end: another process goes on with the run."""
 
     def seal(self) -> None:
         """Return when everything so far is on the disk, where a power loss cannot undo it."""
@@ -213,8 +217,8 @@ class FileSpool(RunSpool):
         spool = cls(path, changes)
         content = path.read_bytes()
         operations, spool.size = decode(content)
-        end = content.find(_END, spool.size)
-        if end >= 0 and decode(content[end:])[0]:  # what a kill has torn has no end
+        ends = (match.start() for match in re.finditer(re.escape(_END), content[spool.size :]))
+        if any(decode(content[spool.size + end :])[0] for end in ends):  # a kill leaves none
             raise ValueError(f"it cannot be read from byte {spool.size} on")
         kinds = [type(_shape(operation)) for operation in operations]
         if kinds[:1] not in ([], [_Create], [_Resume]) or {*kinds[1:]} & {_Create, _Resume}:
@@ -255,6 +259,11 @@ class FileSpool(RunSpool):
 
     def end(self, state: str) -> None:
         self._append({"do": "end", "state": state, "tags": {"digitlab.state": state}})
+
+    def leave(self) -> None:
+        with self.changes:
+            self.is_running, self.is_closed = False, True
+            self.changes.notify_all()
 
     def seal(self) -> None:
         try:

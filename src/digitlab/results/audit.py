@@ -1,18 +1,20 @@
 """`digitlab audit`: whether a study's trials and runs agree, and what can be repaired."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optuna.storages import RDBStorage
 
-from digitlab.base.errors import UserError, nearest, visible
+from digitlab.base.errors import UserError, counted, nearest, visible
 from digitlab.base.invocation import storage_of
 from digitlab.config.recorded import result_settings, with_values
 from digitlab.config.types import Config, TrackerName
 from digitlab.records.reader import damage, lab_records
 from digitlab.records.record import Records, open_records
+from digitlab.records.sessions import tracker_of, unlocked
 from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.held import other_tracker
 from digitlab.study.goal import Goal, TrialRow
@@ -42,6 +44,7 @@ _DELIVERY_S = 60.0  # to wait for a tracker that is slow or away
 # The kinds that can be repaired: what waits is delivered, what nobody runs is ended or requeued,
 # what is surplus is deleted.
 PENDING, RUNNING, SURPLUS = "pending", "running", "several runs"
+REFUSED = "refused"  # a record that the tracker does not take, or that cannot be read
 REPAIRABLE = (PENDING, RUNNING, SURPLUS)
 
 
@@ -96,16 +99,16 @@ def _trial_problems(config: Config, row: TrialRow, runs: list[RunRow]) -> list[P
     results = [run for run in runs if has_result(run, row)]
     present = [run for run in runs if run.tags.get("digitlab.attempt") == str(row.attempt)]
     same = [run for run in results if not _differences(config, row, run)]
-    counted = (same or results or present)[-1:]
-    if not counted:
+    current = (same or results or present)[-1:]
+    if not current:
         detail = f"the {row.state} trial {row.number} has no run; was it deleted in the tracker?"
         return [*problems, Problem("no run", row.number, None, detail)]
     problems += [
-        Problem(SURPLUS, row.number, run.run_id, f"trial {row.number} has run {counted[0].run_id}")
+        Problem(SURPLUS, row.number, run.run_id, f"trial {row.number} has run {current[0].run_id}")
         for run in {id(run): run for run in (*results, *present)}.values()
-        if run is not counted[0]
+        if run is not current[0]
     ]
-    return problems + _differences(config, row, counted[0])
+    return problems + _differences(config, row, current[0])
 
 
 def _differences(config: Config, row: TrialRow, run: RunRow) -> list[Problem]:
@@ -184,7 +187,8 @@ def audit_studies(
     if not studies and (lab / "outbox").is_dir():  # runs outside a study wait there, too
         with lab_records(lab, stores) as records:
             found += _find_pending(records, unsent, is_repair, as_json)
-            left += found if unsent[records.tracker.identity] else []
+            is_sent = not unsent[records.tracker.identity]
+            left += [one for one in found if one.kind != PENDING or not is_sent]
     if not studies and (lab / "mlflow.db").is_file():
         with lab_records(lab, stores) as records:
             orphans = _find_orphans(records, storage)
@@ -200,6 +204,9 @@ def audit_studies(
         with leader_lock(storage, lab, name):
             problems, rest = _audit_named(name, lab, address, unsent, is_repair, as_json)
             found, left = found + problems, left + rest
+    others = [] if studies else _find_others(lab, unsent)
+    _print(others, as_json)
+    found, left = found + others, left + others
     if as_json:
         document = {"problems": [asdict(p) for p in left], "repaired": len(found) - len(left)}
         print(json.dumps(document, indent=1))
@@ -227,6 +234,22 @@ def _find_orphans(records: Records, storage: RDBStorage) -> list[Problem]:
     ]
 
 
+def _find_others(lab: Path, unsent: Mapping[str, int]) -> list[Problem]:
+    """Return the records of ended processes that wait for trackers that were not looked for."""
+    waiting: Counter[str] = Counter()
+    for folder in unlocked(lab / "outbox"):
+        waiting[tracker_of(folder)] += len(list(folder.glob("*.run")))
+    return [
+        Problem(
+            PENDING, None, None,
+            f"{counted(number, 'record')} of ended processes for another tracker ({identity}) in "
+            "the lab's outbox: the next command that opens that tracker sends them",
+        )
+        for identity, number in waiting.items()
+        if number and identity not in unsent
+    ]  # fmt: skip
+
+
 def _find_pending(
     records: Records, unsent: dict[str, int], is_repair: bool, as_json: bool
 ) -> list[Problem]:
@@ -240,15 +263,15 @@ def _find_pending(
     waiting = unsent[tracker.identity] = outbox.leftovers()
     if not waiting:
         return []
+    refused: list[Problem] = []
     if is_repair:
         outbox.adopt()
         unsent[tracker.identity] = outbox.flush(_DELIVERY_S)
-        outbox.check()
-    problem = Problem(
-        PENDING, None, None, f"{waiting} records of ended processes wait in the lab's outbox"
-    )
-    _print([problem], as_json)
-    return [problem]
+        refused = [Problem(REFUSED, None, None, str(error)) for _, error in outbox.failures()]
+    waiting_text = f"{waiting} records of ended processes wait in the lab's outbox"
+    problems = [Problem(PENDING, None, None, waiting_text), *refused]
+    _print(problems, as_json)
+    return problems
 
 
 def _print(problems: Iterable[Problem], as_json: bool) -> None:
@@ -285,12 +308,12 @@ def _audit_study(
     """Return the problems that were found, and those that are left."""
     with open_records(config, lab) as records:
         pending = _find_pending(records, unsent, is_repair, as_json)
-        unknown = _what_is_unknown(store, records, unsent if is_repair else {})
+        unknown = _what_is_unknown(store, records, unsent, is_repair)
         if unknown:
             _print(unknown, as_json)
             found = [*pending, *unknown]
             is_sent = is_repair and not unsent.get(records.tracker.identity)
-            return found, unknown if is_sent else found
+            return found, [one for one in found if one.kind != PENDING or not is_sent]
         problems: list[Problem] = []
         if config.tracking.name is not TrackerName.none:
             runs = records.tracker.find({"digitlab.study_id": store.study_id})
@@ -304,16 +327,24 @@ def _audit_study(
 
 
 def _what_is_unknown(
-    store: TrialStore, records: Records, unsent: Mapping[str, int]
+    store: TrialStore, records: Records, unsent: Mapping[str, int], is_repair: bool
 ) -> list[Problem]:
     """Return why it is not known yet what the study's runs are: nothing can be said of them."""
+    outbox = records.outbox
     if other := other_tracker(store.notes(), records.tracker):
         return [Problem("other tracker", None, None, f"study {store.config.name!r}: {other}")]
-    if held := records.outbox.held_elsewhere(store.study_id):
-        detail = f"another process of this lab is still to send {held} records of the study"
+    if held := outbox.held_elsewhere(store.study_id):
+        detail = f"another process of this lab is still to send {counted(held, 'record')} of it"
         return [Problem("held elsewhere", None, None, detail)]
+    if not is_repair:  # what waits is no more than listed
+        return []
     if left := unsent.get(records.tracker.identity):
-        why = records.outbox.problem.rstrip(".") or "it is slow"
-        detail = f"the tracker has yet to take {left} records ({why}); try again when it answers"
+        why = outbox.problem.rstrip(".") or "it is slow"
+        detail = f"the tracker has yet to take {counted(left, 'record')} ({why}); try again later"
         return [Problem("not sent", None, None, detail)]
+    refused = sum(study_id == store.study_id for study_id, _ in outbox.failures())
+    refused += outbox.leftovers(store.study_id)  # were adopted with another study's
+    if refused:
+        detail = f"the tracker lacks {counted(refused, 'record')} of study {store.config.name!r}"
+        return [Problem(REFUSED, None, None, detail)]
     return []

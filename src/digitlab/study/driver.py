@@ -200,6 +200,8 @@ class StudyDriver:
 
     def _leave(self, state: str) -> None:
         if self.session.lock.is_lost:
+            if self.session.parent is not None:
+                self.session.parent.leave()
             return
         if not self.session.stop.has_terminal:
             self.board.mute()
