@@ -3,6 +3,7 @@
     python experiments/records.py small2000
     python experiments/records.py best --processes 5
     python experiments/records.py curve --seeds 10
+    python experiments/records.py default
 
 Each run learns from all training images, is recorded in the lab, and reads the test images once.
 The file is written after each run, so that a call that was stopped goes on with the seeds that are
@@ -10,7 +11,8 @@ missing; a recipe or code that has changed since begins anew, and what was recor
 With several processes the file takes their runs in the order of the seeds: of a call that was
 stopped, those after the first that is missing are trained again. Five runs of `best` vote, too.
 The lines that `records.md` should have are printed. `curve` trains one recipe on more and more
-images, each seed on another choice of them.
+images, each seed on another choice of them. `default` trains nothing: it writes what the final fits
+of the lab's study `default` have reached to default.json.
 """
 
 import argparse
@@ -39,8 +41,10 @@ from digitlab.records.reader import (
     recorded_guesses,
     recorded_logits,
 )
+from digitlab.records.tracker import RunRow, Tracker
 
 FILE = Path(__file__).with_name("records.json")
+STUDY_FILE = Path(__file__).with_name("default.json")
 # Mean test accuracy that a record must exceed with p < 0.01, and the parameters it must be below.
 TARGETS: dict[str, tuple[float, int | None]] = {
     "best": (0.9975, None),
@@ -83,16 +87,47 @@ def train(words: Sequence[str]) -> dict[str, Any]:
     """Train and record one run; return its part of a figure."""
     run = digitlab.train(*words)
     tracker = lab_tracker(run.lab)
-    environment = recorded_environment(tracker, tracker.get(run.run_id))
     return {
         "accuracy": run.metrics["test_accuracy"],
         "run_id": run.run_id,
         "overrides": list(words),
+        **made_by(tracker, tracker.get(run.run_id)),
+    }
+
+
+def made_by(tracker: Tracker, run: RunRow) -> dict[str, Any]:
+    """Return what a run was made with, and how large its network is."""
+    environment = recorded_environment(tracker, run)
+    ended = datetime.datetime.fromtimestamp(run.ended_ms / 1000, datetime.UTC)
+    return {
         "parameters": int(run.metrics["model_parameters"]),
         "device": environment["numerics"]["device"],
         "processor": environment["processor"],
         "commit": environment["commit"],
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": ended.date().isoformat(),
+    }
+
+
+def study_figure() -> dict[str, Any]:
+    """Return the test accuracies of the study `default` of this lab, with its runs.
+
+    Raises:
+        UserError: it has not ended.
+    """
+    champion = digitlab.load_study("default").champion()
+    tracker = lab_tracker(lab_folder())
+    finals = tracker.find({"digitlab.study": "default", "digitlab.kind": "final"})
+    finals = [run for run in finals if "digitlab.superseded_by" not in run.tags]
+    if champion is None or not finals:
+        raise UserError("study default has no champion: run `make sweep` first.")
+    finals.sort(key=lambda run: int(run.tags["digitlab.seed"]))
+    return {
+        "name": "default, test accuracy",
+        "unit": "fraction",
+        "values": [run.metrics["test_accuracy"] for run in finals],
+        "run_ids": [run.run_id for run in finals],
+        "champion": champion["values"],
+        **made_by(tracker, finals[-1]),
     }
 
 
@@ -148,12 +183,15 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("record", choices=[*TARGETS, "curve"], help="what to train")
+    parser.add_argument("record", choices=[*TARGETS, "curve", "default"], help="what to train")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each configuration")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     if options.record == "curve" and options.processes > 1:
         parser.error("--processes: the curve trains one run at a time. Leave it out.")
+    if options.record == "default":
+        STUDY_FILE.write_text(json.dumps({"figures": [study_figure()]}, indent=1) + "\n")
+        return
     document = json.loads(FILE.read_text()) if FILE.exists() else {"figures": []}
     is_curve = options.record == "curve"
     counts = CURVE_IMAGES if is_curve else (ALL,)
