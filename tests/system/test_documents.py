@@ -94,8 +94,8 @@ def arguments(command: str) -> list[str]:
 
 
 ALL = list(dict.fromkeys(command for page in PAGES for command in commands(page.read_text())))
-# README's table for those who know another tool.
-COMING = (ROOT / "README.md").read_text().partition("that you come from\n")[2].partition("##")[0]
+# The table for those who know another tool.
+COMING = (ROOT / "experiments" / "other-tools.md").read_text()
 IS_RUN = {line: line.split()[1] not in NOT_RUN and "launcher=ray" not in line for line in ALL}
 
 
