@@ -34,7 +34,9 @@ from digitlab.pages.form import Form
 from digitlab.pages.play import Lesson, lesson_app
 from digitlab.pages.search import ranges, search_words
 from digitlab.pages.server import PageServer
+from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.record import open_records
+from digitlab.records.tracker import TrackerAway, TrackerRefused
 from digitlab.study.storage import open_storage
 from digitlab.training.evaluate import evaluate
 from digitlab.training.film import shown_steps
@@ -272,6 +274,39 @@ def test_a_run_that_is_stopped_before_it_trains_is_recorded_as_stopped(
     assert (end["state"], end["text"]) == ("interrupted", "it was stopped")
     row = page_lab.lesson.records.tracker.get(end["run_id"])
     assert row.tags["digitlab.state"] == "interrupted"
+
+
+def test_a_refused_record_is_said_and_the_next_run_is_not_blamed(page_lab: Lab) -> None:
+    def refuse(*_: object) -> None:
+        raise TrackerRefused("403")
+
+    with Tab(page_lab) as tab:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MlflowTracker, "upload", refuse)
+            page_lab.tell("/train", values={"trainer.epochs": 1})
+            end = tab.state("failed", "finished")
+            tab.until(lambda event: event["kind"] == "free")
+        assert (end["state"], end["text"].count("was refused (403). It is kept")) == ("finished", 1)
+        page_lab.tell("/train", values={"trainer.epochs": 1})
+        end = tab.state("failed", "finished")
+    assert (end["state"], "refused" in end["text"]) == ("finished", False)
+    assert page_lab.lesson.records.tracker.get(end["run_id"]).tags["digitlab.state"] == "finished"
+
+
+def test_a_record_that_waits_for_the_tracker_is_said(
+    page_lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise TrackerAway("the artifacts cannot be stored")
+
+    monkeypatch.setattr(MlflowTracker, "upload", away)
+    monkeypatch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+    monkeypatch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
+    with Tab(page_lab) as tab:
+        page_lab.tell("/train", values={"trainer.epochs": 1})
+        text = tab.state("failed", "finished")["text"]
+    outbox = page_lab.folder / "outbox"
+    assert text == f"1 record still in {outbox}, until the tracker answers again"
 
 
 @pytest.mark.slow

@@ -17,14 +17,13 @@ from digitlab.data.datasets import cache_training_digits
 from digitlab.pages.events import EventLog
 from digitlab.pages.moments import SHOWN_IMAGES, Moments
 from digitlab.records.record import Identity, Records, RunRecorder
-from digitlab.study.loop import Ending, JobLoop, Task
-from digitlab.study.run import name_of
+from digitlab.study.loop import JobLoop, Task
+from digitlab.study.run import flush_run, name_of, pending_text, run_task
 from digitlab.training.device import find_device
 from digitlab.training.film import shown_steps
 from digitlab.workers.base import Decision, Job, Workers, WorkerSetup
 from digitlab.workers.processes import ProcessWorkers
 
-_DELIVERY_S = 30.0  # to wait at a run's end for a tracker that is slow or away
 _PROGRESS_S = 1.0  # between two reports
 
 
@@ -162,13 +161,6 @@ class PageTrainer:
         recorder = RunRecorder(self.records.outbox, config, identity)
         job = Job(config, (), shown_steps(steps, epoch))
         self._is_pause_sent = False
-        endings: list[Ending] = []
-
-        def ended(_: Task, ending: Ending) -> None:
-            endings.append(ending)
-            if ending.state != "finished":
-                recorder.end(ending.state, ending.reason)
-
         task = Task(run.name, job, recorder)
         task.on_snapshot = lambda shot: self.moments.add(
             run.number, shot.step, config, shot.weights, images
@@ -177,15 +169,21 @@ class PageTrainer:
             "epoch", run=run.number, epoch=number, step=number * epoch, metrics=dict(metrics)
         )
         self._publish(run, "training", steps=steps, epoch=epoch, epochs=config.trainer.epochs)
-        tasks = [task]
-        loop.run(lambda: tasks.pop() if tasks else None, ended)
-        if not endings:  # it was stopped before the worker took it
-            ended(task, Ending("interrupted", "it was stopped"))
-        self.records.outbox.flush(_DELIVERY_S)
+        ending = run_task(loop, task)
+        problem = self._flush(recorder)
         self.moments.join()
-        [ending] = endings
         run_id, seconds = recorder.run_id(), task.metrics.get("seconds", 0.0)
-        text = ending.reason
-        if ending.state == "finished" and run_id:
-            text = self.conclude(run_id)
+        said = [ending.reason, problem]
+        if ending.state == "finished" and run_id and not problem:
+            said.append(self.conclude(run_id))
+        text = ". ".join(filter(None, said))
         self._publish(run, ending.state, text=text, run_id=run_id, seconds=seconds)
+
+    def _flush(self, recorder: RunRecorder) -> str:
+        """Wait a while for a run's record to be sent; return why it was not, if so."""
+        outbox = self.records.outbox
+        try:
+            flush_run(outbox, recorder.spool)
+        except (UserError, OSError) as error:
+            return first_line(error)
+        return pending_text(outbox)

@@ -76,6 +76,13 @@ class Outbox(Delivery):
         """Return the number of a study's records that another live process is to send."""
         return sum(_belongs_to(path, study_id) for path in self._sessions.held_elsewhere())
 
+    def check_run(self, spool: RunSpool) -> None:
+        """Raise what the tracker refused of one run, or what went wrong on this machine."""
+        if self._disk_error is not None:
+            raise self._disk_error
+        if isinstance(spool, FileSpool) and spool.failure is not None:
+            raise spool.failure
+
     def close(self) -> None:
         """Send for a few seconds more, then end the thread; what is left stays on the disk.
 

@@ -13,7 +13,9 @@ from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
+from digitlab.records.outbox import Outbox
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
+from digitlab.records.spool import RunSpool
 from digitlab.records.tracker import Tracker, TrackerAway
 from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
@@ -59,12 +61,6 @@ def run_once(
     find_device(config.trainer.device)
     DigitsData(config, lab).setup("fit")
     recorder = RunRecorder(records.outbox, config, identity)
-    endings: list[Ending] = []
-
-    def ended(_: Task, ending: Ending) -> None:
-        endings.append(ending)
-        if ending.state != "finished":
-            recorder.end(ending.state, ending.reason)
 
     def show(epoch: int, metrics: Mapping[str, float]) -> None:
         shown = (f"{k} {v:.4f}" for k, v in sorted(metrics.items()) if k != "images_per_second")
@@ -78,23 +74,53 @@ def run_once(
     is_new = identity.kind == "reproduction"
     job = Job(config, checkpoint=None if is_new else recorder.checkpoints.latest())
     task = Task(identity.name, job, recorder, on_start=say, on_epoch=show)
-    tasks, setup = [task], WorkerSetup(lab, config.data)
-    try:
-        with StopSignal() as stop, InlineWorkers(setup, observers) as workers:
-            JobLoop(workers, stop).run(lambda: tasks.pop() if tasks else None, ended)
-    except BaseException:
-        with suppress(OSError):  # a full disk: the next process ends the run
-            recorder.end("interrupted")
-        raise
-    if not endings:  # a signal came before the training
-        ended(task, Ending("interrupted", "it was stopped"))
-    [ending] = endings
-    records.outbox.flush(_DELIVERY_S)
-    records.outbox.check(study_id="")  # what others have left is theirs
+    setup = WorkerSetup(lab, config.data)
+    with StopSignal() as stop, InlineWorkers(setup, observers) as workers:
+        ending = run_task(JobLoop(workers, stop), task)
+    flush_run(records.outbox, recorder.spool)
     reason, trained = ending.reason, len(task.curve)
     if ending.state == "interrupted" and not is_new and recorder.checkpoints.latest():
         reason += "; the same command goes on from there"
     return Outcome(ending.state, reason, task.metrics, recorder.run_id(), trained)
+
+
+def run_task(loop: JobLoop, task: Task) -> Ending:
+    """Run one task that belongs to no study to its end, and end its record."""
+    tasks, endings = [task], []
+
+    def ended(_: Task, ending: Ending) -> None:
+        endings.append(ending)
+        if ending.state != "finished":
+            task.recorder.end(ending.state, ending.reason)
+
+    try:
+        loop.run(lambda: tasks.pop() if tasks else None, ended)
+    except BaseException:
+        with suppress(OSError):  # a full disk: the next process ends the run
+            task.recorder.end("interrupted")
+        raise
+    if not endings:  # it was stopped before a worker took it
+        ended(task, Ending("interrupted", "it was stopped"))
+    return endings[0]
+
+
+def flush_run(outbox: Outbox, spool: RunSpool) -> None:
+    """Wait a while until the tracker has a run's record.
+
+    Raises:
+        TrackerRefused: the tracker refuses this record. Other runs are not looked at.
+        OSError: the disk takes nothing.
+    """
+    outbox.flush(_DELIVERY_S)
+    outbox.check_run(spool)
+
+
+def pending_text(outbox: Outbox) -> str:
+    """Return how many records the tracker has yet to take, and where they are; empty if none."""
+    if not (pending := outbox.pending()):
+        return ""
+    waiting = counted(pending, "record")
+    return f"{waiting} still in {outbox.folder}, until the tracker answers again"
 
 
 # Receives a run that finished, with where it is recorded.
@@ -117,11 +143,9 @@ def train(
         name = name_of(composed, records.tracker)
         identity = Identity(name, "train", tags, None, composed.overrides, describe_environment())
         outcome = run_once(config, identity, records, lab, observers)
-        pending = records.outbox.pending()
         run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
-        if pending:
-            waiting = counted(pending, "record")
-            print(f"{waiting} still in {lab / 'outbox'}, until the tracker answers again")
+        if pending := pending_text(records.outbox):
+            print(pending)
         if outcome.state != "finished":
             print(f"{run} {outcome.state}: {outcome.reason}")
             return outcome
