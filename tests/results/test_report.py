@@ -46,8 +46,9 @@ from digitlab.base.statistics import Interval, accuracy_interval
 from digitlab.config.recorded import config_to_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.local import sqlite_uri
+from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
-from digitlab.records.tracker import NoTracker
+from digitlab.records.tracker import NoTracker, TrackerRefused
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.report import report
 from digitlab.study.storage import open_storage
@@ -546,6 +547,20 @@ def test_report_is_written_where_it_is_asked_for_and_kept_on_the_run(
     # Without a name it is the study that was created last, and its place is in the lab.
     page = lab / "reports" / "stopped.html"
     assert call("report") == (0, f"written: {page}\n", "")
+
+
+def test_report_whose_record_is_refused_says_so(
+    lab: Path, call_in: CallIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TrackerRefused("403")
+
+    lab = shutil.copytree(lab, tmp_path / "lab")
+    monkeypatch.setattr(MlflowTracker, "upload", refuse)
+    status, out, err = call_in(lab)("report", "stopped")
+    assert (status, out) == (2, f"written: {lab}/reports/stopped.html\n")
+    assert "was refused (403). It is kept" in err
+    assert err.count("\n") == 1
 
 
 def test_report_is_of_the_study_that_was_created_last_and_is_nobody_elses(

@@ -40,7 +40,7 @@ from digitlab.data.datasets import TRAIN
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage, find_run, over_seeds, recorded_config, trained
 from digitlab.records.record import SUMS, Identity, open_records, seal, trial_tags
-from digitlab.records.tracker import LogBatch, NewRun, RunRow, TrackerAway, now_ms
+from digitlab.records.tracker import LogBatch, NewRun, RunRow, TrackerAway, TrackerRefused, now_ms
 from digitlab.results import at_commit
 from digitlab.results import reproduce as reproduction
 from digitlab.results.at_commit import confirm_code, train_at_commit
@@ -1391,6 +1391,22 @@ def test_study_of_two_workers_that_parts_is_not_comparable(
     workers, *trials = changes(document)
     assert workers.startswith("study.workers was 2, is 1: gives trials another history")
     assert any(trial.startswith("trial 0: value was 0.5, is ") for trial in trials)
+
+
+def test_replay_whose_record_is_refused_says_so_after_its_verdict(
+    copied: Path, call_in: CallIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TrackerRefused("403")
+
+    monkeypatch.setattr(MlflowTracker, "upload", refuse)
+    monkeypatch.setattr("digitlab.results.replay.sweep", lambda *_, **__: 0)
+    status, out, err = call_in(copied)("reproduce", "--study", "smoke", "--json")
+    assert (status, json.loads(out)["differences"][-1][:9]) == (2, "champion:")
+    assert re.fullmatch(
+        r"digitlab: The record of run 'smoke-replay' was refused \(403\).*", err.splitlines()[-1]
+    )
+    assert "digitlab.reproduced" not in MlflowTracker(None, "digitlab", copied).get("smoke").tags
 
 
 def test_study_that_cannot_be_replayed_is_one_line(call: Call, recorded: Recorded) -> None:

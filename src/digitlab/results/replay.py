@@ -27,11 +27,10 @@ from digitlab.results.verdict import (
 )
 from digitlab.study.driver import sweep
 from digitlab.study.goal import TrialRow
+from digitlab.study.run import flush_run
 from digitlab.study.storage import DELETED, study_names, study_notes
 from digitlab.study.summary import continue_command
 from digitlab.study.trials import TrialStore, load_study
-
-_DELIVERY_S = 30.0  # to wait for the tracker at the end
 
 
 def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> int:
@@ -71,10 +70,13 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
         parted = compare_studies(original, TrialStore(original.storage, config))
         is_harmless = all(difference.is_harmless for difference in found)
         verdict = IDENTICAL if not parted else NOT_REPRODUCED if is_harmless else INCOMPARABLE
-        run_id = _record(records, config, row, verdict, parted, now)
+        recorder = _record(records, config, row, verdict, parted, now)
         reasons = [*map(str, found), *parted]
-        reached = Verdict(verdict, reasons, run_id, row.run_id if row else study)
-        reached.show(as_json, f"study {study}")  # before it is noted: the tracker may be away
+        try:
+            flush_run(records.outbox, recorder.spool)
+        finally:  # the verdict is shown whatever becomes of its record
+            reached = Verdict(verdict, reasons, recorder.run_id(), row.run_id if row else study)
+            reached.show(as_json, f"study {study}")
         if row:
             records.tracker.tag(row.run_id, {"digitlab.reproduced": verdict})
     return reached.exit_status
@@ -136,13 +138,12 @@ def _record(
     verdict: str,
     parted: Sequence[str],
     environment: Mapping[str, Any],
-) -> str | None:
-    """Record a run that has the verdict; returns its id."""
+) -> RunRecorder:
+    """Record a run that has the verdict."""
     tags = {"digitlab.reproduction_of": original.run_id if original else ""}
     tags["digitlab.verdict"] = verdict
     identity = Identity(config.study.name, "reproduction", tags, None, (), environment)
     recorder = RunRecorder(records.outbox, config, identity)
     recorder.add_files({"replay.json": json.dumps(list(parted), indent=1).encode()})
     recorder.end("finished")
-    records.outbox.flush(_DELIVERY_S)
-    return recorder.run_id()
+    return recorder
