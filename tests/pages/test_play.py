@@ -361,6 +361,20 @@ def test_ranges_lie_around_the_values_and_are_ones_that_a_sweep_takes() -> None:
         ranges(values, ["trainer.seed"])
 
 
+@pytest.mark.parametrize("recipe", ["default", "smoke", "smallest", "seed"])
+def test_a_search_is_over_what_is_ticked_alone_and_trains_each_trial_to_the_end(
+    recipe: str,
+) -> None:
+    form = Form([f"experiments={recipe}", "data=sample"])
+    composed = form.compose({"trainer.epochs": 5}, is_fixed=False)
+    words = search_words(composed, {"model.hidden": "choice(0,32)"}, 3, "mine")
+    config = compose("sweep", words)[0].config
+    assert config.study.space == {"model.hidden": "choice(0,32)"}
+    assert (config.study.pruner, config.study.rungs) == ("none", [])
+    assert config.trainer == composed.config.trainer
+    assert config.optim == composed.config.optim
+
+
 @pytest.mark.slow
 def test_a_search_fills_the_ladder_and_stops_when_asked(page_lab: Lab) -> None:
     with Tab(page_lab) as tab:

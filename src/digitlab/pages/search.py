@@ -14,6 +14,8 @@ from digitlab.pages.events import EventLog
 from digitlab.pages.form import values_of
 
 _WORDS = ("study.confirm=1", "study.final_seeds=1", "study.workers=1", "study.trials=200")
+_WORDS += ("study.pruner=none", "study.rungs=[]")  # or a screening recipe would finish none
+_NO_SPACE = ("~study.space", "+study.space={}")  # of the recipe: what is ticked alone is searched
 
 
 def ranges(values: Mapping[str, Any], ticked: Sequence[str]) -> dict[str, str]:
@@ -56,6 +58,7 @@ def search_words(
     # A key that is given one value leaves the space.
     kept = [text for text in composed.overrides if text.partition("=")[0] not in space]
     ranged = [f"{key}={text}" for key, text in space.items()]
+    kept += _NO_SPACE if composed.config.study.space else ()
     return [*kept, *_WORDS, f"study.name={name}", f"study.minutes={minutes:g}", *ranged]
 
 
