@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import CallIn
 from optuna.study import StudyDirection
@@ -31,6 +32,7 @@ from digitlab.networks.table import build_network
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
 from digitlab.pages.form import Form
+from digitlab.pages.moments import Moments
 from digitlab.pages.play import Lesson, lesson_app
 from digitlab.pages.search import ranges, search_words
 from digitlab.pages.server import PageServer
@@ -309,15 +311,46 @@ def test_a_record_that_waits_for_the_tracker_is_said(
     assert text == f"1 record still in {outbox}, until the tracker answers again"
 
 
+def test_moments_that_cannot_be_shown_are_left_out_and_nobody_waits_for_them(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log: list[dict[str, Any]] = []
+    moments = Moments(lab, lambda kind, **event: log.append(event | {"kind": kind}))
+    config = compose("train", ["experiments=seed", "data=sample"])[0].config
+    network = build_network(config.model)
+    images = (torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 10)
+    state = network.state_dict()
+    snapshot = safetensors.torch.save
+    moments.add(1, 0, config, snapshot(state), images)
+    for step, value in enumerate((torch.nan, torch.inf, 3e38), 1):
+        broken = {name: torch.full_like(tensor, value) for name, tensor in state.items()}
+        moments.add(1, step, config, snapshot(broken), images)
+    moments.add(1, 4, config, b"no weights", images)
+    moments.add(1, 5, config, snapshot(state), images)
+    waiting = threading.Thread(target=moments.join, daemon=True)
+    waiting.start()
+    waiting.join(WAIT_S)
+    assert not waiting.is_alive()
+    assert [event["step"] for event in log] == [0, 5]
+    assert json.loads(json.dumps(log, allow_nan=False))[0]["images"] == 20
+    assert "step 4 of run 1 cannot be shown: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="Step 1 of run 1 is not kept"):
+        moments.look(1, 1, None)
+
+
 @pytest.mark.slow
-def test_a_run_that_diverges_says_so_and_the_page_goes_on(page_lab: Lab) -> None:
-    values = {"optim.name": "sgd", "optim.learning_rate": 10, "model.widths": [64]}
-    with Tab(page_lab) as tab:
-        page_lab.tell("/train", values=values)
+def test_a_run_that_diverges_says_so_and_the_page_goes_on(lab: Path) -> None:
+    wild = ["optim=sgd", "optim.schedule=constant", "optim.learning_rate=10"]
+    wild += ["optim.weight_decay=1"]
+    with served(lab, *SAMPLE, *wild) as found, Tab(found) as tab:
+        found.tell("/train", values={"trainer.epochs": 5})
         end = tab.state("failed", "finished")
         tab.until(lambda event: event["kind"] == "free")
-        assert end["state"] == "finished" or "loss" in end["text"]
-        page_lab.tell("/train", values={"trainer.epochs": 1})
+        assert (end["state"], "the loss is " in end["text"]) == ("failed", True)
+        json.dumps(tab.seen, allow_nan=False)  # or no tab can read it
+        for moment in (event for event in tab.seen if event["kind"] == "moment"):
+            assert found.ask("GET", f"/look?run=1&step={moment['step']}")[0] == 200
+        found.tell("/train", values={"trainer.epochs": 1, "optim.learning_rate": 0.01})
         tab.until(lambda e: e.get("run") == 2 and e.get("state") == "finished")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, first_line
 from digitlab.config.types import Config
 from digitlab.data.datamodule import Labelled
 from digitlab.data.datasets import class_names
@@ -77,15 +78,28 @@ class Moments:
 
     def _measure(self) -> None:
         while True:
-            run, step, config, weights, images = self._waiting.get()
-            logits = evaluate(_network(config, weights), images[0], config.data)
-            self._kept[run, step] = Moment(config, weights, logits, images)
-            while sum(len(m.weights) for m in self._kept.values()) > _MOST_BYTES:
-                self._kept.pop(next(iter(self._kept)))
-            loss = float(F.cross_entropy(logits, images[1]))
-            accuracy = float((logits.argmax(1) == images[1]).double().mean())
-            self.publish("moment", run=run, step=step, loss=round(loss, 5), accuracy=accuracy)
-            self._waiting.task_done()
+            run, step, *what = self._waiting.get()
+            try:
+                self._keep(run, step, *what)
+            except Exception as error:  # noqa: BLE001  later moments are shown all the same
+                reason = first_line(error)
+                print(f"step {step} of run {run} cannot be shown: {reason}", file=sys.stderr)
+            finally:  # or `join` would wait for ever
+                self._waiting.task_done()
+
+    def _keep(self, run: int, step: int, config: Config, weights: bytes, images: Labelled) -> None:
+        """Measure a snapshot, keep and publish it; one of a training that diverges is left out."""
+        network = _network(config, weights)
+        logits = evaluate(network, images[0], config.data)
+        loss = F.cross_entropy(logits, images[1])
+        if not all(each.isfinite().all() for each in (*network.parameters(), logits, loss)):
+            return
+        self._kept[run, step] = Moment(config, weights, logits, images)
+        while sum(len(m.weights) for m in self._kept.values()) > _MOST_BYTES:
+            self._kept.pop(next(iter(self._kept)))
+        accuracy = float((logits.argmax(1) == images[1]).double().mean())
+        about = {"loss": round(float(loss), 5), "accuracy": accuracy, "images": len(images[1])}
+        self.publish("moment", run=run, step=step, **about)
 
     def _moment(self, run: int, step: int) -> Moment:
         try:

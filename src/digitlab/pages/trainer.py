@@ -1,5 +1,6 @@
 """Training beside the page: one run at a time, in a worker, recorded as any run."""
 
+import math
 import queue
 import threading
 import time
@@ -165,9 +166,11 @@ class PageTrainer:
         task.on_snapshot = lambda shot: self.moments.add(
             run.number, shot.step, config, shot.weights, images
         )
+        # A validation loss that is not finite is no JSON.
         task.on_epoch = lambda number, metrics: self.log.publish(
-            "epoch", run=run.number, epoch=number, step=number * epoch, metrics=dict(metrics)
-        )
+            "epoch", run=run.number, epoch=number, step=number * epoch,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        )  # fmt: skip
         self._publish(run, "training", steps=steps, epoch=epoch, epochs=config.trainer.epochs)
         ending = run_task(loop, task)
         problem = self._flush(recorder)
