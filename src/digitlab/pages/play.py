@@ -18,7 +18,7 @@ from digitlab.pages.draw import LIVE, add_reading, finished_runs
 from digitlab.pages.events import EventLog
 from digitlab.pages.export import save_page
 from digitlab.pages.form import Form
-from digitlab.pages.ladder import Ladder, RungOfLadder
+from digitlab.pages.ladder import Ladder, LadderRow
 from digitlab.pages.moments import Look, Moments
 from digitlab.pages.search import PageSearch
 from digitlab.pages.server import PageServer, page_app, problems, read_body
@@ -262,7 +262,7 @@ def lesson_app(lesson: Lesson, view: str) -> FastAPI:
         return await asyncio.to_thread(_refusing, 400, act)
 
     @app.get("/ladder")
-    async def ladder() -> list[RungOfLadder]:
+    async def ladder() -> list[LadderRow]:
         return await asyncio.to_thread(lesson.ladder.rows)
 
     @app.get("/save", response_class=HTMLResponse, **how)

@@ -8,17 +8,17 @@ async function showLadder() {
   isListing = true;
   do {
     listAgain = false;
-    const rungs = await fetch("/ladder").then((response) => response.json()).catch(() => []);
-    $("ladder").replaceChildren(...rungs.map((rung) => {
-      const use = () => { setValues(rung.values, rung.is_fixed); $("train").focus(); };
-      const isOf = rung.is_fixed || "model.widths" in rung.values;  // a network that the form can show
+    const rows = await fetch("/ladder").then((response) => response.json()).catch(() => []);
+    $("ladder").replaceChildren(...rows.map((row) => {
+      const use = () => { setValues(row.values, row.is_fixed); $("train").focus(); };
+      const isOf = row.is_fixed || "model.widths" in row.values;  // a network that the form can show
       const title = isOf ? "Bring its settings back" : "Its network is none of this form's";
-      const said = [rung.changed, rung.difference].filter(Boolean).join(": ");
+      const said = [row.changed, row.difference].filter(Boolean).join(": ");
       return make("tr", {},
-        make("td", {}, make("button", { onclick: use, title, disabled: !isOf }, rung.name)),
-        make("td", {}, `${(100 * rung.accuracy).toFixed(2)} %`), make("td", {}, said),
-        make("td", {}, rung.parameters.toLocaleString("en")), make("td", {}, rung.seconds.toFixed(1)),
-        make("td", {}, make("a", { href: `/save?run=${rung.run_id}`, download: "" }, "one HTML file")));
+        make("td", {}, make("button", { onclick: use, title, disabled: !isOf }, row.name)),
+        make("td", {}, `${(100 * row.accuracy).toFixed(2)} %`), make("td", {}, said),
+        make("td", {}, row.parameters.toLocaleString("en")), make("td", {}, row.seconds.toFixed(1)),
+        make("td", {}, make("a", { href: `/save?run=${row.run_id}`, download: "" }, "one HTML file")));
     }));
   } while (listAgain);
   isListing = false;
