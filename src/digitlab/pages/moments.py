@@ -78,12 +78,12 @@ class Moments:
 
     def _measure(self) -> None:
         while True:
-            run, step, *what = self._waiting.get()
+            snapshot = self._waiting.get()
             try:
-                self._keep(run, step, *what)
+                self._keep(*snapshot)
             except Exception as error:  # noqa: BLE001  later moments are shown all the same
-                reason = first_line(error)
-                print(f"step {step} of run {run} cannot be shown: {reason}", file=sys.stderr)
+                where = f"step {snapshot[1]} of run {snapshot[0]}"
+                print(f"{where} cannot be shown: {first_line(error)}", file=sys.stderr)
             finally:  # or `join` would wait for ever
                 self._waiting.task_done()
 

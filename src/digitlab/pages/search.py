@@ -13,8 +13,10 @@ from digitlab.networks.settings import ConvnetConfig
 from digitlab.pages.events import EventLog
 from digitlab.pages.form import values_of
 
-_WORDS = ("study.confirm=1", "study.final_seeds=1", "study.workers=1", "study.trials=200")
-_WORDS += ("study.pruner=none", "study.rungs=[]")  # or a screening recipe would finish none
+_WORDS = (
+    *("study.confirm=1", "study.final_seeds=1", "study.workers=1", "study.trials=200"),
+    *("study.pruner=none", "study.rungs=[]"),  # or a screening recipe would finish none
+)
 _NO_SPACE = ("~study.space", "+study.space={}")  # of the recipe: what is ticked alone is searched
 
 
