@@ -630,7 +630,17 @@ def test_a_learner_trains_draws_widens_and_trains_again(
         page.locator("#moment").focus()
         page.keyboard.press("Home")  # back to the untrained network
         wait(page, "!busy && !again && !isLooking")
-        assert page.locator("#when").inner_text().startswith("step 0 of 300: ")
+        assert re.fullmatch(
+            r"step 0 of 300: \d+\.\d % of 400 validation images read right",
+            page.locator("#when").inner_text(),
+        )
+        legend = page.locator("#curve text.run0").last.text_content()
+        assert re.fullmatch(r"seed data=sample epochs=6: \d\d\.\d % of 400 images", legend or "")
+        shown = page.locator(".last button span").all_inner_texts()
+        wrong = [text for text in shown if not re.fullmatch(r"\d ✓ .*%", text)]
+        assert wrong
+        for text in wrong:
+            assert re.fullmatch(r"is (\d), read as \d \(\1: [^)]+ %\)", text)
         page.locator("#convolutions input").first.fill("64")
         wait(page, "$('size').textContent === '126,090 parameters'")
         page.get_by_role("button", name="Train", exact=True).click()
@@ -645,6 +655,27 @@ def test_a_learner_trains_draws_widens_and_trains_again(
         page.locator("#ladder button").last.click()
         wait(page, "isFixed || values['model.widths'][0] === 64")
     assert time.monotonic() - started < 90
+
+
+def test_what_can_be_changed_stands_in_groups_with_units(browser: Browser, page_lab: Lab) -> None:
+    with opened(browser, page_lab) as page:
+        assert page.locator("#lead").inner_text() == (
+            "Change the network, press Train, then draw a digit below."
+        )
+        heads = page.locator("#network h3").all_inner_texts()
+        assert heads == ["Layers", "Training", "Changed images"]
+        for group, labels in {
+            "model": ["batch norm", "dropout", "hidden"],
+            "training": ["epochs", "learning rate", "batch size", "optimizer", "seed"],
+            "augment": ["shift (pixels)", "rotate (degrees)", "scale (0.1 is 10 %)",
+                        "shear (degrees)", "erase (pixels)", "stroke (pixels)"],
+        }.items():  # fmt: skip
+            found = page.locator(f"#fields-{group} label").evaluate_all(
+                "all => all.map((label) => label.firstChild.textContent)"
+            )
+            assert found == labels
+        page.locator("#switch").click()
+        assert not page.locator("#lead").is_visible()
 
 
 def test_a_run_whose_network_no_form_can_show_brings_none_back(browser: Browser, lab: Path) -> None:

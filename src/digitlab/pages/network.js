@@ -4,6 +4,9 @@ const lesson = new Map();  // runs of this server by number: {number, name, stat
 const isPlay = () => document.body.dataset.view === "play";
 const SEARCHED = ["model.widths", "model.hidden", "model.batch_norm", "model.dropout", "optim.learning_rate", "trainer.epochs"];
 const wordsOf = (key) => key === "optim.name" ? "optimizer" : key.split(".").at(-1).replaceAll("_", " ").replace(/s$/, key.startsWith("model.") ? "" : "s");
+const UNITS = { shift: "pixels", rotate: "degrees", scale: "0.1 is 10 %", shear: "degrees", erase: "pixels", stroke: "pixels" };
+const isOfImages = (key) => key.startsWith("data.augment."), isOfModel = (key) => key.startsWith("model.");
+const FIELD_GROUPS = { model: isOfModel, augment: isOfImages, training: (key) => !isOfModel(key) && !isOfImages(key) };
 let isValid = false, isBusy = false;  // what the form says can be trained; something trains
 let form = null, values = {}, isFixed = false, checked = 0;
 
@@ -25,7 +28,8 @@ const asked = (more = {}) => ({ values: isFixed ? withoutModel() : values, is_fi
 const withoutModel = () => Object.fromEntries(Object.entries(values).filter(([key]) => !key.startsWith("model.")));
 
 function control(field, value, change) {
-  const label = `${wordsOf(field.key)}`, about = `${field.about} It must be ${field.rule}.`;
+  const unit = isOfImages(field.key) ? UNITS[field.key.split(".").at(-1)] : "";
+  const label = wordsOf(field.key) + (unit ? ` (${unit})` : ""), about = `${field.about} It must be ${field.rule}.`;
   const input = field.kind === "enum" ? make("select", {}, ...field.options.map((name) => new Option(name, name)))
     : make("input", { type: field.kind === "boolean" ? "checkbox" : "number", step: field.kind === "integer" ? 1 : "any" });
   for (const limit of ["min", "max"]) if (limit in field && input.type === "number") input[limit] = field[limit];
@@ -47,7 +51,7 @@ function showForm() {
     make("legend", {}, `convolution ${i + 1}`),
     ...layers.map((field) => control(field, values[field.key][i], (value) => { values[field.key][i] = value; })),
     make("button", { disabled: values["model.widths"].length === 1, ariaLabel: `Remove convolution ${i + 1}`, onclick: () => changeLayers((list) => list.splice(i, 1)) }, "Remove"))));
-  $("fields").replaceChildren(...others.map((field) => control(field, values[field.key], (value) => { values[field.key] = value; })));
+  for (const [group, isIn] of Object.entries(FIELD_GROUPS)) $(`fields-${group}`).replaceChildren(...others.filter(({ key }) => isIn(key)).map((field) => control(field, values[field.key], (value) => { values[field.key] = value; })));
   check();
 }
 

@@ -34,7 +34,7 @@ let events = null;
 
 async function showView(view) {
   document.body.dataset.view = view;
-  for (const id of ["lesson", "runs"]) $(id).hidden = !isPlay();
+  for (const id of ["lead", "lesson", "runs"]) $(id).hidden = !isPlay();
   setText("title", isPlay() ? "See it learn" : "Draw a digit");
   setText("switch", isPlay() ? "Draw only" : "Change a network, and watch it learn");
   if (isPlay() && !form) {

@@ -86,12 +86,12 @@ function drawCurve() {
     for (const m of sure) add("rect", { class: of, x: x(m.step) - 2.5, y: y(m.loss / highest) - 2.5, width: 5, height: 5 });
     for (const e of run.epochs.filter((epoch) => epoch.metrics.val_accuracy)) add("text", { class: of, x: x(e.step), y: y(e.metrics.val_accuracy) + 5, "text-anchor": "middle" }, "◆");
     const last = run.moments.at(-1);
-    add("text", { class: of, x: EDGE + 8, y: 16 + 16 * i }, `${run.name}: ${percent(last.accuracy)}`);
+    add("text", { class: of, x: EDGE + 8, y: 16 + 16 * i }, `${run.name}: ${percent(last.accuracy)} of ${last.images.toLocaleString("en")} images`);
   });
   const now = runs.length ? momentOf(runs[0]) : null;
   if (now) add("line", { class: "now", x1: x(now.step), x2: x(now.step), y1: y(0), y2: y(1) });
   $("curve").replaceChildren(...parts);
-  $("curve").setAttribute("aria-label", runs.map((run) => `${run.name}: accuracy ${percent(run.moments.at(-1).accuracy)}, loss ${run.moments.at(-1).loss} at step ${run.moments.at(-1).step}`).join("; ") || "No run yet");
+  $("curve").setAttribute("aria-label", runs.map((run) => `${run.name}: accuracy ${percent(run.moments.at(-1).accuracy)} of ${run.moments.at(-1).images.toLocaleString("en")} images, loss ${run.moments.at(-1).loss} at step ${run.moments.at(-1).step}`).join("; ") || "No run yet");
 }
 
 // ---- the network at a moment ----------------------------------------------------------------------
@@ -102,7 +102,7 @@ function showMoments() {
   slider.disabled = false;
   slider.max = run.moments.length - 1;
   if (isNewest) slider.value = slider.max;
-  const moment = momentOf(run), text = `step ${moment.step} of ${run.steps}: ${percent(moment.accuracy)} of the validation images shown right`;
+  const moment = momentOf(run), text = `step ${moment.step} of ${run.steps}: ${percent(moment.accuracy)} of ${moment.images.toLocaleString("en")} validation images read right`;
   setText("when", text);
   slider.setAttribute("aria-valuetext", text);
   drawCurve();
@@ -140,7 +140,7 @@ function showLooks(found) {
     seen.last.forEach((digit, j) => {
       const button = box.children[3].children[j], best = digit.probabilities.indexOf(Math.max(...digit.probabilities));
       paintAt(button.firstChild, digit.image, (v) => [255 - v, 255 - v, 255 - v, 255]);
-      button.lastChild.textContent = best === digit.label ? `${seen.labels[best]} ✓ ${percent(digit.probabilities[best])}` : `${seen.labels[digit.label]}, not ${seen.labels[best]}: ${percent(digit.probabilities[digit.label])}`;
+      button.lastChild.textContent = best === digit.label ? `${seen.labels[best]} ✓ ${percent(digit.probabilities[best])}` : `is ${seen.labels[digit.label]}, read as ${seen.labels[best]} (${seen.labels[digit.label]}: ${percent(digit.probabilities[digit.label])})`;
       button.setAttribute("aria-pressed", digit.place === seen.chosen.place);
       button.onclick = () => { picked = digit.place; look(); };
     });
