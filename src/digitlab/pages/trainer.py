@@ -179,14 +179,13 @@ class PageTrainer:
         said = [ending.reason, problem]
         if ending.state == "finished" and run_id and not problem:
             said.append(self.conclude(run_id))
-        text = ". ".join(filter(None, said))
-        self._publish(run, ending.state, text=text, run_id=run_id, seconds=seconds)
+        about = {"text": ". ".join(filter(None, said)), "run_id": run_id, "seconds": seconds}
+        self._publish(run, ending.state, **about)
 
     def _flush(self, recorder: RunRecorder) -> str:
         """Wait a while for a run's record to be sent; return why it was not, if so."""
-        outbox = self.records.outbox
         try:
-            flush_run(outbox, recorder.spool)
+            flush_run(self.records.outbox, recorder.spool)
         except (UserError, OSError) as error:
             return first_line(error)
-        return pending_text(outbox)
+        return pending_text(self.records.outbox)
