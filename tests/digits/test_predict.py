@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ from digitlab.digits.prepare import prepare
 from digitlab.digits.shift import CHANGES
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import damage
+from digitlab.records.tracker import TrackerAway
 
 DIGITS = np.fromfile(DATA / "t10k-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
 TRUE = np.fromfile(DATA / "t10k-labels-idx1-ubyte", np.uint8)[8:]
@@ -426,8 +427,11 @@ def test_damaged_exif_does_not_spoil_good_pixels() -> None:
 
 @pytest.mark.slow
 def test_evaluate_measures_every_change_and_keeps_the_table(
-    trained_lab: Path, call_in: Any
+    trained_lab: Path, call_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def away(*_: Any) -> NoReturn:
+        raise TrackerAway("The tracker is away: wait for it.")
+
     call = call_in(trained_lab)
     some = ("--run", "read-seed-0", "--prepared", "60")
     status, out, _ = call("evaluate", *some, "--json")
@@ -445,8 +449,12 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     kept = json.loads(tracker.artifact(document["run_id"], "shift.json"))
     assert kept["table"] == document["table"]
     assert damage(tracker, tracker.get(document["run_id"])) == []
-    status, out, _ = call("evaluate", "--run", "read-seed-0", "--prepared", "1")
-    assert "400 validation images" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "upload", away)
+        patch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+        patch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
+        status, out, err = call("evaluate", "--run", "read-seed-0", "--prepared", "1")
+    assert (status, "400 validation images" in out, "1 record still in" in err) == (0, True, True)
 
 
 # ---- rubbish -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
 from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
 from digitlab.digits.prepare import prepare_as
-from digitlab.records.reader import lab_tracker, load_run
+from digitlab.records.reader import lab_records, lab_tracker, load_run
+from digitlab.records.tracker import RunRow
+from digitlab.study.run import flush_run, pending_text
 from digitlab.training.evaluate import evaluate
 
 
@@ -123,22 +126,37 @@ def evaluate_shift(
     read = share(_read(network, config.data, pictures, lab))
     table.append({"change": "pictures of 40 to 800 pixels", "accuracy": None, "prepared": read})
     document = {"images": len(labels), "prepared_images": prepared, "table": table}
-    tracker.upload(row.run_id, {"shift.json": json.dumps(document, indent=1).encode()})
+    which = "test" if tested else "validation"
+    _print(document, row, which, as_json)
+    _record(document, row, lab, stores)
+    return 0
+
+
+def _record(document: dict[str, Any], run: RunRow, lab: Path, stores: Sequence[str]) -> None:
+    """Save what was measured with the run; it waits in the outbox while the tracker is away."""
+    with lab_records(lab, stores) as records:
+        spool = records.outbox.resume_run(run.run_id, run.tags.get("digitlab.study_id", ""))
+        spool.add_files({"shift.json": json.dumps(document, indent=1).encode()})
+        flush_run(records.outbox, spool)
+        if pending := pending_text(records.outbox):
+            print(pending, file=sys.stderr)
+
+
+def _print(document: dict[str, Any], run: RunRow, which: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(document | {"run_id": row.run_id}, indent=1))
-        return 0
+        print(json.dumps(document | {"run_id": run.run_id}, indent=1))
+        return
+    count, prepared = document["images"], document["prepared_images"]
     lines = [
         [
             entry["change"],
-            "" if entry["accuracy"] is None else share_interval(entry["accuracy"], len(labels)),
+            "" if entry["accuracy"] is None else share_interval(entry["accuracy"], count),
             share_interval(entry["prepared"], prepared),
         ]
-        for entry in table
+        for entry in document["table"]
     ]
-    which = "test" if tested else "validation"
-    title = f"{row.name}: {len(labels)} {which} images, {prepared} of them prepared as new ones"
+    title = f"{run.name}: {count} {which} images, {prepared} of them prepared as new ones"
     Board().print(console.table(title, ["images", "as given", "prepared first"], lines))
-    return 0
 
 
 def _read(network: nn.Module, data: DataConfig, pictures: list[Grey], lab: Path) -> Tensor:
