@@ -84,6 +84,85 @@ def test_an_unknown_key_is_refused_with_its_nearest_matches(
     assert "study.space." not in suggested  # the recipe's ranges are no keys to set
 
 
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [
+        ("optim.lr=0.1", "optim.learning_rate"),
+        ("trainer.lr=0.1", "optim.learning_rate"),
+        ("lr=0.1", "optim.learning_rate"),
+        ("optim.wd=0.1", "optim.weight_decay"),
+        ("bs=64", "data.batch_size"),
+        ("trainer.batch=64", "data.batch_size"),
+        ("model.filters=[4]", "model.widths"),
+        ("model.channels=[4]", "model.widths"),
+        ("device=cuda", "trainer.device"),
+        ("trainer.gpus=1", "trainer.device"),
+        ("trainer.max_epochs=3", "trainer.epochs"),
+        ("model.seed=1", "trainer.seed"),
+        ("trainer.learning_rate=0.1", "optim.learning_rate"),
+        ("epoch=3", "trainer.epochs"),
+    ],
+)
+def test_a_usual_name_is_answered_with_the_setting_that_it_stands_for(
+    override: str, setting: str
+) -> None:
+    key = override.partition("=")[0]
+    message = refusal("train", override)
+    assert message == f"{key}: no such key in the configuration, did you mean {setting}?"
+
+
+@pytest.mark.parametrize("override", ["model.zzzzqq=3", "zzzzqq=3"])
+def test_a_key_that_is_near_no_setting_is_answered_with_the_list_of_all(override: str) -> None:
+    key = override.partition("=")[0]
+    listed = "`digitlab config` lists all settings."
+    assert refusal("train", override) == f"{key}: no such key in the configuration, {listed}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["experiments=seed", "model.widths=[64]"],
+            "model.widths: the network seed has no such setting; convnet, narrow, strided have it: "
+            "add model=convnet.",
+        ),
+        (
+            ["experiments=seed", "model.filters=[64]"],
+            "model.filters: the network seed has no model.widths; convnet, narrow, strided have "
+            "it: add model=convnet.",
+        ),
+        (
+            ["model=shared", "hidden=64"],
+            "hidden: the network shared has no model.hidden; convnet, narrow, strided have it: "
+            "add model=convnet.",
+        ),
+        (
+            ["model.separable=true"],
+            "model.separable: the network convnet has no such setting; shared has it: "
+            "add model=shared.",
+        ),
+    ],
+)
+def test_a_setting_of_another_option_is_refused_with_the_options_that_have_it(
+    given: list[str], message: str
+) -> None:
+    assert refusal("train", *given) == message
+
+
+def test_the_option_that_is_advised_has_the_setting() -> None:
+    words = ["experiments=seed", "model.widths=[64]", "model=convnet"]
+    assert compose("train", words)[0].config.model == compose("train", words[1:])[0].config.model
+
+
+def test_a_setting_of_an_option_of_one_s_own_is_found(own: Path) -> None:
+    (own / "optim").mkdir()
+    (own / "optim/lion.yaml").write_text("defaults:\n  - adamw\n\nsharpness: 2\n")
+    message = refusal("train", f"--config-dir={own}", "optim.sharpness=3")
+    assert message == (
+        "optim.sharpness: the optimizer adamw has no such setting; lion has it: add optim=lion."
+    )
+
+
 def test_a_wrong_type_on_the_command_line_is_refused_with_field_and_value() -> None:
     message = refusal("train", "trainer.epochs=1.5")
     assert "trainer.epochs" in message

@@ -29,9 +29,9 @@ SHORT = {
 # What a message may end with, beside a full stop: suggestions, a command, a text to be copied.
 END = re.compile(r"([.?]|\{nearest\}|\{_[A-Z]+\}|(: |: rm |written |study\.name=)\{\})$")
 VERBS = (
-    "answer bring build call clone correct fetch finish give go import install leave look lower "
-    "name narrow open put quote raise read remove repair replace reproduce restore run see set "
-    "start stop take train try use wait write"
+    "add answer bring build call clone correct fetch finish give go import install leave look "
+    "lower name narrow open put quote raise read remove repair replace reproduce restore run see "
+    "set start stop take train try use wait write"
 ).replace(" ", "|")
 ADVICE = re.compile(rf"\{{(nearest|_[A-Z]+)\}}|it (must|needs)|[.:;,] ({VERBS})\b", re.IGNORECASE)
 

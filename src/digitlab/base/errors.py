@@ -66,12 +66,14 @@ def refuse_damage(what: str, *more: type[Exception]) -> Iterator[None]:
         ) from error
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return "did you mean a or b?" for a misspelt word, or all words if none is near."""
+def nearest(word: str, words: Iterable[str], otherwise: str = "") -> str:
+    """Return "did you mean a or b?" for a misspelt word; if none is near, all or `otherwise`."""
     known = sorted(words)
     matches = get_close_matches(word, known, n=3, cutoff=0.6)
     if matches:
         return f"did you mean {' or '.join(matches)}?"
+    if otherwise:
+        return otherwise
     return f"known are {', '.join(known)}." if known else "there are none yet."
 
 

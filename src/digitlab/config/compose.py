@@ -4,7 +4,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +22,11 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from digitlab.base.errors import UserError, first_line, nearest, require
+from digitlab.base.errors import UserError, first_line, require
 from digitlab.base.paths import CONF, recipe_folders
 from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, refuse_unfolding, shown
 from digitlab.config.schema import settings
+from digitlab.config.suggestions import suggest, usual_key
 from digitlab.config.types import Config
 
 _GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher", "experiments")
@@ -334,10 +335,38 @@ def _name_culprit(overrides: Sequence[Override]) -> None:
         key = override.key_or_group
         exists = any(name == key or name.startswith(f"{key}.") for name in keys)
         if override.type is OverrideType.CHANGE and override not in groups and not exists:
+            _refuse_in_other_options(key, found, groups)
             # Without a dot it stands for a group, or for a key whose group was left out.
-            ends = {*_GROUPS, *(name for name in keys if name.endswith(f".{key}"))}
-            words = nearest(key, keys if "." in key else ends)
+            words = suggest(key, keys if "." in key else {*_GROUPS, *keys})
             raise UserError(f"{key}: no such key in the configuration, {words}")
+
+
+_NOUNS = {"data": "data set", "model": "network", "optim": "optimizer", "tracking": "tracker"}
+
+
+def _refuse_in_other_options(
+    key: str, plain: Mapping[str, Any], groups: Sequence[Override]
+) -> None:
+    """Raise UserError for a key that `plain` lacks where another option of its group has it."""
+    ends = (name for name in settings() if "." not in key and name.endswith(f".{key}"))
+    meant = usual_key(next(ends, key))
+    group = meant.partition(".")[0]
+    if group not in _GROUPS or group == "experiments" or meant in plain:
+        return
+    others = [override for override in groups if override.key_or_group != group]
+    having = []
+    for option in _options(group):
+        with suppress(UserError):  # what the recipe sets may not fit the option
+            if meant in flat(_compose([*others, _parse(f"{group}={option}")])):
+                having.append(option)
+    if having:
+        chosen = f"the {_NOUNS.get(group, group)} {plain.get(f'{group}.name')}"
+        lacked = "such setting" if key == meant else meant
+        verb = "has" if len(having) == 1 else "have"
+        raise UserError(
+            f"{key}: {chosen} has no {lacked}; {', '.join(having)} {verb} it: "
+            f"add {group}={having[0]}."
+        )
 
 
 def _options(group: str) -> list[str]:

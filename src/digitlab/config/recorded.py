@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from digitlab.base.errors import UserError, first_line, nearest
 from digitlab.config.schema import ADAPTER, rule, settings
+from digitlab.config.suggestions import suggest
 from digitlab.config.types import Config
 
 FORMAT = 1  # of `config.yaml`
@@ -112,7 +113,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
         node = _at(plain, path)
         if not isinstance(node, dict) or last not in node:
             known = settings(str(_at(plain, "model.name")))
-            raise UserError(f"{key}: no such key, {nearest(key, known)}")
+            raise UserError(f"{key}: no such key, {suggest(key, known)}")
         options = config.study.options.get(key, {})
         is_option = isinstance(value, str) and value in options
         node[last] = dict(options[value]) if is_option else value
@@ -166,7 +167,7 @@ def _refusal(error: ValidationError, plain: Mapping[str, Any]) -> UserError:
     if kind == unknown:
         of = f" of model.name={network}" if network else ""
         words = known if "." in key else {name.partition(".")[0] for name in known}
-        return UserError(f"{key}: no such key{of}, {nearest(key, words)}")
+        return UserError(f"{key}: no such key{of}, {suggest(key, words)}")
     while parts and ".".join(parts) not in known:  # an element of a list, or a group
         parts.pop()
     key = ".".join(parts) or key

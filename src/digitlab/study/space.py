@@ -20,9 +20,10 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial, create_trial
 
-from digitlab.base.errors import UserError, nearest, require
+from digitlab.base.errors import UserError, require
 from digitlab.config.recorded import config_to_plain, flat, result_settings, with_values
 from digitlab.config.schema import settings
+from digitlab.config.suggestions import suggest
 from digitlab.config.types import Config
 
 # Keys that decide how a trial is measured, and groups that belong to the study as a whole.
@@ -143,7 +144,7 @@ def _read(name: str, text: str, config: Config) -> Hyperparameter:
         )
     if not found:
         searched = {key for keys in (own, *cases.values()) for key in keys if not _is_fixed(key)}
-        raise UserError(f"{given}: no such key, {nearest(name, searched)}")
+        raise UserError(f"{given}: no such key, {suggest(name, searched)}")
     one = _parse(name, text, given, is_whole=isinstance(next(iter(found.values())), int))
     return replace(one, only_with=tuple(found) if len(found) < len(cases) else ())
 
