@@ -439,6 +439,24 @@ def test_screened_trials_are_shown_once_and_not_called_worse() -> None:
     assert "behind" not in message
 
 
+@pytest.mark.parametrize(
+    ("pruner", "why"),
+    [
+        ("halving", "as they were not among the best third of the trials that had reached that"),
+        ("hyperband", "as they were not among the best third of the trials of their bracket"),
+        ("median", "as they had been less accurate than the median, at the same fraction"),
+    ],
+)
+def test_pruned_trials_are_said_to_be_what_their_pruner_compares(pruner: str, why: str) -> None:
+    study = new_study(f"study.pruner={pruner}", "study.rungs=[0.3]")
+    for accuracy in (0.3, 0.4):
+        prune(study.store, accuracy)
+    charts = {chart.title: chart for chart in study_charts(study.store, 1)}
+    message = charts["Learning curves"].message
+    assert f"2 of 2 trials were pruned (dotted lines), {why}" in message
+    assert ("early trials had fewer to beat" in message) == (pruner != "median")
+
+
 def curves(study: Study) -> list[list[tuple[float, float]]]:
     """Each trial's points: an outcome's trials are one trace, with a gap after each."""
     charts = {

@@ -452,6 +452,23 @@ def test_the_recipe_s_own_values_are_never_pruned(lab: Path) -> None:
     assert [row.state for row in rows_of(lab)] == ["finished", "pruned", "pruned", "finished"]
 
 
+def test_a_trial_that_is_pruned_is_printed_with_the_best_that_had_come_so_far(
+    lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracies = iter((0.5, 0.6, 0.55))
+
+    def write(job: Job) -> Script:
+        accuracy = next(accuracies, 0.6)
+        yield from succeed(accuracy, tuple(accuracy for _ in job.rungs))
+
+    halving = ("study.pruner=halving", "study.rungs=[0.3]", "study.trials=3")
+    assert lead(lab, write, "tracking=none", *halving)[0] == 0
+    assert [row.state for row in rows_of(lab)] == ["finished", "finished", "pruned"]
+    printed = capsys.readouterr().out
+    assert "trial 1 finished 60.00%\n" in printed
+    assert "trial 2 pruned: 55.00% at 0.3 of its steps (best so far there: 60.00%)\n" in printed
+
+
 SCREENING = (
     "study.pruner=screening",
     "study.rungs=[0.1]",
@@ -475,6 +492,8 @@ def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
     printed = " ".join(capsys.readouterr().out.split())
     assert "the first 5 end at 0.1 of their schedule, then the best 2 of them" in printed
     assert "the best 2 of 4 pruned trials were trained to the end" in printed
+    assert " at 0.1 of its steps trial" in printed  # they are compared with no other one
+    assert "best so far there" not in printed
 
 
 @pytest.mark.slow

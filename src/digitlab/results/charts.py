@@ -51,6 +51,18 @@ def in_words(keys: Iterable[str]) -> dict[str, str]:
     return {key: name.replace(".", " ").replace("_", " ") for key, name in names.items()}
 
 
+_WHY_PRUNED = {
+    Pruner.none: "were stopped early.",
+    Pruner.median: "had been less accurate than the median, at the same fraction of their "
+    "training, of the trials that had finished by then.",
+    Pruner.halving: "were not among the best third of the trials that had reached that fraction by "
+    "then; early trials had fewer to beat.",
+    Pruner.hyperband: "were not among the best third of the trials of their bracket that had "
+    "reached that fraction by then; early trials had fewer to beat.",
+    Pruner.screening: "were screened: later trials train the best of them to the end.",
+}
+
+
 class _Trials:
     """What the charts are drawn from: accuracies in per cent, hyperparameters in words.
 
@@ -66,9 +78,7 @@ class _Trials:
         rung = f"accuracy at {store.config.rungs[0]:g} of the steps (%)" if pruning else ""
         self.measure = rung or _ACCURACY
         self.by = self.measure.removesuffix(" (%)")  # in a sentence
-        self.why_pruned = "were behind others at the same fraction of their training."
-        if store.config.pruner is Pruner.screening:
-            self.why_pruned = "were screened: later trials train the best of them to the end."
+        self.why_pruned = _WHY_PRUNED[store.config.pruner]
         self.study, lines = optuna.create_study(direction="maximize"), []
         stored = store.study.get_trials(deepcopy=False)
         for trial, row in zip(stored, rows, strict=False):  # more may have started meanwhile

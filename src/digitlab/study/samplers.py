@@ -110,19 +110,22 @@ class HalvingPruner(BasePruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         rung = trial.last_step
-        bracket = trial.number % self.brackets
-        if rung is None or rung < bracket:
+        if rung is None or rung < trial.number % self.brackets:
             return False
         # The trial itself is among them as it is shown here, whatever the study holds of it.
-        reached = [trial.intermediate_values[rung]] + [
-            other.intermediate_values[rung]
-            for other in study.get_trials(deepcopy=False)
-            if other.number != trial.number
-            and rung in other.intermediate_values
-            and other.number % self.brackets == bracket
-        ]
+        reached = [trial.intermediate_values[rung], *self.others(study, trial.number, rung)]
         kept = sorted(reached, reverse=True)[: max(1, len(reached) // self.eta)]
         return trial.intermediate_values[rung] < kept[-1]
+
+    def others(self, study: optuna.Study, number: int, rung: int) -> list[float]:
+        """Return what the trials had at a rung that the trial of that number competes with."""
+        return [
+            other.intermediate_values[rung]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != number
+            and rung in other.intermediate_values
+            and other.number % self.brackets == number % self.brackets
+        ]
 
 
 PROMOTED_FROM = "promoted_from"  # noted of a trial: whose values it trains to the end

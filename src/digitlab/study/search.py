@@ -10,6 +10,7 @@ from digitlab.config.types import Config, Pruner, StudyConfig
 from digitlab.study.fingerprint import fitting_trials
 from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.loop import Ending, JobLoop, Task
+from digitlab.study.samplers import HalvingPruner
 from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
 from digitlab.study.storage import study_names
@@ -137,7 +138,9 @@ class TrialSearch:
         if state == "failed":
             self._say(f"trial {row.number} failed: {notes.get('reason')}")
         elif self.session.board.live is None and value is not None:
-            self._say(f"trial {row.number} {state} {value:.2%}")
+            rung = notes["metrics"].get("rung")
+            more = _at_rung(self.store, row.number, rung) if state == "pruned" and rung else ""
+            self._say(f"trial {row.number} {state}{':' * bool(more)} {value:.2%}{more}")
 
     def fork(self) -> None:
         """Take over the finished trials of another study that fit this one, once."""
@@ -189,6 +192,16 @@ def _plan_text(study: StudyConfig) -> str:
             f"; the first {study.trials - study.finish} end at {study.rungs[0]:g} of their "
             f"schedule, then the best {study.finish} of them are trained to the end"
         )
+    return text
+
+
+def _at_rung(store: TrialStore, number: int, rung: float) -> str:
+    """Return where a trial was pruned, and the best there of those that it competes with."""
+    text, pruner = f" at {rung:g} of its steps", store.pruner
+    if isinstance(pruner, HalvingPruner):
+        place = store.config.rungs.index(rung)
+        best = max(pruner.others(store.study, number, place), default=None)
+        text += "" if best is None else f" (best so far there: {best:.2%})"
     return text
 
 
