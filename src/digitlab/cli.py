@@ -261,7 +261,11 @@ def _options(folders: Sequence[Path]) -> list[str]:
 
 
 def _add_studies(builder: _Builder) -> None:
-    runs = builder.add_reader("runs", commands.runs, "list runs, the best first", _JSON, _CSV)
+    runs = builder.add_reader(
+        "runs", commands.runs, "list runs", _JSON, _CSV,
+        more="Those measured on test images come first, then by validation accuracy, then pruned "
+        "ones by their last rung's; of each, the best first.",
+    )  # fmt: skip
     runs.add_argument("--study", metavar="STUDY", help="those of a study")
     kinds = ["study", "trial", "unpruned", "confirm", "measure", "final", "champion"]
     kinds += ["train", "reproduction"]

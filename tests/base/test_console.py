@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from rich.console import Console
 
 from digitlab.base import console
 from digitlab.base.console import Board, Busy, View, duration, table
@@ -57,3 +58,14 @@ def test_terminal_gets_a_display_that_changes(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_duration_is_in_words(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(24, "smoke-final-0-1000"), (14, "smok…-1000"), (9, "sm…00")]
+)
+def test_a_name_that_does_not_fit_loses_its_middle(width: int, shown: str) -> None:
+    drawn = table("", ["name"], [["smoke-final-0-1000"]], is_cut=True)
+    file = io.StringIO()
+    Console(file=file, width=width).print(drawn)
+    assert shown in file.getvalue().replace(" ", "")
+    assert len(file.getvalue().splitlines()) == 5

@@ -26,8 +26,11 @@ def test_runs_are_listed_best_first_and_measured_ones_before_the_others(call: Ca
     status, out, err = call("runs", "--json")
     rows = json.loads(out)
     assert (status, err) == (0, "")
-    tested = [row["test_accuracy"] for row in rows if row["kind"] == "final"]
-    assert tested == sorted(tested, reverse=True)
+    for name in ("test_accuracy", "val_accuracy", "rung_accuracy"):  # of those without an earlier
+        found = [row[name] for row in rows if row[name] is not None]
+        assert found == sorted(found, reverse=True)
+        rows = [row for row in rows if row[name] is None]
+    rows = json.loads(out)
     ranks = [
         0 if row["test_accuracy"] is not None else 1 if row["val_accuracy"] is not None else 2
         for row in rows
@@ -73,6 +76,25 @@ def test_table_keeps_its_numbers_where_the_terminal_is_too_narrow(
     monkeypatch.setenv("COLUMNS", "10")
     [champion] = json.loads(call("runs", "--json", "--kind", "champion")[1])
     assert f"{champion['test_accuracy']:.2%}" in call("runs")[1]
+
+
+def test_names_that_are_too_long_stay_different(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "74")
+    names = [row["name"] for row in json.loads(call("runs", "--json", "--kind=final")[1])]
+    table = call("runs", "--kind=final")[1]
+    shown = re.findall(r"^│ (\S+)", table, re.MULTILINE)
+    assert all("…" in name for name in shown)
+    assert len(set(shown)) == len(names) > 1
+    for name in shown:
+        start, end = name.split("…")
+        assert any(one.startswith(start) and one.endswith(end) for one in names)
+
+
+def test_the_help_says_how_runs_are_sorted(call: Call) -> None:
+    text = " ".join(call("runs", "--help")[1].split())
+    assert "Those measured on test images come first, then by validation accuracy" in text
 
 
 def test_an_earlier_champion_is_listed_where_champions_are_asked_for(

@@ -2,12 +2,14 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -101,6 +103,23 @@ class Board:
             self.say(" | ".join(filter(None, [*head, running])))
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A text on one line, without its middle where it does not fit: names differ at their ends."""
+
+    text: str
+
+    def __rich_measure__(self, _console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, cell_len(self.text)).with_maximum(options.max_width)
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        text, width = self.text, options.max_width
+        if cell_len(text) > width:
+            end = width // 2
+            text = f"{text[: max(0, width - end - 1)]}…{text[len(text) - end :]}"
+        yield Text(text, no_wrap=True, overflow="ellipsis")
+
+
 def duration(seconds: float | None) -> str:
     """Return 'about 3 min left' and the like; empty when it is not known."""
     if seconds is None:
@@ -126,12 +145,14 @@ def table(
     """Return a table of plain values: the first column to the left, numbers to the right.
 
     Args:
-        is_cut: whether the first column is cut where a line would not fit.
+        is_cut: whether texts of the first column lose their middle where a line would not fit.
     """
     drawn = Table(title=title or None, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=is_cut and i > 0)
     for first, *others in rows:
-        cut = Text(visible(str(first)), no_wrap=is_cut, overflow="ellipsis" if is_cut else None)
-        drawn.add_row(cut, *(Text(visible(str(value))) for value in others))
+        name = visible(str(first))
+        drawn.add_row(
+            _Cut(name) if is_cut else Text(name), *(Text(visible(str(value))) for value in others)
+        )
     return drawn

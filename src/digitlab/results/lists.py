@@ -1,4 +1,4 @@
-"""`digitlab runs` and `digitlab studies`: what is recorded, the best first."""
+"""`digitlab runs` and `digitlab studies`: what is recorded, in the order that `--help` names."""
 
 import csv
 import json
@@ -17,15 +17,14 @@ from digitlab.study.mirror import RESULT
 from digitlab.study.storage import DELETED, listed_studies, open_storage
 from digitlab.study.trials import is_own
 
-_ACCURACIES = ("test_accuracy_mean", "test_accuracy", "val_accuracy", "rung_accuracy")
-
 
 def list_runs(
     lab: Path, stores: Sequence[str], wanted: Mapping[str, str | None], form: str, most: int
 ) -> int:
     """Print the runs whose tags are as wanted; return 0.
 
-    Test accuracies come before those of the validation set, and whole trainings before pruned ones.
+    Those measured on test images come before those of validation images, and these before pruned
+    ones; the best of each come first.
 
     Args:
         wanted: values of the tags digitlab.*; None for any.
@@ -62,10 +61,16 @@ def _is_beside(row: RunRow) -> bool:
 
 
 def _rank(row: RunRow) -> tuple[int, float, int]:
-    measured = [name for name in _ACCURACIES if name in row.metrics]
-    if not measured:
-        return len(_ACCURACIES), 0.0, -row.started_ms
-    return _ACCURACIES.index(measured[0]), -row.metrics[measured[0]], row.started_ms
+    shown = (_test_accuracy(row), *(row.metrics.get(name) for name in _METRICS[:2]))
+    for place, accuracy in enumerate(shown):
+        if accuracy is not None:
+            return place, -accuracy, row.started_ms
+    return len(shown), 0.0, -row.started_ms
+
+
+def _test_accuracy(row: RunRow) -> float | None:
+    """Return the accuracy on test images: of a champion, the mean of its final fits."""
+    return row.metrics.get("test_accuracy", row.metrics.get("test_accuracy_mean"))
 
 
 def _run(row: RunRow) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def _run(row: RunRow) -> dict[str, Any]:
         **{name: row.tags.get(f"digitlab.{name}") for name in names},
         "superseded_by": row.tags.get("digitlab.superseded_by"),
         "started": started.isoformat(timespec="seconds"),
-        "test_accuracy": row.metrics.get("test_accuracy", row.metrics.get("test_accuracy_mean")),
+        "test_accuracy": _test_accuracy(row),
         **{name: row.metrics.get(name) for name in _METRICS},
         "params": row.params,
     }
