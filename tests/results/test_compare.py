@@ -20,6 +20,7 @@ from digitlab.base.statistics import Interval, holm, mcnemar, share_interval
 from digitlab.cli import main
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import recorded_guesses
+from digitlab.results import compare as comparison
 from digitlab.results.page import render
 
 RUN = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
@@ -176,6 +177,44 @@ def test_a_study_stands_for_its_best_trials_each_tested_against_the_first(
         assert ("p_holm" in test) == (name in whole)
     _, text, _ = call("compare", "smoke/")
     assert f"{pruned[0]}: no paired test: {pruned[0]} keeps no predictions" in text
+
+
+ENVIRONMENT = {
+    "python": "3.12.1",
+    "diff": "",
+    "libraries": {"torch": "2.9.0", "numpy": "2.0.0"},
+    "untracked": {},
+    "numerics": {"threads": 1, "deterministic": True},
+}
+
+
+def test_environments_are_compared_key_by_key(
+    compare: Compare, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of an environment is sealed, and this machine has one: others are read."""
+    pruned = {key: value for key, value in ENVIRONMENT.items() if key != "numerics"}
+    other = ENVIRONMENT | {
+        "libraries": {"torch": "2.9.1"},
+        "diff": "a\nb\n",
+        "untracked": {"src/new.py": "c\n"},
+        "numerics": {"threads": 2, "deterministic": True},
+    }
+    names = ["one-seed-0", "long-seed-0", "two-seed-1"]
+    found = dict(zip(names, (ENVIRONMENT, other, pruned), strict=True))
+    monkeypatch.setattr(comparison, "recorded_environment", lambda _, row: found[row.name])
+    text = compare(*names)[1].split("environment")[1].split("metrics")[0]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert [row for row in rows if row] == [
+        ["diff", "none", "2 lines, 911169dd", "none"],
+        ["libraries.numpy", "2.0.0", "not recorded", "2.0.0"],
+        ["libraries.torch", "2.9.0", "2.9.1", "2.9.0"],
+        ["numerics.threads", "1", "2", "not recorded"],
+        ["untracked.src/new.py", "not recorded", "1 line, a3a5e715", "not recorded"],
+    ]
+    values = json.loads(compare(*names, "--json")[1])["differences"]["environment"]
+    assert values["numerics.threads"] == [1, 2, None]
+    assert json.loads(compare(*names[::2], "--json")[1])["differences"]["environment"] == {}
+    assert "environment: no difference" in compare(*names[::2])[1]
 
 
 def test_an_accuracy_over_seeds_has_the_interval_that_the_study_printed(

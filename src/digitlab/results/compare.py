@@ -1,5 +1,6 @@
 """`digitlab compare`: what differs between runs, and whether that may be chance."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from digitlab.base.console import Board, table
-from digitlab.base.errors import UserError, nearest, require
+from digitlab.base.errors import UserError, counted, nearest, require
 from digitlab.base.files import write_output
 from digitlab.base.statistics import accuracy_interval, holm, mcnemar
+from digitlab.config.recorded import flat
 from digitlab.config.types import DataConfig, EvaluateOn
 from digitlab.records.reader import (
     accuracy_name,
@@ -24,7 +26,6 @@ from digitlab.records.reader import (
     recorded_guesses,
 )
 from digitlab.records.tracker import RunRow, Tracker
-from digitlab.results.verdict import differences
 
 _BEST = 5  # trials that stand for a study
 _MOST = 3  # runs of which each pair is tested; of more, the first one with each of the others
@@ -69,7 +70,9 @@ def compare(
     are_named = len({row.name for row in rows}) == len(rows)
     columns = ["", *(row.name if are_named else f"{row.name} ({row.run_id[:8]})" for row in rows)]
     tables = {
-        kind: [[key, *map(_short, values)] for key, values in found.items()]
+        kind: [
+            [key, *(_cell(kind, key, value) for value in values)] for key, values in found.items()
+        ]
         for kind, found in document["differences"].items()
     }
     label = {row.run_id: name for row, name in zip(rows, columns[1:], strict=True)}
@@ -126,13 +129,32 @@ def _unlike(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _environments(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
-    """Return what differs between the first run's environment and the others'."""
-    first, *others = (recorded_environment(tracker, row) for row in rows)
-    found: dict[str, list[Any]] = {}
-    for place, other in enumerate(others, 1):
-        for item in differences(first, other):
-            found.setdefault(item.name, [item.was] * len(rows))[place] = item.now
+    """Return what differs between the runs' environments, key by key, None where it is missing.
+
+    A run that lacks a whole group, as a pruned one lacks torch's numerics, differs in none of it.
+    """
+    sides = [recorded_environment(tracker, row) for row in rows]
+    leaves = [flat({key: x for key, x in side.items() if x != {}}) for side in sides]
+    found = {}
+    for key in sorted({key for side in leaves for key in side}):
+        values = [side.get(key) for side in leaves]
+        pairs = zip(values, sides, strict=True)
+        known = [value for value, side in pairs if key.partition(".")[0] in side]
+        if any(value != known[0] for value in known):
+            found[key] = values
     return found
+
+
+def _cell(kind: str, key: str, value: Any) -> str:
+    """Return a value in few characters; of a changed source what tells it from another."""
+    if kind != "environment":
+        return _short(value)
+    if value is None:
+        return "not recorded"
+    if not key.startswith(("diff", "untracked")):
+        return _short(value)
+    digest = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()
+    return f"{counted(len(value.splitlines()), 'line')}, {digest[:8]}" if value else "none"
 
 
 def _metrics(tracker: Tracker, rows: Sequence[RunRow]) -> dict[str, list[Any]]:
