@@ -490,7 +490,8 @@ def test_the_first_trials_are_screened_and_the_best_trained_to_the_end(
     screened = sorted(row.values["model.hidden"] for row in rows[1:5])
     assert [row.values["model.hidden"] for row in rows[5:]] == screened[:-3:-1]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the first 5 end at 0.1 of their schedule, then the best 2 of them" in printed
+    assert "the first 5 end at 0.1 of their schedule, but for the recipe's own values" in printed
+    assert "then the best 2 of them are trained again to the end" in printed
     assert "the best 2 of 4 pruned trials were trained to the end" in printed
     assert " at 0.1 of its steps trial" in printed  # they are compared with no other one
     assert "best so far there" not in printed

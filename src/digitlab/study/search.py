@@ -190,7 +190,8 @@ def _plan_text(study: StudyConfig) -> str:
     if study.pruner is Pruner.screening:
         text += (
             f"; the first {study.trials - study.finish} end at {study.rungs[0]:g} of their "
-            f"schedule, then the best {study.finish} of them are trained to the end"
+            f"schedule, but for the recipe's own values, then the best {study.finish} of them are "
+            "trained again to the end"
         )
     return text
 
