@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+from ending import end_plainly
 
 import digitlab
 from digitlab.base.paths import lab_folder
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_plainly(main)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ending import end_plainly
 from figures import curve_row, record_row, runs_row, votes_row
 
 import digitlab
@@ -213,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_plainly(main)

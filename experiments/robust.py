@@ -19,6 +19,7 @@ import numpy as np
 import scenes
 import torch
 import torch.nn.functional as F
+from ending import end_plainly
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits as load_uci
 from sklearn.datasets import load_sample_images
@@ -228,4 +229,4 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--families", action="store_true")
     given = parser.parse_args()
-    main(given.runs, given.scenes, given.first, given.families)
+    end_plainly(lambda: main(given.runs, given.scenes, given.first, given.families))

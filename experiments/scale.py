@@ -19,6 +19,7 @@ from typing import Any
 
 from bench_driver import ClockWorkers, fill, lead, open_study
 from bench_tools import leave_stores
+from ending import end_plainly
 
 from digitlab.workers.base import Event, Job, Ready, Workers, WorkerSetup
 
@@ -93,4 +94,4 @@ def ray_workers(setup: WorkerSetup, options: argparse.Namespace) -> Workers:
 
 
 if __name__ == "__main__":
-    main()
+    end_plainly(main)

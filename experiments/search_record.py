@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from ending import end_plainly
 from numpy.typing import NDArray
 
 from digitlab.base.paths import lab_folder
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_plainly(main)

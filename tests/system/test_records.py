@@ -1,6 +1,9 @@
 """The board of records: its recipes are small enough, and its lines say what was recorded."""
 
 import json
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,19 @@ def test_a_record_s_recipe_composes_and_is_below_its_limit(record: str) -> None:
     assert (config.data.evaluate_on, config.data.images, config.trainer.seed) == ("test", 0, 3)
     largest = records.TARGETS[record][1]
     assert largest is None or count_parameters(build_network(config.model)) < largest
+
+
+@pytest.mark.parametrize("words", ["records.py best", "robust.py champion"])
+def test_a_program_that_cannot_use_the_lab_says_so_in_one_line(tmp_path: Path, words: str) -> None:
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "DIGITLAB_HOME": str(tmp_path / "file" / "lab")}
+    name, argument = words.split()
+    command = [sys.executable, str(ROOT / "experiments" / name), argument]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: ")
+    assert str(tmp_path / "file" / "lab") in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("images", records.CURVE_IMAGES)
