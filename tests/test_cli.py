@@ -368,6 +368,14 @@ def test_trained_run_is_recorded_whole(trained: Trained) -> None:
     assert config_from_yaml(kept) == compose("train", [*SMALL, "trainer.epochs=1"])[0].config
 
 
+def test_train_and_show_name_the_files_of_a_run(call: Call, trained: Trained) -> None:
+    [film] = re.findall(r"how it learned: +(.+)", trained.done.stdout)
+    assert Path(film).read_bytes()[:4] == b"GIF8"
+    folder = Path(film).parents[1]
+    shown = call("show", trained.run_id)[1]
+    assert f"\nfiles in {folder}: SHA256SUMS, config.yaml, " in shown
+
+
 def test_train_writes_nothing_outside_the_lab(trained: Trained) -> None:
     assert list(trained.cwd.iterdir()) == []
     assert {path.name for path in trained.lab.iterdir()} >= {"data", "mlflow.db", "artifacts"}

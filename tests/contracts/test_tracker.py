@@ -289,6 +289,10 @@ def test_deleted_run_is_hidden_and_comes_back_whole(tracker: Tracker) -> None:
         tracker.restore(run_id)
         assert [row.run_id for row in tracker.find({"a": "b"})] == [run_id]
     assert tracker.files(run_id) == sorted(FILES)
+    folder = tracker.local_folder(run_id)  # where they are files on this machine
+    assert (folder is None) == (not isinstance(tracker, MlflowTracker) or tracker.is_server)
+    if folder is not None:
+        assert all((folder / path).read_bytes() == content for path, content in FILES.items())
 
 
 def test_row_says_when_its_run_started_and_ended(tracker: Tracker) -> None:
@@ -349,6 +353,7 @@ def test_no_tracker_takes_everything_and_holds_nothing() -> None:
     tracker.delete(run_id)
     tracker.restore(run_id)
     assert tracker.files(run_id) == []
+    assert tracker.local_folder(run_id) is None
     tracker.register(run_id, registration(0))
     tracker.set_experiment_tags({"a": "b"})
     assert tracker.runs_page() == ""

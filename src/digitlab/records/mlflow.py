@@ -130,8 +130,7 @@ class MlflowTracker(Tracker):
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.lab, self.uri = lab, uri or sqlite_uri(lab)
         self.where, self.command = _shown(uri) if uri else "lab", _command(self.uri)
-        self.identity = f"{self.where} {experiment}"
-        self.is_server = self.uri.startswith("http")
+        self.identity, self.is_server = f"{self.where} {experiment}", self.uri.startswith("http")
         try:
             self.client, self.opened = _open(uri, experiment, lab)
         except Exception as error:
@@ -167,10 +166,8 @@ class MlflowTracker(Tracker):
 
     @translated
     def upload(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        # As MLflow composes the place of a run in an experiment's.
-        place = place_of(self.lab, f"{self.location}/{run_id}/artifacts") if self.is_local else None
-        _write(place, files, partial(self.client.log_artifacts, run_id))
-        if place is None:
+        _write(self.local_folder(run_id), files, partial(self.client.log_artifacts, run_id))
+        if not self.is_local:
             _require_stored(self.client, run_id, files)
 
     @translated
@@ -220,10 +217,9 @@ class MlflowTracker(Tracker):
 
     @translated
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
-        names = self.client.get_run(run_id).data.metrics
         return sorted(
             (name, metric.step, metric.value)
-            for name in names
+            for name in self.client.get_run(run_id).data.metrics
             for metric in self.client.get_metric_history(run_id, name)
         )
 
@@ -262,6 +258,10 @@ class MlflowTracker(Tracker):
         if not self.is_server and place.startswith(LOCATION):
             return list_artifacts(place_of(self.lab, place))
         return sorted(_listed(self.client, run_id))
+
+    def local_folder(self, run_id: str) -> Path | None:
+        # As MLflow composes the place of a run in an experiment's.
+        return place_of(self.lab, f"{self.location}/{run_id}/artifacts") if self.is_local else None
 
     @translated
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
@@ -164,6 +165,10 @@ class Tracker(ABC):
     @abstractmethod
     def files(self, run_id: str) -> list[str]:
         """Return the paths of a run's artifacts, sorted."""
+
+    def local_folder(self, run_id: str) -> Path | None:
+        """Return the folder of a run's artifacts where they are files on this machine."""
+        return None
 
     @abstractmethod
     def set_experiment_tags(self, tags: Mapping[str, str]) -> None:

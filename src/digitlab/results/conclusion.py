@@ -22,6 +22,9 @@ def conclude(records: Records, config: Config, outcome: Outcome) -> None:
         ("draw a digit", command("draw", f"--run={name}", *stores)),
         ("train it again", command("reproduce", name, *stores)),
     ]
+    folder, film = tracker.local_folder(row.run_id), "pictures/evolution.gif"
+    if folder is not None and film in tracker.files(row.run_id):
+        lines.insert(0, ("how it learned", str(folder / film)))
     if before is not None:
         print(_difference(tracker, before, row))
         pair = (before.run_id[:SHORT_ID], name)

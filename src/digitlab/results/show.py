@@ -51,7 +51,9 @@ def show(name: str, lab: Path, stores: Sequence[str], as_json: bool) -> int:
         print(visible(f"reason: {document['reason']}"))
     _print_pairs("settings that are not the defaults", document["settings"])
     _print_pairs("metrics, the last of each", document["metrics"])
-    print(visible("files: " + (", ".join(document["files"]) or "none")))
+    folder = tracker.local_folder(row.run_id) if document["files"] else None
+    place = f" in {folder}" if folder else ""
+    print(visible(f"files{place}: " + (", ".join(document["files"]) or "none")))
     return 0
 
 
