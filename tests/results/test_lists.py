@@ -62,6 +62,16 @@ def test_table_of_runs_fits_80_columns_and_says_how_many_it_leaves_out(call: Cal
     assert call("runs", "--study", "smoke", "--kind", "train")[1] == "there are none\n"
     refused = "digitlab: study smokk does not exist: did you mean smoke?\n"
     assert call("runs", "--study", "smokk") == (2, "", refused)
+    assert "study '' does not exist" in call("runs", "--study", "")[2]
+
+
+def test_runs_of_a_deleted_study_are_refused_with_how_it_comes_back(
+    lab: Path, call_in: CallIn, tmp_path: Path
+) -> None:
+    call = call_in(shutil.copytree(lab, tmp_path / "lab"))
+    assert call("delete", "smoke", "--yes")[0] == 0
+    status, _, err = call("runs", "--study", "smoke")
+    assert (status, "digitlab restore smoke" in err) == (2, True)
 
 
 def test_the_command_that_lists_all_keeps_what_was_asked_for(call: Call) -> None:
@@ -76,12 +86,13 @@ def test_table_keeps_its_numbers_where_the_terminal_is_too_narrow(
     monkeypatch.setenv("COLUMNS", "10")
     [champion] = json.loads(call("runs", "--json", "--kind", "champion")[1])
     assert f"{champion['test_accuracy']:.2%}" in call("runs")[1]
+    assert "smoke" in call("studies")[1]
 
 
 def test_names_that_are_too_long_stay_different(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "74")
+    monkeypatch.setenv("COLUMNS", "76")
     names = [row["name"] for row in json.loads(call("runs", "--json", "--kind=final")[1])]
     table = call("runs", "--kind=final")[1]
     shown = re.findall(r"^│ (\S+)", table, re.MULTILINE)

@@ -17,7 +17,7 @@ from rich.text import Text
 from digitlab.base.errors import visible
 
 _MOST = 16  # workers that are shown one by one; of a thousand, the rest are counted
-_LEAST_WIDTH = 60  # characters of a line
+_LEAST_WIDTH, _LEAST_TABLE = 60, 76  # characters of a line, and of one of a table
 _PLAIN_INTERVAL_S = 20.0  # between two lines about running trials, where there is no terminal
 
 
@@ -129,7 +129,9 @@ def duration(seconds: float | None) -> str:
 
 
 def print_table(drawn: Table) -> None:
-    _console().print(drawn)
+    console = _console()
+    console.width = max(console.width, _LEAST_TABLE)  # or the first column, the names, would go
+    console.print(drawn)
 
 
 def _console(**how: Any) -> Console:

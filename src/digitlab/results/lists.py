@@ -8,13 +8,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import RDBStorage
+
 from digitlab.base.console import print_table, table
 from digitlab.base.errors import UserError, nearest, refuse_damage
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.tracker import RunRow
 from digitlab.study.mirror import RESULT
-from digitlab.study.storage import DELETED, listed_studies, open_storage
+from digitlab.study.storage import (
+    DELETED,
+    listed_studies,
+    open_storage,
+    refuse_deleted,
+    study_names,
+    study_notes,
+)
 from digitlab.study.trials import is_own
 
 
@@ -33,8 +42,8 @@ def list_runs(
     """
     tags = {f"digitlab.{key}": value for key, value in wanted.items() if value is not None}
     found = lab_tracker(lab, stores).find(tags)
-    if wanted["study"] and not found:
-        _require_study(wanted["study"], listed_studies(open_storage(lab, storage_of(stores))))
+    if wanted["study"] is not None and not found:
+        _require_study(wanted["study"], open_storage(lab, storage_of(stores)))
     rows = [row for row in found if wanted["kind"] or not _is_beside(row)]
     rows.sort(key=_rank)
     shown = rows[:most] if most else rows
@@ -46,9 +55,11 @@ def list_runs(
     return 0
 
 
-def _require_study(name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+def _require_study(name: str, storage: RDBStorage) -> None:
+    if name not in study_names(storage):
+        shown, known = name or "''", listed_studies(storage)
+        raise UserError(f"study {shown} does not exist: {nearest(name, known)}")
+    refuse_deleted(name, study_notes(storage, name))
 
 
 def _is_beside(row: RunRow) -> bool:
