@@ -138,14 +138,16 @@ def test_a_less_costly_one_that_may_be_accurate_enough_keeps_the_race_open() -> 
     choice = choose_least_costly({1: fits(3, 46), 2: fits(3, 20)}, COSTS, 0.995)
     assert (choice.best, choice.is_settled, choice.undecided) == (2, True, [1])
     text = notes(choice, None, goal=AT_995)
-    assert "shown to be at least 99.5 % accurate; whether a smaller one is" in text
+    assert "candidate 2 is shown to be at least 99.5 % accurate; 6 fits do not decide" in text
+    assert "whether a smaller one is, too. More fits: study.confirm_fits=12" in text
     assert "on new seeds, 10 parameters" in text
 
 
 def test_one_fit_shows_no_candidate_to_be_accurate_enough() -> None:
     choice = choose_least_costly({1: fits(1, 80), 2: fits(1, 20), 3: fits(1, 10)}, COSTS, 0.995)
     assert (choice.best, choice.is_settled, choice.undecided) == (2, False, [1, 2, 3])
-    assert "is not shown to be at least 99.5 % accurate" in notes(choice, None, goal=AT_995)
+    text = notes(choice, None, goal=AT_995)
+    assert "3 fits do not decide: candidate 2 is not shown to be at least 99.5 % accurate" in text
 
 
 def test_nothing_is_said_where_no_candidate_was_measured() -> None:
@@ -186,16 +188,40 @@ def test_the_text_says_what_was_shown_what_was_saved_and_what_it_was_worth() -> 
     )
     assert "validation 99.60 % (99." in text
     assert "the search was worth +0.40 points (" in text
-    assert "optimism of its trial's 99.70 %: +0.10 points" in text
+    assert "its trial's 99.70 % was 0.10 points too high" in text
     assert "saved" not in notes(decide(groups), own=1)
 
 
 def test_the_text_says_what_was_not_settled_and_how_it_may_be() -> None:
     choice = decide({1: fits(2, 50, 45), 2: fits(2, 46, 45)})
     text = notes(choice, 1, 4, best=fits(2, 46, 45), its_own=fits(2, 50, 45))
-    assert "not settled by 4 fits" in text
-    assert "study.confirm_fits=8 may settle it" in text
+    assert (
+        "4 fits do not decide: candidate 2 has the best mean, but another may truly be more than "
+        "0.05 points better. More fits: study.confirm_fits=8" in text
+    )
     assert "the search found nothing shown to be better: +0.04 points (-" in text
+
+
+@pytest.mark.parametrize(
+    ("misread", "off"),
+    [(40, "0.10 points too high"), (25, "0.05 points too low"), (30, "neither too high nor")],
+)
+def test_the_text_says_whether_the_trials_accuracy_was_too_high_or_too_low(
+    misread: int, off: str
+) -> None:
+    text = notes(decide({1: fits(3, 80), 2: fits(3, 30)}), None, best=fits(2, misread))
+    assert f"its trial's 99.70 % was {off}" in text
+
+
+def test_what_was_measured_is_said_of_a_candidate_that_alone_has_finished_fits() -> None:
+    lone = decide({2: fits(2, 30)})
+    text = notes(lone, 1, best=fits(2, 40), its_own=fits(2, 80))
+    assert "candidate 2: validation 99.70 % (" in text
+    assert "it is the only candidate that has a finished fit on new seeds" in text
+    assert "as shown" not in text
+    assert "validation 99.60 % (" in text
+    assert "the search was worth +0.40 points (" in text
+    assert notes(lone, 1) == ""
 
 
 def test_a_champion_with_the_recipe_s_own_values_was_worth_nothing() -> None:

@@ -127,7 +127,7 @@ def test_the_vote_of_the_final_fits_is_that_of_their_networks_mean_probability(
     kept = json.loads(tracker.artifact(champions[1].run_id, "summary.json"))
     assert kept["vote"] == {"fits": 2, "test_accuracy": pytest.approx(right)}
     [study] = tracker.find(STUDY)
-    text = f"vote of the 2 fits (mean probability) {right:.2%}".replace("%", " % (n=1)")
+    text = f"the 2 fits voting together (mean probability): {right:.2%}".replace("%", " %")
     assert text in study.tags["mlflow.note.content"]
     assert text in tracker.artifact(study.run_id, "report.html").decode()
 

@@ -74,7 +74,7 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     assert "candidate" not in text
     assert "vote" not in text
     voted = {"vote": {"fits": 5, "test_accuracy": 0.9712}}
-    line = "  vote of the 5 fits (mean probability) 97.12 % (n=1)"
+    line = "  the 5 fits voting together (mean probability): 97.12 %"
     assert line in champion_text(config, SUMMARY | voted, None).splitlines()
     assert "look" not in text
     found = re.search(r"extend: +(.+)", text)

@@ -145,35 +145,40 @@ def _bounds(
 def describe_choice(notes: Mapping[str, Any]) -> list[str]:
     """Return why the best was taken, and what the search was worth, from what is noted."""
     found = notes["val_accuracy"].items()
-    if len(found) < (2 if notes.get("required") is None else 1):
+    is_lone = len(found) < (2 if notes.get("required") is None else 1)
+    if is_lone and "measured" not in notes:
         return []
     costs = {str(n): f", {cost}" for n, cost in notes["costs"].items()}
     lines = [
         f"  candidate {n}: validation {Interval(**i)} on new seeds{costs.get(str(n), '')}"
         for n, i in found
     ]
-    spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
-    fits, more = counted(spent, "fit"), f"study.confirm_fits={2 * budget} may settle it"
-    least, less = _LEAST[notes["cost"]]
-    aim = f"within {100 * notes['margin']:g} points of the "
-    aim, others = f"{aim}best", f"{aim}others"
-    if notes["required"]:
-        aim = others = f"at least {100 * notes['required']:g} % accurate"
-    if notes["is_settled"] and not notes["is_decided"]:
-        lines.append(
-            f"  it is shown to be {aim}; whether a {less} one is, too, is not settled by "
-            f"{fits}; {more}"
-        )
-    elif notes["is_settled"]:
-        saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
-        least = f"{least} that is" if notes["required"] else least
-        lines.append(f"  it is the {least} {aim}, as shown{saved}")
-    elif notes["is_decided"]:
-        lines.append(f"  it has the best mean; no candidate is {aim}, as shown by {fits}")
-    else:
-        mean = "" if notes["required"] else "has the best mean, and "
-        lines.append(f"  not settled by {fits}: it {mean}is not shown to be {others}; {more}")
+    alone = "it is the only candidate that has a finished fit on new seeds"
+    lines.append(f"  {alone if is_lone else _describe_verdict(notes)}")
     return [*lines, *_describe_measure(notes)]
+
+
+def _describe_verdict(notes: Mapping[str, Any]) -> str:
+    """Return what the fits on new seeds show of the best of several candidates."""
+    spent, budget = (notes["confirm_fits"][key] for key in ("spent", "budget"))
+    fits, undecided = counted(spent, "fit"), "does not decide" if spent == 1 else "do not decide"
+    best, more = f"candidate {notes['trial']}", f"More fits: study.confirm_fits={2 * budget}"
+    least, less = _LEAST[notes["cost"]]
+    points, required = f"{100 * notes['margin']:g} points", notes["required"]
+    aim = f"at least {100 * required:g} % accurate" if required else f"within {points} of the best"
+    if notes["is_settled"] and not notes["is_decided"]:
+        whether = f"{fits} {undecided} whether a {less} one is, too"
+        return f"{best} is shown to be {aim}; {whether}. {more}"
+    if notes["is_settled"]:
+        saved = f"; {budget - spent} of {budget} fits saved" if spent < budget else ""
+        least = f"{least} that is" if required else least
+        return f"it is the {least} {aim}, as shown{saved}"
+    if notes["is_decided"]:
+        return f"it has the best mean; no candidate is {aim}, as shown by {fits}"
+    why = f"has the best mean, but another may truly be more than {points} better"
+    if required:
+        why = f"is not shown to be {aim}"
+    return f"{fits} {undecided}: {best} {why}. {more}"
 
 
 # What a candidate is called that costs least, or less than another.
@@ -189,10 +194,13 @@ def _describe_measure(notes: Mapping[str, Any]) -> list[str]:
     if "measured" in notes:
         measured = Interval(**notes["measured"])
         trial = notes["accuracy"] or 0.0
-        points = f"{100 * (trial - measured.mean):+.2f} points"
         shown = f"{trial:.2%}".replace("%", " %")
+        excess = round(100 * (trial - measured.mean), 2)
+        off = "neither too high nor too low"
+        if excess:
+            off = f"{abs(excess):.2f} points too {'high' if excess > 0 else 'low'}"
         lines.append(f"  validation {measured} on new seeds again, which did not choose it")
-        lines.append(f"    optimism of its trial's {shown}: {points}")
+        lines.append(f"    its trial's {shown} was {off}")
     if notes["costs"]:  # the accuracy that it gains is not all that was searched for
         costs = {str(number): cost for number, cost in notes["costs"].items()}
         if str(own) in costs:

@@ -126,8 +126,8 @@ def champion_text(
     if summary.get("looks", 1) > 1:
         lines.append(f"    this is look {summary['looks']} of the study at the test set")
     if vote := summary.get("vote"):
-        together = Interval(vote["test_accuracy"], None, None, 1)
-        lines.append(f"  vote of the {vote['fits']} fits (mean probability) {together}")
+        together = f"{vote['test_accuracy']:.2%}".replace("%", " %")
+        lines.append(f"  the {vote['fits']} fits voting together (mean probability): {together}")
     if summary.get("run_id"):
         again = command("reproduce", summary["run_id"][:SHORT_ID], *store_words(config))
         lines.append(f"reproduce: {again}")
