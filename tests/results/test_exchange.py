@@ -222,6 +222,10 @@ CHANGES: dict[str, Change] = {
     "data that are none": with_index(
         lambda index: first(index)["tags"].update({"digitlab.data_sha256": "[1]"})
     ),
+    "a run without the key of its record": with_index(
+        lambda index: index["runs"][-1]["tags"].pop("digitlab.record")
+    ),
+    "no id of a study": with_index(lambda index: index["notes"].pop("study_id")),
     "no configuration": with_index(lambda index: index["notes"].pop("config")),
     "an unknown key": with_index(lambda index: index.update(more=1)),
 }  # fmt: skip
@@ -274,7 +278,7 @@ def test_runs_that_are_in_the_tracker_already_are_not_written_to(
 def test_a_study_whose_champion_has_no_run_is_imported(
     bundle: Path, call_in: CallIn, tmp_path: Path
 ) -> None:
-    """As with study.final_seeds=0."""
+    """As where no tracker has recorded it."""
     with zipfile.ZipFile(bundle) as file:
         members = {name: file.read(name) for name in file.namelist()}
     with_index(lambda index: index["notes"]["champion"].update(run_id=None))(members)
@@ -285,6 +289,19 @@ def test_a_study_whose_champion_has_no_run_is_imported(
     status, out, err = call_in(tmp_path / "lab")("import", str(path))
     assert (status, err) == (0, "")
     assert out.startswith("imported: study ")
+
+
+def test_a_fault_of_the_lab_is_not_blamed_on_the_file(
+    bundle: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    """As where the folder of its locks is a file."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "locks").touch()
+    status, out, err = call_in(other)("import", str(bundle))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"digitlab: {other / 'locks'} is a file: it must be a folder")
+    assert str(bundle) not in err
 
 
 def test_a_file_that_is_no_whole_bundle_is_refused(

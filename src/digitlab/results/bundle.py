@@ -7,7 +7,7 @@ its name: they are read from the archive, checked, and given to the tracker.
 import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -96,8 +96,8 @@ def _check_notes(notes: dict[str, Any]) -> dict[str, Any]:
     overrides = notes.get("overrides", [])
     if not isinstance(overrides, list):
         raise ValueError("the study's overrides are noted in another form")
-    texts = [*overrides, *(notes.get(key, "") for key in ("config", "study_id"))]
-    # A champion that was fitted no more (study.final_seeds=0) has no run of its own.
+    texts = [*overrides, *(notes.get(key) for key in ("config", "study_id"))]
+    # A champion that no tracker has recorded has no run of its own.
     texts += [place["run_id"] for place in (notes, champion) if place.get("run_id") is not None]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("the study's configuration or an id is noted in another form")
@@ -177,11 +177,20 @@ class Bundle(NoTracker):
 
 @contextmanager
 def opened_bundle(path: Path) -> Iterator[Bundle]:
-    """Open a bundle; whatever is wrong with it is a UserError, on one line."""
+    """Open a bundle; whatever is wrong with its index is a UserError, on one line."""
     require_file(path, str(path))
+    with ExitStack() as opened:
+        with refuse_bundle(path):
+            file = opened.enter_context(zipfile.ZipFile(path))
+            bundle = Bundle(path, file)
+        yield bundle
+
+
+@contextmanager
+def refuse_bundle(path: Path) -> Iterator[None]:
+    """Read a bundle: what is wrong with it becomes a UserError that names the file."""
     try:
-        with zipfile.ZipFile(path) as file:
-            yield Bundle(path, file)
+        yield
     except UserError:
         raise
     except OSError as error:

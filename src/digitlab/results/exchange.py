@@ -17,7 +17,15 @@ from digitlab.records.reader import recorded_config, recorded_data
 from digitlab.records.record import datasets_of, open_tracker
 from digitlab.records.tracker import Dataset, LogBatch, NewRun, RunRow, Tracker
 from digitlab.results.audit import find_damage
-from digitlab.results.bundle import Bundle, Index, RunPart, TrialPart, opened_bundle, write_bundle
+from digitlab.results.bundle import (
+    Bundle,
+    Index,
+    RunPart,
+    TrialPart,
+    opened_bundle,
+    refuse_bundle,
+    write_bundle,
+)
 from digitlab.results.held import held_study
 from digitlab.study.goal import Goal
 from digitlab.study.storage import leader_lock, open_storage, study_names
@@ -84,7 +92,8 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
     """Verify a study that was exported, and record it here; return 0.
 
     Runs get new ids. Optuna's study comes last: an import that was killed is started again, and
-    finds the runs that it has recorded by their keys.
+    finds the runs that it has recorded by their keys. The model that the champion registered is not
+    imported: MLflow's registry here has none of it.
 
     Raises:
         UserError: the file is damaged, or a study of this name is here already.
@@ -93,12 +102,12 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
     storage = open_storage(lab, config.study.storage)
     with opened_bundle(path) as bundle:
         index = bundle.index
-        name = index.study
-        recorded = _placed(config_from_yaml(index.notes["config"]), config, name)
-        rows = bundle.find({})
-        _verify(bundle, rows)
-        directions = Goal.of(recorded.study).directions
-        trials = [part.trial(len(directions)) for part in index.trials]
+        name, rows = index.study, bundle.find({})
+        with refuse_bundle(path):
+            recorded = _placed(config_from_yaml(index.notes["config"]), config, name)
+            _verify(bundle, rows)
+            directions = Goal.of(recorded.study).directions
+            trials = [part.trial(len(directions)) for part in index.trials]
         with leader_lock(storage, lab, name):
             tracker = open_tracker(recorded, lab)
             _refuse_known(storage, tracker, name, index.notes["study_id"])
@@ -113,6 +122,8 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
 def _verify(bundle: Bundle, rows: Sequence[RunRow]) -> None:
     """Raise ValueError unless each file is the one exported, and each record the one sealed."""
     for row in rows:
+        if "digitlab.record" not in row.tags:
+            raise ValueError(f"run {row.run_id} lacks the key of its record")
         for path in bundle.files(row.run_id):
             bundle.artifact(row.run_id, path)
         try:
