@@ -239,7 +239,7 @@ def test_interrupt_during_an_import_ends_the_process_even_if_a_library_would_go_
 
 def test_debug_shows_where_a_mistake_was_found() -> None:
     done = digitlab("trian", "--debug")
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "did you mean train?" in done.stderr
 
@@ -516,9 +516,11 @@ def test_mistake_is_one_line(
     assert named in err
 
 
-def test_mistake_is_raised_with_debug(call: Call) -> None:
-    with pytest.raises(UserError, match=r"trainer\.epochs=0"):
-        call("train", "--debug", "trainer.epochs=0")
+def test_mistake_is_shown_with_its_traceback_with_debug(call: Call) -> None:
+    status, out, err = call("train", "--debug", "trainer.epochs=0")
+    assert (status, out) == (2, "")
+    assert err.startswith("Traceback")
+    assert "UserError: trainer.epochs=0 is invalid" in err.splitlines()[-1]
 
 
 def test_lab_that_is_a_file_is_one_line(

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -73,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         if debug:
-            raise
-        print(f"digitlab: {error}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"digitlab: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
