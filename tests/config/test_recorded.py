@@ -342,7 +342,7 @@ def studies(draw: st.DrawFn) -> limits.StudyConfig:
         confirm_fits=draw(st.sampled_from([0, confirm, 1000])),
         measure_seeds=draw(st.integers(0, 1000)),
         margin=draw(fractions(0, 1, exclude_max=True)),
-        final_seeds=draw(COUNTS),
+        final_seeds=draw(st.integers(1, 1000)),
     )
 
 

@@ -144,7 +144,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "study.require.model_parameters": ([None, 1], [0, 1.5]),
     "study.require.training_flops": ([None, 0.1], [0, NAN]),
-    "study.final_seeds": ([1], [0]),
+    "study.final_seeds": ([1, 1000], [0, 1001]),
     "launcher.workers": ([0, 10_000], [-1]),
     "launcher.gpus": ([0, 0.25, 1.0], [-0.1, 1.1, NAN]),
     "launcher.cpus": ([0.1, 1024.0], [0.0, -1.0, 1025.0, NAN]),

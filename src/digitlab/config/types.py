@@ -191,7 +191,7 @@ class StudyConfig:
         le=1000,
         description="Fits, after the choice, of champion and recipe's own values each; 0 is none.",
     )
-    final_seeds: Positive = Field(description="Fits of the champion, each tested once.")
+    final_seeds: int = Field(ge=1, le=1000, description="Fits of the champion, each tested once.")
 
     @model_validator(mode="after")
     def _check(self) -> "StudyConfig":
