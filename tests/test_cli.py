@@ -24,7 +24,6 @@ from PIL import Image
 from samples import WHOLE, copy_digits, studies
 from serving import COMMAND, environment_of
 
-from digitlab.base.errors import UserError
 from digitlab.cli import build_parser, main
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml

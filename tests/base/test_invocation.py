@@ -68,3 +68,8 @@ def test_words_that_name_the_place_of_records_are_split_from_the_others() -> Non
     assert split_stores([*others, *stores]) == (stores, others)
     assert storage_of(stores) == "b"
     assert storage_of(others) is None
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "NULL"])
+def test_null_and_nothing_are_no_address_as_in_a_configuration(nothing: str) -> None:
+    assert storage_of(["study.storage=a", f"study.storage={nothing}"]) is None

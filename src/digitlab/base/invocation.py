@@ -65,6 +65,6 @@ def split_stores(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def storage_of(stores: Sequence[str]) -> str | None:
-    """Return the address of Optuna's storage that the words give, if any."""
+    """Return the address of Optuna's storage that the words give, if any: null and '' are none."""
     given = [word.removeprefix(_STORAGE) for word in stores if word.startswith(_STORAGE)]
-    return given[-1] if given else None
+    return given[-1] if given and given[-1].lower() not in ("", "null") else None
