@@ -10,7 +10,9 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from digitlab.base.errors import UserError
 from digitlab.base.server import is_away
-from digitlab.study.storage import leader_lock, open_storage, study_names
+from digitlab.config.compose import compose
+from digitlab.study.driver import is_published
+from digitlab.study.storage import has_storage, leader_lock, open_storage, study_names
 
 
 def refusal(lab: Path, address: str | None = None) -> str:
@@ -59,6 +61,20 @@ def test_a_password_in_an_address_is_not_shown(lab: Path) -> None:
 def test_the_environment_names_a_storage(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIGITLAB_STORAGE", "mysql://x")
     assert "study.storage=mysql://x" in refusal(lab)
+    with pytest.raises(UserError, match=r"study\.storage=mysql"):  # which is asked
+        is_published(compose("sweep", [])[0].config, lab)
+
+
+def test_a_lab_has_a_storage_once_it_is_opened_or_where_one_is_named(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_storage(lab)
+    assert has_storage(lab, "postgresql+psycopg://host/x")
+    open_storage(lab)
+    assert has_storage(lab)
+    (lab / "optuna.db").unlink()
+    monkeypatch.setenv("DIGITLAB_STORAGE", "postgresql+psycopg://host/x")
+    assert has_storage(lab)
 
 
 def test_one_process_leads_a_study_and_another_may_lead_another(lab: Path) -> None:

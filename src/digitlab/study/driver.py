@@ -23,7 +23,13 @@ from digitlab.study.search import TrialSearch
 from digitlab.study.selection import select_and_test
 from digitlab.study.session import GROWING, StudySession, choice_budget, open_session
 from digitlab.study.settle import RecordedFits, recorded_fits, settle
-from digitlab.study.storage import STORE_ERRORS, open_storage, study_names, study_notes
+from digitlab.study.storage import (
+    STORE_ERRORS,
+    has_storage,
+    open_storage,
+    study_names,
+    study_notes,
+)
 from digitlab.study.summary import champion_text, pruning_text, sweep_command, trials_table
 from digitlab.workers.base import Workers, WorkerSetup
 
@@ -36,7 +42,7 @@ Publish = Callable[[StudySession, Mapping[str, Any]], Mapping[str, Any]]
 
 def is_published(config: Config, lab: Path) -> bool:
     """Whether a study has published all that is asked for, so that it needs hardly any worker."""
-    if not (config.study.storage or (lab / "optuna.db").is_file()):
+    if not has_storage(lab, config.study.storage):
         return False
     storage, name = open_storage(lab, config.study.storage), config.study.name
     known = study_notes(storage, name) if name in study_names(storage) else {}

@@ -44,8 +44,21 @@ _CONNECTION = {
 
 def open_storage(lab: Path, address: str | None = None) -> RDBStorage:
     """Open `address`, else DIGITLAB_STORAGE, else the lab's sqlite, or raise UserError."""
-    address = address or os.environ.get("DIGITLAB_STORAGE")
-    return _open_server(address) if address else _open_sqlite(lab / "optuna.db")
+    server = _server_address(address)
+    return _open_server(server) if server else _open_sqlite(_sqlite_file(lab))
+
+
+def has_storage(lab: Path, address: str | None = None) -> bool:
+    """Whether `open_storage` would open a server, or a database that is in the lab already."""
+    return bool(_server_address(address)) or _sqlite_file(lab).is_file()
+
+
+def _server_address(address: str | None) -> str | None:
+    return address or os.environ.get("DIGITLAB_STORAGE")
+
+
+def _sqlite_file(lab: Path) -> Path:
+    return lab / "optuna.db"
 
 
 def _open_sqlite(path: Path) -> RDBStorage:
