@@ -14,3 +14,4 @@ def test_a_message_that_names_something_long_keeps_its_beginning_and_its_advice(
 
 def test_one_thing_is_counted_in_the_singular() -> None:
     assert [counted(n, "trial") for n in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
+    assert [counted(n, "study", "studies") for n in (1, 2)] == ["1 study", "2 studies"]

@@ -241,7 +241,7 @@ def test_folders_hold_hidden_files_any_name_and_others_that_are_named(
     status, out, err = predict(str(folder))
     assert (status, out.count(f": {TRUE[0]} ")) == (2, 2)
     assert "IMG_1.HEIC: HEIC, AVIF or a film: it must be one of PNG" in err
-    assert "1 sub-folders are not read: --recursive reads them" in err
+    assert "1 sub-folder is not read: --recursive reads all" in err
     assert "three" not in out + err
     (folder / "IMG_1.HEIC").unlink()
     status, out, err = predict("--recursive", str(folder), "--out", str(tmp_path / "seen"))

@@ -14,6 +14,7 @@ from conftest import Call, CallIn
 from samples import studies
 from studies import problems_of, rows_of, runs_of
 
+from digitlab.base.errors import counted
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, result_settings, with_values
 from digitlab.records.mlflow import MlflowTracker
@@ -167,7 +168,7 @@ def surplus(lab: Path) -> str:
 
 
 def test_whole_study_has_no_problem(call: Call) -> None:
-    assert call("audit", "smoke") == (0, "1 studies, 0 problems\n", "")
+    assert call("audit", "smoke") == (0, "1 study, 0 problems\n", "")
     status, out, err = call("audit", "smoke", "--json")
     assert (status, json.loads(out), err) == (0, {"problems": [], "repaired": 0}, "")
 
@@ -271,7 +272,8 @@ def test_study_with_any_name_or_notes_is_named_and_touches_no_file_outside(
     [line] = [line for line in out.splitlines() if line.startswith("unreadable: ")]
     assert repr(name) in line
     # The other one was audited. With another study_id the runs are of a study that is not there.
-    assert f"2 studies, {1 + ('study_id' in notes)} problems" in out
+    left = counted(1 + ("study_id" in notes), "problem")
+    assert f"2 studies, {left}" in out
     for command in (("report", name), ("reproduce", "--study", name)):
         status, out, err = call(*command)
         assert (status, out, err.count("digitlab: ")) == (2, "", 1)

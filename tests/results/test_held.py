@@ -59,11 +59,11 @@ def test_a_repair_that_cannot_send_all_changes_nothing_else(
         patch.setattr(audit, "_DELIVERY_S", 0.2)
         for words in (("smoke",), ()):
             status, out, _ = call("audit", *words, "--repair")
-            assert (status, "not sent: the tracker has yet to take 1 record " in out) == (1, True)
+            assert (status, "not sent: the tracker has yet to take 1 record (" in out) == (1, True)
             assert out.endswith(", 0 repaired\n")
             assert "interrupted" not in {row.tags["digitlab.state"] for row in runs_of(lab)}
     status, out, _ = call("audit", "smoke", "--repair")
-    assert (status, out.splitlines()[-1]) == (0, "1 studies, 0 problems, 1 repaired")
+    assert (status, out.splitlines()[-1]) == (0, "1 study, 0 problems, 1 repaired")
     assert (results_of(lab), rows_of(lab), problems_of(lab)) == (before, rows, [])
 
 
@@ -79,7 +79,7 @@ def test_a_study_whose_records_wait_is_refused(
             outbox.close()
         status, _, err = call(*words)
         outbox.close()
-    assert (status, "1 records of study smoke wait in the outbox" in err) == (2, True)
+    assert (status, "1 record of study smoke waits in the outbox" in err) == (2, True)
     assert not (lab / "smoke.zip").exists()
     assert runs_of(lab)
 

@@ -136,7 +136,7 @@ def test_the_run_that_was_printed_for_an_earlier_champion_is_still_there(
     printed = first.log.read_text().partition("digitlab reproduce ")[2].split()[0]
     assert run_sweep(*study, "study.trials=2", published=True).wait() == 0
     tracker = MlflowTracker(None, "digitlab", lab)
-    assert tracker.get(printed).tags["digitlab.champion_of"] == "1 trials"
+    assert tracker.get(printed).tags["digitlab.champion_of"] == "1 trial"
     newest = runs_of(lab, kind="champion")[-1].run_id
     assert not newest.startswith(printed)
     alias = tracker.client.get_model_version_by_alias("smoke", "champion")

@@ -18,9 +18,13 @@ def visible(text: str) -> str:
     return _CODES.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def counted(n: int, noun: str) -> str:
-    """Return a number of things in words: `1 trial`, `2 trials`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: `1 trial`, `2 trials`.
+
+    Args:
+        plural: of a noun, or of a noun and its verb, where it is not the noun with an s.
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or f'{noun}s'}"
 
 
 class UserError(ValueError):

@@ -227,10 +227,11 @@ def _report_passed_over(
     folders = [file for file in shown if file.is_dir()]
     others = len(shown) - len(inside) - len(folders)
     if others:
-        are = "is no image" if others == 1 else "are no images"
-        print(visible(f"{path}: {counted(others, 'file')} {are}"), file=sys.stderr)
+        count = counted(others, "file is no image", "files are no images")
+        print(visible(f"{path}: {count}"), file=sys.stderr)
     if folders and not recursive:
-        text = f"{path}: {len(folders)} sub-folders are not read: --recursive reads them"
+        count = counted(len(folders), "sub-folder is", "sub-folders are")
+        text = f"{path}: {count} not read: --recursive reads all"
         print(visible(text), file=sys.stderr)
 
 

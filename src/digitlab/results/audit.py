@@ -212,7 +212,8 @@ def audit_studies(
         print(json.dumps(document, indent=1))
     else:
         repaired = f", {len(found) - len(left)} repaired" if is_repair else ""
-        print(f"{len(names)} studies, {len(left)} problems{repaired}")
+        audited = counted(len(names), "study", "studies")
+        print(f"{audited}, {counted(len(left), 'problem')}{repaired}")
     return 1 if left else 0
 
 
@@ -268,8 +269,9 @@ def _find_pending(
         outbox.adopt()
         unsent[tracker.identity] = outbox.flush(_DELIVERY_S)
         refused = [Problem(REFUSED, None, None, str(error)) for _, error in outbox.failures()]
-    waiting_text = f"{waiting} records of ended processes wait in the lab's outbox"
-    problems = [Problem(PENDING, None, None, waiting_text), *refused]
+    wait = "record of ended processes waits", "records of ended processes wait"
+    text = f"{counted(waiting, *wait)} in the lab's outbox"
+    problems = [Problem(PENDING, None, None, text), *refused]
     _print(problems, as_json)
     return problems
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.storages import RDBStorage
 
-from digitlab.base.errors import UserError, first_line
+from digitlab.base.errors import UserError, counted, first_line
 from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
@@ -70,8 +70,12 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
         finally:
             with suppress(OSError):  # as a rule it is not there any more
                 part.unlink()
-    print(f"written: {target}: study {name} with {len(trials)} trials and {len(runs)} runs")
+    print(f"written: {target}: {_described(name, len(trials), len(runs))}")
     return 0
+
+
+def _described(name: str, trials: int, runs: int) -> str:
+    return f"study {name} with {counted(trials, 'trial')} and {counted(runs, 'run')}"
 
 
 def _part(tracker: Tracker, row: RunRow) -> RunPart:
@@ -114,7 +118,7 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
             _refuse_originals(tracker, name, index.notes["study_id"], rows)
             ids = _record(tracker, bundle, rows)
             _insert(storage, index, trials, recorded, tracker.identity, ids, stores)
-    print(f"imported: study {name} with {len(trials)} trials and {len(rows)} runs")
+    print(f"imported: {_described(name, len(trials), len(rows))}")
     print(f"look at it: {command('show', name, *stores)}")
     return 0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from digitlab.base.errors import UserError, refuse_damage
+from digitlab.base.errors import UserError, counted, refuse_damage
 from digitlab.base.invocation import command, storage_of
 from digitlab.records.record import open_records
 from digitlab.records.tracker import Tracker
@@ -39,8 +39,9 @@ def held_study(name: str, lab: Path, stores: Sequence[str]) -> Iterator[HeldStud
             waiting = records.outbox.leftovers(store.study_id)
             waiting += records.outbox.held_elsewhere(store.study_id)
             if waiting:
+                wait = f"record of study {name} waits", f"records of study {name} wait"
                 raise UserError(
-                    f"{waiting} records of study {name} wait in the outbox, and it must be whole. "
+                    f"{counted(waiting, *wait)} in the outbox, and the study must be whole. "
                     f"End what else records in this lab, and run "
                     f"`{command('audit', name, '--repair', *stores)}` first."
                 )

@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, counted
 from digitlab.base.statistics import Interval, softmax
 from digitlab.config.types import Config, DataConfig, TrackerName
 from digitlab.networks.table import build_network
@@ -79,7 +79,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     tags = trial_tags(study_id, study, row.number, 1) | {
         "digitlab.weights_run": weights_run.run_id,
         "digitlab.weights_sha256": weights_run.tags["digitlab.weights_sha256"],
-        "digitlab.champion_of": f"{len(session.store.rows())} trials",
+        "digitlab.champion_of": counted(len(session.store.rows()), "trial"),
     }
     identity = session.identity("champion", f"{study}-champion", tags)
     recorder = RunRecorder(session.records.outbox, fit.config, identity)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from digitlab.base.errors import UserError, nearest
+from digitlab.base.errors import UserError, counted, nearest
 from digitlab.base.invocation import command, storage_of
 from digitlab.config.recorded import config_from_yaml
 from digitlab.records.record import open_tracker
@@ -26,7 +26,8 @@ def delete_study(name: str, lab: Path, stores: Sequence[str], yes: bool) -> int:
     with held_study(name, lab, stores) as study:
         store, tracker = study.store, study.tracker
         runs = [row.run_id for row in tracker.find({"digitlab.study_id": store.study_id})]
-        what = f"study {name} with {len(store.rows())} trials and {len(runs)} runs"
+        trials = counted(len(store.rows()), "trial")
+        what = f"study {name} with {trials} and {counted(len(runs), 'run')}"
         if not yes and not _agreed(what):
             print("nothing was deleted")
             return 1
@@ -66,7 +67,7 @@ def restore_study(name: str, lab: Path, stores: Sequence[str]) -> int:
         for run in notes[DELETED]["runs"]:
             tracker.restore(run)
         storage.set_study_user_attr(storage.get_study_id_from_name(name), DELETED, None)
-    print(f"restored: study {name} with {len(notes[DELETED]['runs'])} runs")
+    print(f"restored: study {name} with {counted(len(notes[DELETED]['runs']), 'run')}")
     return 0
 
 
