@@ -1,6 +1,7 @@
 """Why a network answers as it does: evidence by pixel, and what each layer sees."""
 
 import re
+import shutil
 import struct
 from functools import cache
 from pathlib import Path
@@ -230,7 +231,19 @@ def test_picture_that_cannot_be_written_is_reported_in_one_line(explain, tmp_pat
     (tmp_path / "file").touch()
     status, _, err = explain("3", "--out", str(tmp_path / "file" / "why.png"))
     assert (status, err.count("\n")) == (2, 1)
-    assert str(tmp_path / "file" / "why.png") in err
+    assert f"--out {tmp_path / 'file' / 'why.png'} cannot be written" in err
+
+
+def test_an_option_that_was_not_given_is_not_named(
+    lab: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    shutil.rmtree(mine / "explained", ignore_errors=True)
+    (mine / "explained").touch()
+    status, _, err = call_in(mine)("explain", "3", "--run", "smoke/champion")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"digitlab: {mine / 'explained'}")
+    assert err.endswith("Repair that folder.\n")
 
 
 # ---- the film ------------------------------------------------------------------------------------

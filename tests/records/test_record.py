@@ -129,7 +129,7 @@ def test_run_without_results_keeps_config_environment_and_reason(
     assert (row.metrics, row.tags["more"]) == ({"seconds": 1.5}, "1")
     assert recorded_config(records.tracker, row) == configure()
     assert recorded_environment(records.tracker, row) == {}
-    with pytest.raises(UserError, match=f"is {state}: only finished"):
+    with pytest.raises(UserError, match=f"is {state}: it must be a finished run"):
         trained(records.tracker, row.name)
 
 

@@ -127,6 +127,7 @@ def test_a_tracker_that_is_not_the_study_s_is_refused(
         for words in COMMANDS:
             status, _, err = call(*words)
             assert (status, f"this call opens {other}, experiment digitlab." in err) == (2, True)
+            assert err.startswith("digitlab: study smoke: its runs are in the tracker lab")
         status, out, _ = call("audit", "smoke", "--repair")
         assert (status, out.startswith("other tracker: study 'smoke': ")) == (1, True)
     assert (results_of(lab), rows_of(lab), problems_of(lab)) == (before, rows, [])

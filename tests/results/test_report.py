@@ -597,7 +597,7 @@ def test_report_is_of_the_study_that_was_created_last_and_is_nobody_elses(
 
 
 def test_report_of_an_unknown_study_is_refused_in_one_line(
-    call: Call, call_in: CallIn, tmp_path: Path
+    lab: Path, call: Call, call_in: CallIn, tmp_path: Path
 ) -> None:
     line = "digitlab: study smoek does not exist: did you mean smoke?\n"
     assert call("report", "smoek") == (2, "", line)
@@ -605,6 +605,11 @@ def test_report_of_an_unknown_study_is_refused_in_one_line(
     status, out, err = call("report", "stopped", "--out", str(tmp_path / "file" / "page"))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "--out" in err
+    mine = shutil.copytree(lab, tmp_path / "lab", ignore=shutil.ignore_patterns("reports"))
+    (mine / "reports").touch()
+    status, out, err = call_in(mine)("report", "stopped")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"digitlab: {mine / 'reports' / 'stopped.html'} cannot be written")
 
 
 def test_report_of_a_lab_without_a_study_is_refused_in_one_line(

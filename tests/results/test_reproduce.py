@@ -337,7 +337,7 @@ def test_run_that_did_not_finish_is_not_trained_again(call: Call, recorded: Reco
     before = runs(recorded)
     status, out, err = call("reproduce", row.run_id)
     assert (status, out) == (2, "")
-    assert "interrupted: only finished runs can be compared" in err
+    assert "interrupted: it must be a finished run" in err
     assert len(err.splitlines()) == 1
     assert runs(recorded) == before
 

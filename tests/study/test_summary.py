@@ -76,6 +76,9 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     voted = {"vote": {"fits": 5, "test_accuracy": 0.9712}}
     line = "  the 5 fits voting together (mean probability): 97.12 %"
     assert line in champion_text(config, SUMMARY | voted, None).splitlines()
+    assert "fits on all training images" in text
+    few = with_values(config, {"data.images": 5000})
+    assert "fits of 5,000 images" in champion_text(few, SUMMARY, ())
     assert "look" not in text
     found = re.search(r"extend: +(.+)", text)
     assert found

@@ -9,6 +9,7 @@ from studies import open_store
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError
+from digitlab.base.invocation import CALLER
 from digitlab.study.goal import TrialRow
 from digitlab.study.trials import TrialStore, load_study, twin
 
@@ -276,12 +277,15 @@ def test_equal_values_of_a_finite_space_are_found(open_again: Open) -> None:
     assert twin(endless, endless.ask()) is None
 
 
-def test_a_study_that_does_not_exist_is_named(lab: Path) -> None:
+def test_a_study_that_does_not_exist_is_named(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_store(lab)
     with pytest.raises(UserError, match="smoke has not started yet"):
         load_study(lab, "smoke")
     with pytest.raises(UserError, match="did you mean smoke"):
         load_study(lab, "smok")
+    monkeypatch.setenv(CALLER, "make")
+    with pytest.raises(UserError, match="Run `make sweep` for it"):
+        load_study(lab, "smoke")
 
 
 FRONT = "study.objectives=[val_accuracy,model_parameters]"

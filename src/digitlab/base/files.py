@@ -84,16 +84,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_output(target: Path, content: bytes | str, option: str) -> None:
-    """Write a file that a person asked for by an option, or raise UserError; text as UTF-8."""
+def write_output(target: Path, content: bytes | str, option: str = "") -> None:
+    """Write a file that a person asked for, or raise UserError; text as UTF-8.
+
+    Args:
+        option: by which the person named the file; empty where it has its place in the lab.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
+        remedy = "Name another file" if option else "Repair that folder"
         raise UserError(
             f"{option} {target} cannot be written ({error.strerror}): it must be in a folder that "
-            f"can be "
-            "written. Name another file."
+            f"can be written. {remedy}.".lstrip()
         ) from error
 
 

@@ -75,7 +75,8 @@ def explain(
     print(visible(f"{title}: {row.name} reads {likely} (uncalibrated)"))
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
     target = out or lab / "explained" / file
-    draw_reasons(network, config.data, pixels, (best, other), target, labels)
+    picture = draw_reasons(network, config.data, pixels, (best, other), labels)
+    write_output(target, picture, "--out" if out else "")
     print(
         visible(f"why {labels[best]} and not {labels[other]}, and what each layer sees: {target}")
     )
@@ -87,16 +88,15 @@ def draw_reasons(
     data: DataConfig,
     pixels: Tensor,
     digits: tuple[int, int],
-    target: Path,
     labels: Sequence[str],
-) -> None:
+) -> bytes:
     """Draw why a network reads the first digit and not the second in uint8 pixels (28, 28).
 
     Args:
         labels: the names of the classes.
 
-    Raises:
-        UserError: the picture cannot be written.
+    Returns:
+        A PNG file.
     """
     image = standardise(to_unit(pixels[None, None]), data)
     maps, _ = activations(network, image)
@@ -104,7 +104,7 @@ def draw_reasons(
     file = io.BytesIO()
     names = [labels[digit] for digit in digits]
     _draw(pixels.numpy(), reasons.numpy(), maps, *names).savefig(file, dpi=110)
-    write_output(target, file.getvalue(), "--out")
+    return file.getvalue()
 
 
 class _LayerOutputs(TorchFunctionMode):

@@ -195,8 +195,8 @@ def _draw_why(
     other, best = np.argsort(answer.probabilities)[-2:].tolist()
     out = folder / f"{name}-{best}.png"
     pixels = torch.from_numpy(prepared.image)
-    given = (predictor.network, predictor.config.data, pixels, (best, other), out)
-    draw_reasons(*given, answer.labels)
+    given = (predictor.network, predictor.config.data, pixels, (best, other))
+    write_output(out, draw_reasons(*given, answer.labels))
     return out
 
 

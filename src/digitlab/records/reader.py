@@ -84,13 +84,12 @@ def _find_trial(tracker: Tracker, study: str, number: str) -> RunRow:
 
 
 def trained(tracker: Tracker, name: str) -> RunRow:
-    """As `find_run`; UserError unless the run was trained to its end, and can be compared."""
+    """As `find_run`; UserError unless the run was trained to its end, and has weights."""
     row = find_run(tracker, name)
     state = row.tags.get("digitlab.state", "not one of digitlab's")
     if state != "finished":
         raise UserError(
-            f"{row.name} ({row.run_id}) is {state}: only finished runs can be compared. Name "
-            "another run."
+            f"{row.name} ({row.run_id}) is {state}: it must be a finished run. Name another run."
         )
     if "digitlab.weights_sha256" not in row.tags:
         source = row.tags.get("digitlab.taken_from")

@@ -41,8 +41,8 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
     """Write a study, its trials, its runs and their files into one file; return 0.
 
     Raises:
-        UserError: the study cannot be held, a run is not as it was recorded, or the file cannot be
-            written.
+        UserError: the study is in use, or not whole here, a run is not as it was recorded, or the
+            file cannot be written.
     """
     with held_study(name, lab, stores) as study:
         store, tracker = study.store, study.tracker

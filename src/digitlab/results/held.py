@@ -35,7 +35,7 @@ def held_study(name: str, lab: Path, stores: Sequence[str]) -> Iterator[HeldStud
         store, config = load_study(lab, name, address)
         with open_records(config, lab) as records:
             if other := other_tracker(store.notes(), records.tracker):
-                raise UserError(f"study {name} cannot be held: {other}")
+                raise UserError(f"study {name}: {other}")
             waiting = records.outbox.leftovers(store.study_id)
             waiting += records.outbox.held_elsewhere(store.study_id)
             if waiting:

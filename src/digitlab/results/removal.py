@@ -21,7 +21,7 @@ def delete_study(name: str, lab: Path, stores: Sequence[str], yes: bool) -> int:
     """Hide a study and its runs; return 0, or 1 where the answer is no.
 
     Raises:
-        UserError: the study cannot be held, or nobody is there to be asked.
+        UserError: the study is in use, or not whole here, or nobody is there to be asked.
     """
     with held_study(name, lab, stores) as study:
         store, tracker = study.store, study.tracker

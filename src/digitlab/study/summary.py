@@ -108,8 +108,8 @@ def champion_text(
     test = Interval(**summary["test_accuracy"])
     values = ", ".join(f"{name}={short(value)}" for name, value in summary["values"].items())
     lines = [f"champion: trial {summary['trial']} ({values})", *describe_choice(summary)]
-    images = "on all training images" if not config.data.images else f"of {config.data.images}"
-    lines.append(f"  test accuracy {test}, fits {images}")
+    images, how = config.data.images, "on all training images"
+    lines.append(f"  test accuracy {test}, fits {f'of {images:,} images' if images else how}")
     if summary.get("test_errors"):
         seeds, of_images = (f"{100 * error:.3f}" for error in summary["test_errors"])
         lines.append(

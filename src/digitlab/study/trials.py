@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
 from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.invocation import command
 from digitlab.base.statistics import Interval
 from digitlab.config.recorded import config_from_yaml, with_values
 from digitlab.config.types import Config, Objective, Pruner, Sampler
@@ -241,7 +242,7 @@ def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]]
 
 
 def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialStore, Config]:
-    """Open a study that exists, and return the configuration it was created with, too."""
+    """Open a study that exists, and return the configuration that it was last led with."""
     storage = open_storage(lab, address)
     known = study_names(storage)
     if name not in known:
@@ -250,8 +251,8 @@ def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialS
     refuse_deleted(name, notes)
     if not is_own(notes):
         raise UserError(
-            f"study {name} has not started yet: it has no trials. Run `digitlab "
-            f"sweep` for it first."
+            f"study {name} has not started yet: it has no trials. Run `{command('sweep')}` for it "
+            "first."
         )
     with refuse_damage(f"what the storage holds of study {name!r}"):
         config = config_from_yaml(str(notes["config"]))
