@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from digitlab.base import faults
 from digitlab.base.files import sync
-from digitlab.records.tracker import Dataset, NewRun, Registration, now_ms
+from digitlab.records.tracker import Dataset, NewRun, Registration, StoredNumber, now_ms
 
 
 class RunSpool:
@@ -58,8 +58,6 @@ UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # What a line may hold. Another version, or a fault of the disk, can have left something else.
 _Size = Annotated[int, Field(ge=0)]
-# A time in ms or a step: a store takes 63 bits.
-StoredNumber = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass

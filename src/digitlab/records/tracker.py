@@ -49,6 +49,11 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+# A time in ms or a step. Stores take 63 bits, but it passes through JSON, whose numbers are doubles
+# to many readers: these hold integers below 2**53 exactly.
+StoredNumber = Annotated[int, Field(ge=0, lt=2**53)]
+
+
 @dataclass(frozen=True)
 class NewRun:
     """What is known of a run when it starts."""
@@ -58,7 +63,7 @@ class NewRun:
     params: Mapping[str, str]
     parent_run_id: str | None = None  # run id of the study
     key: str = field(default_factory=lambda: uuid.uuid4().hex)  # the tag digitlab.record
-    time_ms: Annotated[int, Field(ge=0, lt=2**53)] = field(default_factory=now_ms)
+    time_ms: StoredNumber = field(default_factory=now_ms)
 
 
 class Dataset(NamedTuple):

@@ -6,11 +6,11 @@ read by the runs page when its address carries the key. tests/pages opens them i
 
 import base64
 import json
-import time
 import zlib
 from typing import Any
 
 from digitlab.config.types import Pruner, StudyConfig
+from digitlab.records.tracker import now_ms
 
 _METRICS = ("model_parameters", "seconds", "images_per_second", "rung")
 
@@ -19,7 +19,7 @@ def view_tags(study: StudyConfig) -> dict[str, str]:
     """Return the tags of the experiment that hold a study's two saved views."""
     state = _state(study)
     names = {"table": "best first", "charts": "charts"}
-    now = int(time.time() * 1000)  # MLflow counts milliseconds
+    now = now_ms()
     tags = {}
     for kind, title in names.items():
         packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()

@@ -19,8 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from digitlab.base.errors import UserError, first_line
 from digitlab.base.files import require_file
-from digitlab.records.spool import StoredNumber
-from digitlab.records.tracker import NoTracker, RunRow
+from digitlab.records.tracker import NoTracker, RunRow, StoredNumber
 
 _FORMAT, _INDEX = 1, "bundle.json"
 _STRICT = ConfigDict(extra="forbid")
