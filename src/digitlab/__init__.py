@@ -56,7 +56,7 @@ class Run:
 
     run_id: str
     name: str
-    kind: str  # trial, train, confirm, measure, final or reproduction
+    kind: str  # trial, unpruned, confirm, measure, final, train, reproduction, study or champion
     state: str  # finished, pruned, failed, interrupted or running
     metrics: dict[str, float]
     lab: Path

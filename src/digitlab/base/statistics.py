@@ -101,7 +101,7 @@ class Spread:
 
     @classmethod
     def of(cls, groups: Sequence[NDArray[np.bool_]]) -> "Spread":
-        """Groups (fits, images) of whether each fit reads each image right."""
+        """Return the sums over all groups (fits, images) of whether a fit reads an image right."""
         images, between, residual = groups[0].shape[1], 0.0, 0.0
         for group in groups:
             fits, single = group.mean(1), group.mean(0)

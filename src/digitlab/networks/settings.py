@@ -71,7 +71,7 @@ class ConvnetConfig:
 
 @dataclass(config=STRICT)
 class ArticleConfig:
-    """`Seed` has nothing to set: it stays what the article printed."""
+    """`ArticleNetwork` has nothing to set: it stays what the article printed."""
 
     name: Literal["seed"] = Field(description="Name of the network.")
 

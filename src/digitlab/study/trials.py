@@ -242,7 +242,7 @@ def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]]
 
 
 def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialStore, Config]:
-    """Open a study that exists, and return the configuration that it was last led with."""
+    """Open a study that exists, and return it with the configuration that it was last led with."""
     storage = open_storage(lab, address)
     known = study_names(storage)
     if name not in known:
