@@ -41,7 +41,7 @@ def held_study(name: str, lab: Path, stores: Sequence[str]) -> Iterator[HeldStud
             if waiting:
                 wait = f"record of study {name} waits", f"records of study {name} wait"
                 raise UserError(
-                    f"{counted(waiting, *wait)} in the outbox, and the study must be whole. "
+                    f"{counted(waiting, *wait)} in the outbox, and it must be whole. "
                     f"End what else records in this lab, and run "
                     f"`{command('audit', name, '--repair', *stores)}` first."
                 )
