@@ -16,7 +16,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, shown, with_values
 from digitlab.config.types import Config
 from digitlab.records.reader import find_run, lab_tracker, recorded_config
-from digitlab.records.record import open_tracker
+from digitlab.records.record import open_tracker, row_params
 from digitlab.records.tracker import RunRow, Tracker
 from digitlab.study.storage import open_storage, study_names
 from digitlab.study.summary import champion_text, continue_command, short, trials_table
@@ -87,8 +87,8 @@ def _champion_line(champion: RunRow) -> str:
 
 def _describe_run(tracker: Tracker, row: RunRow) -> dict[str, Any]:
     config = recorded_config(tracker, row)
-    hidden = () if row.tags.get("digitlab.kind") == "study" else ("study.", "tracking.")
-    changed = {k: v for k, v in changed_settings(config).items() if not k.startswith(hidden)}
+    recorded = row_params(config, row.tags.get("digitlab.kind", ""))
+    changed = {key: value for key, value in changed_settings(config).items() if key in recorded}
     tags = {name: row.tags.get(f"digitlab.{name}") for name in ("kind", "state", "reason")}
     return {
         "run_id": row.run_id,

@@ -154,6 +154,8 @@ class StudyDriver:
             reason = reasons[-1] if reasons else "no reason is known"
             self.board.say(f"study {self.study.name}: no trial finished; {reason}")
             return 1
+        # What is noted of a champion says what it was asked for, and so does what is noted of its
+        # publication: where that is less than now, it is chosen again, and published again.
         asked = {"trials": len(rows)}
         asked |= {name: getattr(self.study, name) for name in _CHOICE_SETTINGS}
         summary = self.store.notes().get("champion", {})

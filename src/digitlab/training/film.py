@@ -33,8 +33,8 @@ def make_frame(step: int, epoch: int, network: nn.Module, logits: Tensor) -> Fra
     return Frame(moment, logits.softmax(1).cpu(), filters.detach().mean(1).cpu().clone())
 
 
-def learned_last(probabilities: Sequence[Tensor], labels: Tensor, most: int = 10) -> list[int]:
-    """Return the images that were wrong until the latest, the last one first.
+def learned_last(probabilities: Sequence[Tensor], labels: Tensor) -> list[int]:
+    """Return the ten images that were wrong until the latest, the last one first.
 
     Args:
         probabilities: (N, 10), moment by moment.
@@ -43,4 +43,4 @@ def learned_last(probabilities: Sequence[Tensor], labels: Tensor, most: int = 10
     wrong = torch.stack([one.argmax(1) != labels for one in probabilities])
     until = (wrong * torch.arange(1, len(wrong) + 1)[:, None]).max(0).values
     doubt = 1 - probabilities[-1].gather(1, labels[:, None])[:, 0]
-    return [int(place) for place in (until + doubt).argsort(descending=True)[:most]]
+    return [int(place) for place in (until + doubt).argsort(descending=True)[:10]]
