@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from digitlab.base.files import disk_problem, make_folder
+from digitlab.base.errors import UserError
+from digitlab.base.files import disk_problem, make_folder, open_output, write_output
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,79 @@ def test_each_folder_that_is_made_is_synced_in_the_one_above(
     make_folder(tmp_path / "lab" / "outbox")
     assert synced == [tmp_path, tmp_path / "lab"]
     assert (tmp_path / "lab/outbox").is_dir()
+
+
+# ---- what a person has written -------------------------------------------------------------------
+
+
+PAGE, PICTURE = b"<!doctype html>\n<title>a</title>", b"\x89PNG\r\n\x1a\n rest"
+
+
+def write(target: Path, content: bytes = PAGE) -> str:
+    """Write it; return why it is refused, and an empty text if it is not."""
+    try:
+        write_output(target, content, "--out", target.parents[1] / "lab")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_an_output_replaces_its_like_and_an_empty_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "page.html"
+    assert write(target) == ""
+    assert write(target, PAGE + b"more") == ""
+    assert target.read_bytes() == PAGE + b"more"
+    for content in (PICTURE, b"SQLite format 3\0", b"PK\3\4", b"my letters"):
+        target.write_bytes(content)
+        assert "exists and is another kind of file" in write(target)
+        assert target.read_bytes() == content
+    target.write_bytes(b"")
+    assert write(target) == ""
+    assert [*target.parent.iterdir()] == [target]
+
+
+def test_an_export_replaces_no_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"PK\3\4")
+    with (
+        pytest.raises(UserError, match="exists and may be the only copy"),
+        open_output(target, str(target), tmp_path / "lab"),
+    ):
+        pass
+    assert target.read_bytes() == b"PK\3\4"
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "new.html", "locks/page.html", "reports/../x.html"])
+def test_an_output_among_the_lab_s_own_files_is_refused(tmp_path: Path, name: str) -> None:
+    lab = tmp_path / "lab"
+    (lab / "locks").mkdir(parents=True)
+    (lab / "mlflow.db").write_bytes(PAGE)  # whatever it begins with
+    (tmp_path / "link").symlink_to(lab / name)
+    for target in (lab / name, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"is inside the lab: .*reports or explained"):
+            write_output(target, PAGE + b"more", "--out", lab)
+    assert (lab / "mlflow.db").read_bytes() == PAGE
+    write_output(lab / "reports" / "page.html", PAGE, "--out", lab)
+    assert (lab / "reports" / "page.html").read_bytes() == PAGE
+
+
+def test_an_output_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    target.write_bytes(PAGE)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (  # noqa: PT012
+        pytest.raises(UserError, match=r"cannot be written \(No space"),
+        open_output(target, "--out", tmp_path / "lab", PAGE[:8]) as file,
+    ):
+        file.write(b"half")
+        raise full
+    assert target.read_bytes() == PAGE
+    assert [*tmp_path.iterdir()] == [target]
+
+
+def test_an_output_goes_into_a_pipe(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    write_output(Path(f"/dev/fd/{writing}"), PAGE, "--out", tmp_path)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        assert file.read() == PAGE

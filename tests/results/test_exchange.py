@@ -304,6 +304,21 @@ def test_a_fault_of_the_lab_is_not_blamed_on_the_file(
     assert str(bundle) not in err
 
 
+@pytest.mark.parametrize("name", ["lab/mlflow.db", "lab/optuna.db", "file"])
+def test_an_export_replaces_neither_the_lab_s_records_nor_another_file(
+    lab: Path, call_in: CallIn, tmp_path: Path, name: str
+) -> None:
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file.part").write_text("mine, too")
+    before = (tmp_path / name).read_bytes()
+    status, out, err = call_in(mine)("export", "smoke", str(tmp_path / name))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert str(tmp_path / name) in err
+    assert (tmp_path / name).read_bytes() == before
+    assert (tmp_path / "file.part").read_text() == "mine, too"
+
+
 def test_a_file_that_is_no_whole_bundle_is_refused(
     nowhere: Path, bundle: Path, call_in: CallIn, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_repair_that_cannot_send_all_changes_nothing_else(
 def test_a_study_whose_records_wait_is_refused(
     words: tuple[str, ...], is_ended: bool, lab: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(lab)
+    monkeypatch.chdir(lab.parent)
     with monkeypatch.context() as patch:
         outbox = waiting_record(lab, patch)
         if is_ended:
@@ -80,7 +80,7 @@ def test_a_study_whose_records_wait_is_refused(
         status, _, err = call(*words)
         outbox.close()
     assert (status, "1 record of study smoke waits in the outbox" in err) == (2, True)
-    assert not (lab / "smoke.zip").exists()
+    assert not (lab.parent / "smoke.zip").exists()
     assert runs_of(lab)
 
 
@@ -120,7 +120,7 @@ def test_a_tracker_that_is_not_the_study_s_is_refused(
     lab: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, rows = results_of(lab), rows_of(lab)
-    monkeypatch.chdir(lab)
+    monkeypatch.chdir(lab.parent)
     other = f"sqlite:///{lab / 'other.db'}"
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", other)

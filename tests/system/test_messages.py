@@ -115,7 +115,7 @@ def test_a_mistake_is_answered_in_one_plain_line(
 
 
 def raise_by_writing(folder: Path) -> None:
-    write_output(folder / "file" / "page.html", "text", "--out")
+    write_output(folder / "file" / "page.html", "text", "--out", folder / "lab")
 
 
 def raise_by_reading(folder: Path) -> None:

@@ -6,8 +6,11 @@ import hashlib
 import os
 import re
 import sqlite3
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from digitlab.base.errors import UserError
 
@@ -19,6 +22,9 @@ _SQLITE_ERRORS = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB),
 }
+
+_OPEN = ("reports", "explained")  # folders of the lab that hold what anybody can make again
+_KIND_BYTES = 8  # of a PNG's signature; a page and a database differ before
 
 
 def disk_problem(error: BaseException | None) -> str:
@@ -84,21 +90,71 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_output(target: Path, content: bytes | str, option: str = "") -> None:
-    """Write a file that a person asked for, or raise UserError; text as UTF-8.
+def write_output(target: Path, content: bytes | str, option: str, lab: Path) -> None:
+    """Write a file that a person asked for, text as UTF-8; it may replace its like.
 
     Args:
         option: by which the person named the file; empty where it has its place in the lab.
+
+    Raises:
+        UserError: as `open_output`.
     """
+    encoded = content.encode() if isinstance(content, str) else content
+    with open_output(target, f"{option} {target}".lstrip(), lab, encoded[:_KIND_BYTES]) as file:
+        file.write(encoded)
+
+
+@contextmanager
+def open_output(target: Path, given: str, lab: Path, kind: bytes = b"") -> Iterator[IO[bytes]]:
+    """Open a file that a person named, which is then there as a whole or not at all.
+
+    Args:
+        given: what names it in a message.
+        kind: the first bytes of a file that may be replaced; without them none may be.
+
+    Raises:
+        UserError: it is among the lab's own files, it would replace another kind of file, or it
+            cannot be written.
+    """
+    place, home = (Path(os.path.realpath(path)) for path in (target, lab))
+    if place.is_relative_to(home) and not {home / name for name in _OPEN} & {*place.parents}:
+        raise UserError(
+            f"{given} is inside the lab: it must be outside, or in its folder {' or '.join(_OPEN)}."
+            " Name another file."
+        )
+    new = place.with_name(f".{uuid.uuid4().hex}.new") if place.name else place
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content.encode() if isinstance(content, str) else content)
+        if target.exists() and not target.is_file():  # a pipe or a device loses nothing
+            with open(target, "wb") as file:
+                yield file
+            return
+        if target.is_file() and not _may_replace(target, kind):
+            is_other = "is another kind of file" if kind else "may be the only copy of something"
+            raise UserError(
+                f"{given} exists and {is_other}: it must not be replaced. Name another file, or "
+                "remove it first."
+            )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(place)
     except OSError as error:
         remedy = "Name another file" if option else "Repair that folder"
         raise UserError(
-            f"{option} {target} cannot be written ({error.strerror}): it must be in a folder that "
-            f"can be written. {remedy}.".lstrip()
+            f"{given} cannot be written ({error.strerror or error}): it must be in a folder that "
+            "can be written. Name another file."
         ) from error
+    finally:
+        with suppress(OSError):  # as a rule it is not there any more
+            new.unlink()
+
+
+def _may_replace(path: Path, kind: bytes) -> bool:
+    with open(path, "rb") as file:
+        found = file.read(_KIND_BYTES)
+    return not found or found == kind
 
 
 def safe_name(name: str) -> str:

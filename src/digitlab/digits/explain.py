@@ -76,7 +76,7 @@ def explain(
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
     target = out or lab / "explained" / file
     picture = draw_reasons(network, config.data, pixels, (best, other), labels)
-    write_output(target, picture, "--out" if out else "")
+    write_output(target, picture, "--out" if out else "", lab)
     print(
         visible(f"why {labels[best]} and not {labels[other]}, and what each layer sees: {target}")
     )
@@ -90,13 +90,11 @@ def draw_reasons(
     digits: tuple[int, int],
     labels: Sequence[str],
 ) -> bytes:
-    """Draw why a network reads the first digit and not the second in uint8 pixels (28, 28).
+    """Return a PNG of why a network reads the first digit, not the second, in pixels (28, 28).
 
     Args:
+        pixels: uint8.
         labels: the names of the classes.
-
-    Returns:
-        A PNG file.
     """
     image = standardise(to_unit(pixels[None, None]), data)
     maps, _ = activations(network, image)

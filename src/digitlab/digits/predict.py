@@ -170,9 +170,9 @@ def predict(
         if save is not None:
             file = io.BytesIO()
             Image.fromarray(prepared.image).save(file, "PNG")
-            write_output(save / f"{name}.28x28.png", file.getvalue(), "--out")
+            write_output(save / f"{name}.28x28.png", file.getvalue(), "--out", lab)
         if explain and answer.digit is not None:
-            out = _draw_why(predictor, prepared, answer, lab / "explained", name)
+            out = _draw_why(predictor, prepared, answer, lab, name)
             print(visible(f"why: {out}"), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(json.dumps([asdict(answer) for answer in answers], indent=1))
@@ -188,15 +188,15 @@ def _new_name(stem: str, names: set[str]) -> str:
 
 
 def _draw_why(
-    predictor: DigitReader, prepared: Prepared, answer: Answer, folder: Path, name: str
+    predictor: DigitReader, prepared: Prepared, answer: Answer, lab: Path, name: str
 ) -> Path:
     from digitlab.digits.explain import draw_reasons
 
     other, best = np.argsort(answer.probabilities)[-2:].tolist()
-    out = folder / f"{name}-{best}.png"
+    out = lab / "explained" / f"{name}-{best}.png"
     pixels = torch.from_numpy(prepared.image)
     given = (predictor.network, predictor.config.data, pixels, (best, other))
-    write_output(out, draw_reasons(*given, answer.labels))
+    write_output(out, draw_reasons(*given, answer.labels), "", lab)
     return out
 
 

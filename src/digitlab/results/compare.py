@@ -89,7 +89,7 @@ def compare(
 
         content = {"columns": columns, "tables": tables, "sentences": sentences}
         page = render("compare.html", " against ".join(columns[1:]), **content)
-        write_output(out, page, "--out")
+        write_output(out, page, "--out", lab)
         if not as_json:
             print(f"written: {out}")
     return 0

@@ -2,13 +2,13 @@
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import RDBStorage
 
 from digitlab.base.errors import UserError, counted, first_line
+from digitlab.base.files import open_output
 from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
@@ -42,9 +42,10 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
 
     Raises:
         UserError: the study is in use, or not whole here, a run is not as it was recorded, or the
-            file cannot be written.
+            file is there already, or cannot be written.
     """
-    with held_study(name, lab, stores) as study:
+    # Whatever stands there may be an export, and the only copy of another study.
+    with held_study(name, lab, stores) as study, open_output(target, str(target), lab) as output:
         store, tracker = study.store, study.tracker
         rows = tracker.find({"digitlab.study_id": store.study_id})
         damaged = find_damage(tracker, rows)
@@ -56,20 +57,8 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
         trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
         runs = [_part(tracker, row) for row in rows]
         index = Index(1, name, store.notes(), trials, runs)
-        part = target.with_name(f"{target.name}.part")
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-                write_bundle(file, index, _contents(tracker, rows))
-            part.replace(target)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"{target} cannot be written ({reason}): it must be in a folder that can be "
-                "written. Name another file."
-            ) from error
-        finally:
-            with suppress(OSError):  # as a rule it is not there any more
-                part.unlink()
+        with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as file:
+            write_bundle(file, index, _contents(tracker, rows))
     print(f"written: {target}: {_described(name, len(trials), len(runs))}")
     return 0
 

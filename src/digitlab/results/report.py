@@ -55,7 +55,7 @@ def write_report(
         with refuse_damage(f"what the storage holds of study {name!r}"):
             page = report(store, config, records.tracker, lab)
         target = out or lab / "reports" / f"{safe_name(name)}.html"
-        write_output(target, page, "--out" if out else "")
+        write_output(target, page, "--out" if out else "", lab)
         print(f"written: {target}")
         if "run_id" in store.notes():
             spool = records.outbox.resume_run(store.notes()["run_id"], store.study_id)
