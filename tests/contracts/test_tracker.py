@@ -181,6 +181,8 @@ def test_deleted_run_is_found_no_more_and_known_as_deleted(tracker: Tracker) -> 
     gone, left = (create(tracker, name, study="s") for name in ("gone", "left"))
     tracker.delete(gone)
     assert [row.run_id for row in tracker.find({"study": "s"})] == [left]
+    assert [row.run_id for row in tracker.find_deleted({"study": "s"})] == [gone]
+    assert tracker.find_deleted({"study": "other"}) == []
     assert (tracker.is_deleted(gone), tracker.is_deleted(left)) == (True, False)
     assert tracker.is_deleted("0" * 32)  # removed for good
     with pytest.raises(UserError, match="gone: no such run"):

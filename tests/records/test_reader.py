@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_yaml
 from digitlab.config.types import Config
 from digitlab.networks.table import build_network
+from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import (
     damage,
     find_run,
@@ -30,7 +32,7 @@ from digitlab.records.reader import (
     recorded_logits,
 )
 from digitlab.records.record import SUMS
-from digitlab.records.tracker import NoTracker, RunRow
+from digitlab.records.tracker import NewRun, NoTracker, RunRow
 
 METADATA = {"layout": "channels_last", "format": "1"}
 
@@ -203,3 +205,25 @@ def test_champion_of_a_study_is_its_newest() -> None:
         match="champion is not available: no study has selected one yet",
     ):
         find_run(Champions(), "champion")
+
+
+def test_a_champion_whose_run_was_deleted_is_named_with_what_restores_it(tmp_path: Path) -> None:
+    tracker = MlflowTracker(None, "digitlab", tmp_path)
+    tags = {"digitlab.study": "smoke", "digitlab.study_id": "1"}
+    ids = {
+        kind: tracker.create_run(NewRun(kind, {**tags, "digitlab.kind": kind}, {}))
+        for kind in ("study", "champion")
+    }
+    tracker.delete(ids["champion"])
+    for name in ("champion", "smoke/champion"):
+        with pytest.raises(UserError, match="was deleted in MLflow") as raised:
+            find_run(tracker, name)
+        restore = f"`{tracker.command} runs restore --run-id {ids['champion']}`."
+        assert str(raised.value).startswith(f"{name} is not available: ")
+        assert str(raised.value).endswith(f"Restore it with {restore}")
+    with pytest.raises(UserError, match="other/champion: no such champion"):
+        find_run(tracker, "other/champion")
+    tracker.delete(ids["study"])  # as `digitlab delete smoke` does
+    for name in ("champion", "smoke/champion"):
+        with pytest.raises(UserError, match=r"study smoke, .* was deleted\. .*restore smoke`\."):
+            find_run(tracker, name)

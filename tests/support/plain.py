@@ -82,7 +82,13 @@ class PlainTracker(Tracker):
         self._change(run_id, status=STATUS.get(state, "KILLED"), **ended)
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
-        runs = [run for run in self._all() if not run["is_deleted"]]
+        return self._find(tags, is_deleted=False)
+
+    def find_deleted(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return self._find(tags, is_deleted=True)
+
+    def _find(self, tags: Mapping[str, str], is_deleted: bool) -> list[RunRow]:
+        runs = [run for run in self._all() if run["is_deleted"] == is_deleted]
         return [_row(run) for run in runs if tags.items() <= run["tags"].items()]
 
     def get(self, run: str) -> RunRow:

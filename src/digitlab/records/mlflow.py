@@ -61,7 +61,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from digitlab.records.mlflow_errors import http_status, translated
-from digitlab.records.mlflow_models import log_model, owner_of, register_model
+from digitlab.records.mlflow_models import log_model, model_files, owner_of, register_model
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs what it then raises
 
@@ -73,6 +73,7 @@ _STATUS = {
     "interrupted": "KILLED",
 }
 _LONGEST = 6000  # characters of a parameter's value in MLflow's stores
+_PAGES = "http://127.0.0.1:5000"  # where `digitlab ui` serves what is in the lab
 _MOST_PARAMS, _MOST_METRICS, _MOST_TAGS = 100, 700, 100  # in one call
 
 
@@ -173,10 +174,9 @@ class MlflowTracker(Tracker):
     @translated
     def register(self, run_id: str, what: Registration) -> None:
         logged = log_model(self.client, run_id, what)
-        paths = [path for path in self.files(run_id) if path.startswith("model/")]
-        files = {path.removeprefix("model/"): self.artifact(run_id, path) for path in paths}
         place = place_of(self.lab, logged.artifact_location) if self.is_local else None
-        _write(place, files, partial(self.client.log_model_artifacts, logged.model_id))
+        send = partial(self.client.log_model_artifacts, logged.model_id)
+        _write(place, model_files(self, run_id), send)
         register_model(self.client, run_id, logged, what)
 
     @translated
@@ -192,8 +192,11 @@ class MlflowTracker(Tracker):
 
     @translated
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
-        rows = _search(self.client, self.experiment, _filter(tags))
-        return [row for row in rows if tags.items() <= row.tags.items()]
+        return _search(self.client, self.experiment, tags)
+
+    @translated
+    def find_deleted(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return _search(self.client, self.experiment, tags, ViewType.DELETED_ONLY)
 
     @translated
     def get(self, run: str) -> RunRow:
@@ -202,7 +205,7 @@ class MlflowTracker(Tracker):
         except MlflowException as error:
             if http_status(error) not in (400, 404):
                 raise
-        return _match(run, _search(self.client, self.experiment, ""))
+        return _match(run, _search(self.client, self.experiment, {}))
 
     @translated
     def is_deleted(self, run_id: str) -> bool:
@@ -269,8 +272,7 @@ class MlflowTracker(Tracker):
             self.client.set_experiment_tag(self.experiment, key, value)
 
     def runs_page(self) -> str:
-        # Without a server, where `digitlab ui` serves what is in the lab.
-        server = self.uri if self.is_server else "http://127.0.0.1:5000"
+        server = self.uri if self.is_server else _PAGES
         return f"{server}/#/experiments/{self.experiment}/runs?workflowType=machine_learning"
 
 
@@ -282,11 +284,6 @@ def _write(place: Path | None, files: Mapping[str, bytes], send: Callable[[str],
     with tempfile.TemporaryDirectory() as folder:
         write_artifacts(Path(folder), files)
         send(folder)
-
-
-def _filter(tags: Mapping[str, str]) -> str:
-    """Return a filter in MLflow's grammar, which cannot express a value that holds a quote."""
-    return " and ".join(f"tags.`{k}` = '{value}'" for k, value in tags.items() if "'" not in value)
 
 
 def _create(client: MlflowClient, experiment: str, run: NewRun) -> Run:
@@ -342,17 +339,18 @@ def _input(dataset: Dataset) -> DatasetInput:
     return DatasetInput(entities.Dataset(dataset.name, dataset.digest, "local", source), tags)
 
 
-def _search(client: MlflowClient, experiment: str, text: str) -> list[RunRow]:
+def _search(
+    client: MlflowClient, experiment: str, tags: Mapping[str, str], view: int = ViewType.ACTIVE_ONLY
+) -> list[RunRow]:
+    # MLflow's grammar cannot express a value that holds a quote.
+    text = " and ".join(f"tags.`{k}` = '{value}'" for k, value in tags.items() if "'" not in value)
     rows: list[RunRow] = []
     token: str | None = ""
     while token is not None:
-        order = ["start_time ASC"]
-        page = client.search_runs(
-            [experiment], text, ViewType.ACTIVE_ONLY, 1000, order, token or None
-        )
+        page = client.search_runs([experiment], text, view, 1000, ["start_time ASC"], token or None)
         rows += map(_row, page)
         token = page.token or None
-    return rows
+    return [row for row in rows if tags.items() <= row.tags.items()]
 
 
 def _match(run: str, rows: list[RunRow]) -> RunRow:

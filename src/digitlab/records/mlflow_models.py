@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 
-from digitlab.records.tracker import Registration
+from digitlab.records.tracker import Registration, Tracker
 
 if TYPE_CHECKING:  # torch takes as long to import as all else that lists runs
     import numpy as np
@@ -41,6 +41,12 @@ def log_model(client: MlflowClient, run_id: str, what: Registration) -> LoggedMo
     if logged.model_id not in {made.model_id for made in outputs}:
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return logged
+
+
+def model_files(tracker: Tracker, run_id: str) -> dict[str, bytes]:
+    """Return the files of a run that is registered as a model, by their paths in the model."""
+    paths = [path for path in tracker.files(run_id) if path.startswith("model/")]
+    return {path.removeprefix("model/"): tracker.artifact(run_id, path) for path in paths}
 
 
 def register_model(

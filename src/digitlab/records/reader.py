@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.config.types import Config
 from digitlab.records.record import SUMS, Records, open_records, open_tracker, row_params, seal
-from digitlab.records.tracker import RunRow, Tracker
+from digitlab.records.tracker import RunRow, Tracker, restore_command
 
 if TYPE_CHECKING:  # torch is imported where a network is built: most readers need none
     import numpy as np
@@ -58,8 +58,10 @@ def _find_champion(tracker: Tracker, study: str) -> RunRow:
         known = {row.tags.get("digitlab.study", "") for row in rows}
         rows = [row for row in rows if row.tags.get("digitlab.study") == study]
         if not rows:
+            _refuse_deleted(tracker, f"{study}/champion", {"digitlab.study": study})
             raise UserError(f"{study}/champion: no such champion, {nearest(study, known)}")
     if not rows:
+        _refuse_deleted(tracker, "champion", {})
         raise UserError(
             f"champion is not available: no study has selected one yet. Run `{command('sweep')}`."
         )
@@ -67,6 +69,22 @@ def _find_champion(tracker: Tracker, study: str) -> RunRow:
         name = compose("train", ())[0].config.data.name
         rows = [row for row in rows if row.params.get("data.name") == name] or rows
     return rows[-1]
+
+
+def _refuse_deleted(tracker: Tracker, name: str, tags: Mapping[str, str]) -> None:
+    """Raise UserError if a champion with these tags was deleted: it can be restored."""
+    for champion in reversed(tracker.find_deleted({**tags, "digitlab.kind": "champion"})):
+        study, run_id = champion.tags.get("digitlab.study", ""), champion.run_id
+        mine = {"digitlab.study_id": champion.tags.get("digitlab.study_id", "")}
+        if tracker.find({**mine, "digitlab.kind": "study"}):
+            raise UserError(
+                f"{name} is not available: the champion's run {run_id} of study {study} was "
+                f"deleted in MLflow. Restore it with `{restore_command(tracker, run_id)}`."
+            )
+        raise UserError(
+            f"{name} is not available: study {study}, which has selected one, was deleted. "
+            f"Restore it with `{command('restore', study)}`."
+        )
 
 
 def _find_trial(tracker: Tracker, study: str, number: str) -> RunRow:
@@ -159,7 +177,7 @@ def _default_run(tracker: Tracker) -> str:
         return "champion"  # whose error names what is missing
     newest = runs[-1]
     name = visible(f"{newest.name} ({newest.run_id})")
-    print(f"no study has a champion yet: using {name}", file=sys.stderr)
+    print(f"there is no record of a champion: using {name}", file=sys.stderr)
     return newest.run_id
 
 

@@ -140,6 +140,10 @@ class Tracker(ABC):
         """Return the runs that carry all of the tags, oldest first, without deleted ones."""
 
     @abstractmethod
+    def find_deleted(self, tags: Mapping[str, str]) -> list[RunRow]:
+        """As `find`, of the runs that were deleted and can be restored."""
+
+    @abstractmethod
     def get(self, run: str) -> RunRow:
         """Return the run of an id, a unique beginning of one, or a name."""
 
@@ -184,6 +188,11 @@ class Tracker(ABC):
         """Return the address of the page that lists the runs; empty where there is none."""
 
 
+def restore_command(tracker: Tracker, run_id: str) -> str:
+    """Return what a shell runs to bring back a run that was deleted in the tracker."""
+    return f"{tracker.command} runs restore --run-id {run_id}"
+
+
 class NoTracker(Tracker):
     """Records nothing, and has no runs."""
 
@@ -205,6 +214,9 @@ class NoTracker(Tracker):
         return None
 
     def find(self, tags: Mapping[str, str]) -> list[RunRow]:
+        return []
+
+    def find_deleted(self, tags: Mapping[str, str]) -> list[RunRow]:
         return []
 
     def get(self, run: str) -> RunRow:
