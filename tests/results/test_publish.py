@@ -140,8 +140,10 @@ def test_a_final_fit_whose_run_was_deleted_is_named(
     for run_id in runs:
         tracker.delete(run_id)
     try:
-        with pytest.raises(UserError, match=r"final fit of trial \d+ with seed \d+ must be in"):
+        with pytest.raises(UserError, match=r"final fit of trial \d+ with seed \d+ was") as raised:
             register_champion(session, session.store.notes()["champion"])
+        restore = f"{tracker.command} runs restore --run-id"
+        assert any(f"`{restore} {run_id}`" in str(raised.value) for run_id in runs)
     finally:
         for run_id in runs:
             tracker.restore(run_id)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -17,7 +17,7 @@ from digitlab.networks.table import build_network
 from digitlab.records.mlflow_models import save_servable
 from digitlab.records.reader import recorded_guesses, recorded_logits, verified
 from digitlab.records.record import RunRecorder, datasets_of, trial_tags
-from digitlab.records.tracker import Registration, RunRow
+from digitlab.records.tracker import Registration, RunRow, restore_command
 from digitlab.study.champion import Fit, final_fits, test_metrics
 from digitlab.study.session import StudySession
 from digitlab.study.summary import champion_text, describe_study
@@ -68,11 +68,7 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
     fit = next(f for f in final_fits(config, row) if f.key == summary["weights_of"])
     found = _final_runs(session, fit)
     if not found:
-        raise UserError(
-            f"study {study}: the run of the final fit of trial {fit.number} with seed {fit.seed} "
-            "must be in the tracker, since the champion has its weights. Restore it "
-            f"with `{tracker.command} runs restore --run-id RUN`, then go on."
-        )
+        _refuse_missing(session, fit)
     weights_run = found[-1]
     weights = verified(tracker, weights_run, "weights")
     earlier = tracker.find({"digitlab.study_id": study_id, "digitlab.kind": "champion"})
@@ -108,9 +104,28 @@ def register_champion(session: StudySession, summary: Mapping[str, Any]) -> str 
 
 def _final_runs(session: StudySession, fit: Fit) -> list[RunRow]:
     """Return the finished runs of a final fit, the last one last."""
+    return session.records.tracker.find(_final_tags(session, fit))
+
+
+def _final_tags(session: StudySession, fit: Fit) -> dict[str, str]:
     tags = {"digitlab.study_id": session.store.study_id, "digitlab.kind": "final"}
     tags |= {"digitlab.trial": str(fit.number), "digitlab.seed": str(fit.seed)}
-    return session.records.tracker.find(tags | {"digitlab.state": "finished"})
+    return tags | {"digitlab.state": "finished"}
+
+
+def _refuse_missing(session: StudySession, fit: Fit) -> NoReturn:
+    tracker, study = session.records.tracker, session.config.study.name
+    what = f"study {study}: the run of the final fit of trial {fit.number} with seed {fit.seed}"
+    deleted = tracker.find_deleted(_final_tags(session, fit))
+    if not deleted:
+        raise UserError(
+            f"{what} was removed for good: it must be in the tracker, since the champion has its "
+            "weights. Restore the tracker from a copy, or start a new study with study.name=NEW."
+        )
+    raise UserError(
+        f"{what} was deleted: it must be in the tracker, since the champion has its weights. "
+        f"Restore it with `{restore_command(tracker, deleted[-1].run_id)}`, then go on."
+    )
 
 
 class _Served(torch.nn.Module):
