@@ -84,6 +84,17 @@ def test_a_study_whose_records_wait_is_refused(
     assert runs_of(lab)
 
 
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_a_study_that_does_not_exist_leaves_no_lock(
+    words: tuple[str, ...], lab: Path, call: Call
+) -> None:
+    before = {*lab.rglob("*")}
+    status, out, err = call(words[0], "smokk", *words[2:])
+    assert (status, out) == (2, "")
+    assert err == "digitlab: study smokk does not exist: did you mean smoke?\n"
+    assert {path.name for path in {*lab.rglob("*")} - before} <= {"optuna.lock"}
+
+
 def test_a_record_that_cannot_be_read_is_named_and_all_else_repaired(
     lab: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

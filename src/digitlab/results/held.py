@@ -10,7 +10,7 @@ from digitlab.base.errors import UserError, counted, refuse_damage
 from digitlab.base.invocation import command, storage_of
 from digitlab.records.record import open_records
 from digitlab.records.tracker import Tracker
-from digitlab.study.storage import leader_lock, open_storage
+from digitlab.study.storage import leader_lock, open_storage, require_study
 from digitlab.study.trials import TrialStore, load_study
 
 
@@ -31,7 +31,9 @@ def held_study(name: str, lab: Path, stores: Sequence[str]) -> Iterator[HeldStud
             records of it are still to be sent.
     """
     address = storage_of(stores)
-    with leader_lock(open_storage(lab, address), lab, name):
+    storage = open_storage(lab, address)
+    require_study(storage, name)  # a lock would leave its file behind
+    with leader_lock(storage, lab, name):
         store, config = load_study(lab, name, address)
         with open_records(config, lab) as records:
             if other := other_tracker(store.notes(), records.tracker):

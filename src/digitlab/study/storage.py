@@ -13,7 +13,7 @@ from filelock import FileLock
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from digitlab.base.errors import UserError, first_line
+from digitlab.base.errors import UserError, first_line, nearest
 from digitlab.base.files import safe_name
 from digitlab.base.invocation import command
 from digitlab.base.locks import file_lock
@@ -114,6 +114,13 @@ def _reason(error: Exception) -> str:
 def study_names(storage: RDBStorage) -> list[str]:
     """Return the names of all studies in a storage, the oldest first; of deleted ones, too."""
     return [study.study_name for study in storage.get_all_studies()]
+
+
+def require_study(storage: RDBStorage, name: str) -> None:
+    """Raise UserError unless a study of this name exists, if only as a deleted one."""
+    known = study_names(storage)
+    if name not in known:
+        raise UserError(f"study {name} does not exist: {nearest(name, known)}")
 
 
 def study_notes(storage: RDBStorage, name: str) -> dict[str, Any]:

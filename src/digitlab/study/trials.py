@@ -11,7 +11,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from digitlab.base import faults
-from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.errors import UserError, refuse_damage
 from digitlab.base.invocation import command
 from digitlab.base.statistics import Interval
 from digitlab.config.recorded import config_from_yaml, with_values
@@ -27,7 +27,7 @@ from digitlab.study.samplers import (
     searched_space,
 )
 from digitlab.study.space import Hyperparameter, draw_values, first_values, own_values
-from digitlab.study.storage import open_storage, refuse_deleted, study_names, study_notes
+from digitlab.study.storage import open_storage, refuse_deleted, require_study, study_notes
 
 _STATES = {
     "waiting": TrialState.WAITING,
@@ -244,9 +244,7 @@ def _given_values(store: TrialStore) -> tuple[Mapping[str, Any], dict[str, Any]]
 def load_study(lab: Path, name: str, address: str | None = None) -> tuple[TrialStore, Config]:
     """Open a study that exists, and return it with the configuration that it was last led with."""
     storage = open_storage(lab, address)
-    known = study_names(storage)
-    if name not in known:
-        raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+    require_study(storage, name)
     notes = study_notes(storage, name)
     refuse_deleted(name, notes)
     if not is_own(notes):
