@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from conftest import Call, CallIn
+from plain import PlainTracker
 from samples import studies
 from studies import problems_of, rows_of, runs_of
 
@@ -18,9 +19,10 @@ from digitlab.base.errors import counted
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, result_settings, with_values
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.records.tracker import NewRun, RunRow
+from digitlab.records.tracker import NewRun, NoTracker, RunRow
 from digitlab.results import audit
 from digitlab.results.audit import find_problems
+from digitlab.results.missing import missing_runs
 from digitlab.study.goal import TrialRow
 from digitlab.study.storage import leader_lock, open_storage
 
@@ -215,6 +217,49 @@ def test_what_cannot_be_repaired_is_left_and_said(lab: Path, call: Call) -> None
     assert (status, problem["kind"], problem["trial"]) == (1, "record differs", finished.number)
     assert "weights.safetensors" in problem["detail"]
     assert json.loads(out)["repaired"] == 0
+
+
+def test_runs_that_are_noted_and_were_deleted_are_named(lab: Path, call: Call) -> None:
+    tracker = MlflowTracker(None, "digitlab", lab)
+    kinds = ("confirm", "final", "champion")
+    gone = [runs_of(lab, kind=kind, state="finished")[-1] for kind in kinds]
+    for run in gone:
+        tracker.delete(run.run_id)
+    status, out, _ = call("audit", "smoke", "--json")
+    problems = json.loads(out)["problems"]
+    assert (status, {problem["kind"] for problem in problems}) == (1, {"no run"})
+    assert [problem["run_id"] for problem in problems] == [run.run_id for run in gone]
+    for problem, run in zip(problems, gone, strict=True):
+        assert problem["trial"] == int(run.tags["digitlab.trial"])
+        assert f"`{tracker.command} runs restore --run-id {run.run_id}`" in problem["detail"]
+    target = lab.parent / "smoke.zip"
+    status, out, err = call("export", "smoke", str(target))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert f"runs restore --run-id {gone[0].run_id}`" in err
+    assert not target.exists()
+    for run in gone:
+        tracker.restore(run.run_id)
+    assert call("audit", "smoke") == (0, "1 studies, 0 problems\n", "")
+
+
+def test_nothing_is_missing_of_a_study_that_records_nothing(tmp_path: Path) -> None:
+    notes = {"final": {"0/1": {"test_accuracy": 0.5}, "0/2": {"failed": "x"}}}
+    assert missing_runs(notes, "1", NoTracker(), []) == []
+    [one] = missing_runs(notes, "1", PlainTracker(tmp_path), [])
+    assert (one.trial, one.run_id) == (0, None)
+
+
+def test_an_export_says_which_runs_are_gone_for_good(lab: Path, call: Call) -> None:
+    champion = runs_of(lab, kind="champion")[0]
+    with closing(sqlite3.connect(lab / "mlflow.db")) as database, database:  # as `mlflow gc`
+        for table in ("tags", "params", "metrics", "latest_metrics", "runs"):
+            database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", [champion.run_id])
+    status, out, err = call("export", "smoke", str(lab.parent / "smoke.zip"))
+    assert (status, err) == (0, "")
+    lacking = "the run of the champion is not in the tracker, and cannot be restored there"
+    assert f"the export lacks a run: {lacking}" in out
+    status, out, _ = call("audit", "smoke")
+    assert (status, out.splitlines()[0]) == (1, f"no run: {lacking}")
 
 
 @pytest.mark.parametrize("more", [[], ["--repair"]])

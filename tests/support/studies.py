@@ -9,7 +9,7 @@ from digitlab.config.compose import compose
 from digitlab.config.types import Config
 from digitlab.records.record import open_records
 from digitlab.records.tracker import RunRow
-from digitlab.results.audit import Problem, find_damage, find_problems
+from digitlab.results.audit import Problem, find_all
 from digitlab.study.goal import TrialRow
 from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialStore, load_study
@@ -46,10 +46,7 @@ def problems_of(lab: Path, name: str = "smoke") -> list[Problem]:
     """Return what an audit finds, files included."""
     store, config = load_study(lab, name)
     with open_records(config, lab) as records:
-        runs = records.tracker.find({"digitlab.study_id": store.study_id})
-        if config.tracking.name == "none":
-            return []
-        return find_problems(config, store.rows(), runs) + find_damage(records.tracker, runs)
+        return find_all(store, config, records.tracker)
 
 
 def assert_whole(lab: Path, total: int, name: str = "smoke") -> None:

@@ -100,17 +100,22 @@ def write_output(target: Path, content: bytes | str, option: str, lab: Path) -> 
         UserError: as `open_output`.
     """
     encoded = content.encode() if isinstance(content, str) else content
-    with open_output(target, f"{option} {target}".lstrip(), lab, encoded[:_KIND_BYTES]) as file:
+    given, kind = f"{option} {target}".lstrip(), encoded[:_KIND_BYTES]
+    remedy = "Name another file" if option else "Repair that folder"
+    with open_output(target, given, lab, kind, remedy) as file:
         file.write(encoded)
 
 
 @contextmanager
-def open_output(target: Path, given: str, lab: Path, kind: bytes = b"") -> Iterator[IO[bytes]]:
+def open_output(
+    target: Path, given: str, lab: Path, kind: bytes = b"", remedy: str = "Name another file"
+) -> Iterator[IO[bytes]]:
     """Open a file that a person named, which is then there as a whole or not at all.
 
     Args:
         given: what names it in a message.
         kind: the first bytes of a file that may be replaced; without them none may be.
+        remedy: what to do where it cannot be written.
 
     Raises:
         UserError: it is among the lab's own files, it would replace another kind of file, or it
@@ -141,10 +146,9 @@ def open_output(target: Path, given: str, lab: Path, kind: bytes = b"") -> Itera
             os.fsync(file.fileno())
         new.replace(place)
     except OSError as error:
-        remedy = "Name another file" if option else "Repair that folder"
         raise UserError(
             f"{given} cannot be written ({error.strerror or error}): it must be in a folder that "
-            "can be written. Name another file."
+            f"can be written. {remedy}."
         ) from error
     finally:
         with suppress(OSError):  # as a rule it is not there any more

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optuna.storages import RDBStorage
 
-from digitlab.base.errors import UserError, counted, nearest, visible
+from digitlab.base.errors import UserError, counted, visible
 from digitlab.base.invocation import storage_of
 from digitlab.config.recorded import result_settings, with_values
 from digitlab.config.types import Config, TrackerName
@@ -17,13 +17,14 @@ from digitlab.records.record import Records, open_records
 from digitlab.records.sessions import tracker_of, unlocked
 from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.held import other_tracker
+from digitlab.results.missing import missing_runs
 from digitlab.study.goal import Goal, TrialRow
 from digitlab.study.settle import has_result, settle, trial_value
 from digitlab.study.storage import (
     leader_lock,
     listed_studies,
     open_storage,
-    study_names,
+    require_study,
     study_notes,
 )
 from digitlab.study.trials import TrialStore, is_own, load_study
@@ -150,6 +151,19 @@ def find_damage(tracker: Tracker, runs: Iterable[RunRow]) -> list[Problem]:
     return problems
 
 
+def find_all(store: TrialStore, config: Config, tracker: Tracker) -> list[Problem]:
+    """Return all problems of a study that nobody leads, those of its files included."""
+    if config.tracking.name is TrackerName.none:
+        return []
+    runs = tracker.find({"digitlab.study_id": store.study_id})
+    missing = missing_runs(store.notes(), store.study_id, tracker, runs)
+    return [
+        *find_problems(config, store.rows(), runs),
+        *(Problem("no run", one.trial, one.run_id, one.detail) for one in missing),
+        *find_damage(tracker, runs),
+    ]
+
+
 def repair(problems: Iterable[Problem], store: TrialStore, records: Records) -> list[Problem]:
     """Repair what can be; return the problems that are left.
 
@@ -177,10 +191,8 @@ def audit_studies(
     """
     address = storage_of(stores)
     storage = open_storage(lab, address)
-    known = study_names(storage)
     for name in studies:
-        if name not in known:
-            raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+        require_study(storage, name)
     found: list[Problem] = []
     left: list[Problem] = []
     unsent: dict[str, int] = {}  # records in the outbox, by tracker; of those looked for
@@ -316,12 +328,7 @@ def _audit_study(
             found = [*pending, *unknown]
             is_sent = is_repair and not unsent.get(records.tracker.identity)
             return found, [one for one in found if one.kind != PENDING or not is_sent]
-        problems: list[Problem] = []
-        if config.tracking.name is not TrackerName.none:
-            runs = records.tracker.find({"digitlab.study_id": store.study_id})
-            problems = find_problems(config, store.rows(), runs) + find_damage(
-                records.tracker, runs
-            )
+        problems = find_all(store, config, records.tracker)
         _print(problems, as_json)
         problems = pending + problems
         left = repair(problems, store, records) if is_repair else problems

@@ -27,6 +27,7 @@ from digitlab.results.bundle import (
     write_bundle,
 )
 from digitlab.results.held import held_study
+from digitlab.results.missing import missing_runs
 from digitlab.study.goal import Goal
 from digitlab.study.storage import leader_lock, open_storage, study_names
 
@@ -41,8 +42,8 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
     """Write a study, its trials, its runs and their files into one file; return 0.
 
     Raises:
-        UserError: the study is in use, or not whole here, a run is not as it was recorded, or the
-            file is there already, or cannot be written.
+        UserError: the study is in use, or not whole here, a run is not as it was recorded, or was
+            deleted in the tracker, or the file is there already, or cannot be written.
     """
     # Whatever stands there may be an export, and the only copy of another study.
     with held_study(name, lab, stores) as study, open_output(target, str(target), lab) as output:
@@ -54,12 +55,21 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
                 f"study {name} cannot be exported, as its record is damaged: "
                 f"{damaged[0].detail}. Train it again."
             )
+        missing = missing_runs(store.notes(), store.study_id, tracker, rows)
+        for one in missing:
+            if one.run_id is not None:
+                raise UserError(
+                    f"study {name} would not be exported as a whole: {one.detail}. Restore it, and "
+                    f"whatever else `{command('audit', name, *stores)}` names, then export again."
+                )
         trials = [TrialPart.of(trial) for trial in store.study.get_trials(deepcopy=False)]
         runs = [_part(tracker, row) for row in rows]
         index = Index(1, name, store.notes(), trials, runs)
         with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as file:
             write_bundle(file, index, _contents(tracker, rows))
     print(f"written: {target}: {_described(name, len(trials), len(runs))}")
+    for one in missing:
+        print(f"the export lacks a run: {one.detail}")
     return 0
 
 
