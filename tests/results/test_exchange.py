@@ -13,6 +13,7 @@ from conftest import CallIn
 from samples import recorded, studies
 from studies import problems_of, results_of
 
+from digitlab.config.recorded import config_to_yaml, with_values
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.reader import find_run, load_run
 from digitlab.records.tracker import LogBatch, RunRow
@@ -138,6 +139,26 @@ def test_a_study_that_was_imported_goes_on_with_the_stores_of_its_lab(
     call = call_in(tmp_path / "other")
     assert call("import", str(tmp_path / "file"))[0] == 0
     assert recorded(tmp_path / "other", "smoke").store.notes()["overrides"] == [words[1], words[3]]
+
+
+def test_a_study_on_images_of_ones_own_says_that_they_go_apart(
+    lab: Path, tmp_path: Path, call_in: CallIn
+) -> None:
+    mine = shutil.copytree(lab, tmp_path / "lab")
+    study = recorded(mine, "stopped")
+    own = with_values(study.config, {"data.name": "mine"})
+    study.store.note("config", config_to_yaml(own))
+    status, out, _ = call_in(mine)("export", "stopped", str(tmp_path / "file"))
+    copied = f"the export holds no images: copy {mine / 'data' / 'mine'} into data/ of the other"
+    assert (status, out.splitlines()[-1].startswith(copied)) == (0, True)
+    missing = "its images are not here: copy data/mine of the other lab to "
+    other = tmp_path / "other"
+    out = call_in(other)("import", str(tmp_path / "file"))[1]
+    assert f"{missing}{other / 'data' / 'mine'}\n" in out
+    there = tmp_path / "there"
+    (there / "data" / "mine").mkdir(parents=True)
+    (there / "data" / "mine" / "dataset.json").touch()
+    assert missing not in call_in(there)("import", str(tmp_path / "file"))[1]
 
 
 # ---- what is refused -----------------------------------------------------------------------------

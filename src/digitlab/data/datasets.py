@@ -128,6 +128,11 @@ def find_known(name: str, lab: Path) -> Known:
         return Known({**digests}, base.torchvision, "", "", tuple(classes), is_centred)
 
 
+def own_folder(name: str, lab: Path) -> Path | None:
+    """Return where a data set of one's own is in a lab, or must be; None for one of the table."""
+    return None if name in KNOWN else lab / "data" / name
+
+
 def class_names(name: str, lab: Path) -> list[str]:
     """Return the names of classes 0 to 9; numbers where this lab lacks the data set's own file."""
     try:

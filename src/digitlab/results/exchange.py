@@ -7,12 +7,13 @@ from typing import Any
 
 from optuna.storages import RDBStorage
 
-from digitlab.base.errors import UserError, counted, first_line
+from digitlab.base.errors import UserError, counted, first_line, visible
 from digitlab.base.files import open_output
 from digitlab.base.invocation import command
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml, config_to_yaml, with_values
 from digitlab.config.types import Config
+from digitlab.data.datasets import OWN, own_folder
 from digitlab.records.reader import recorded_config, recorded_data
 from digitlab.records.record import datasets_of, open_tracker
 from digitlab.records.tracker import Dataset, LogBatch, NewRun, RunRow, Tracker
@@ -70,6 +71,9 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
     print(f"written: {target}: {_described(name, len(trials), len(runs))}")
     for one in missing:
         print(f"the export lacks a run: {one.detail}")
+    data = own_folder(config_from_yaml(str(store.notes()["config"])).data.name, lab)
+    if data is not None:
+        print(visible(f"the export holds no images: copy {data} into data/ of the other lab, too"))
     return 0
 
 
@@ -118,6 +122,10 @@ def import_study(path: Path, lab: Path, stores: Sequence[str]) -> int:
             ids = _record(tracker, bundle, rows)
             _insert(storage, index, trials, recorded, tracker.identity, ids, stores)
     print(f"imported: {_described(name, len(trials), len(rows))}")
+    data = own_folder(recorded.data.name, lab)
+    if data is not None and not (data / OWN).is_file():
+        where = f"copy data/{recorded.data.name} of the other lab to {data}"
+        print(visible(f"its images are not here: {where}"))
     print(f"look at it: {command('show', name, *stores)}")
     return 0
 
