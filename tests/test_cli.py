@@ -29,7 +29,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.mlflow import MlflowTracker
-from digitlab.study.storage import open_storage
+from digitlab.study.storage import open_storage, study_notes
 
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
 SMALL = ["experiments=smoke", "data=sample", "model.widths=[4]", "data.batch_size=200"]
@@ -275,14 +275,20 @@ def test_storage_that_does_not_answer_as_it_must_is_one_line(lab: Path, call_in:
         assert re.fullmatch(r"digitlab: .*no such column.*\n", err), command
 
 
-def test_reader_of_the_output_may_leave() -> None:
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+def into_closed_pipe(*arguments: str, lab: Path | None = None) -> tuple[int, bytes]:
+    """Run a command whose reader has gone; return its exit status and its error output."""
+    environment = environment_of(lab) if lab else os.environ
+    buffered = {k: v for k, v in environment.items() if k != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
-    command, both = [*COMMAND, "--help"], {"stdout": writing, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, **both, env=buffered, timeout=60, check=False)
+    command, both = [*COMMAND, *arguments], {"stdout": writing, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **both, env=buffered, timeout=120, check=False)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
+    return done.returncode, done.stderr
+
+
+def test_reader_of_the_output_may_leave() -> None:
+    assert into_closed_pipe("--help") == (0, b"")
 
 
 def test_output_that_is_closed_or_full_is_no_fault_of_the_lab(tmp_path: Path) -> None:
@@ -421,6 +427,24 @@ def test_options_that_would_have_no_effect_are_refused(call: Call) -> None:
         status, out, err = call("train", *options)
         assert (status, out) == (2, "")
         assert re.match(r"digitlab: --[a-z-]+ with(out)? --[a-z-]+ is invalid: ", err)
+
+
+def test_reader_of_a_table_may_leave(trained: Trained) -> None:
+    assert into_closed_pipe("show", trained.run_id, lab=trained.lab) == (0, b"")
+
+
+def test_training_goes_on_when_its_reader_has_left(trained: Trained) -> None:
+    train = ("train", *SMALL, "trainer.epochs=1", "name=unread")
+    assert into_closed_pipe(*train, lab=trained.lab) == (0, b"")
+    assert trained.tracker.get("unread").tags["digitlab.state"] == "finished"
+
+
+@pytest.mark.slow
+def test_study_goes_on_to_its_champion_when_its_reader_has_left(tmp_path: Path) -> None:
+    lab = copy_digits(tmp_path / "lab")
+    study = ("study.trials=1", "study.confirm=1", "study.final_seeds=1", "study.measure_seeds=0")
+    assert into_closed_pipe("sweep", *SMALL, *study, lab=lab) == (0, b"")
+    assert "champion" in study_notes(open_storage(lab), "smoke")
 
 
 def test_run_that_diverges_exits_with_1_and_the_reason(call: Call, trained: Trained) -> None:

@@ -51,9 +51,11 @@ def train(options: Namespace) -> int:
                     f"--{flag} with --config-from is invalid: a recorded configuration is whole, "
                     "and one job. Leave one out."
                 )
+        from digitlab.base.console import outlive_reader
         from digitlab.results.reproduce import train_from
 
-        return train_from(options.config_from, options.overrides, lab_folder())
+        with outlive_reader():
+            return train_from(options.config_from, options.overrides, lab_folder())
     if options.cfg:
         return _print_config("train", options)
     from digitlab.config.compose import compose
@@ -118,22 +120,25 @@ def _run_all(
     Args:
         keeps_going: whether one that is refused does not.
     """
+    from digitlab.base.console import outlive_reader
+
     statuses = []
-    for job in jobs:
-        try:
-            statuses.append(run(job))
-        except UserError as error:
-            if not keeps_going:
-                raise
-            print(f"digitlab: {error}", file=sys.stderr)
-            statuses.append(2)
-        if statuses[-1] == 130:
-            left = len(jobs) - len(statuses)
-            if left:
-                print(f"{left} of {len(jobs)} jobs were not started")
-            break
-    if keeps_going:
-        print(f"{statuses.count(0)} of {len(jobs)} jobs finished")
+    with outlive_reader():
+        for job in jobs:
+            try:
+                statuses.append(run(job))
+            except UserError as error:
+                if not keeps_going:
+                    raise
+                print(f"digitlab: {error}", file=sys.stderr)
+                statuses.append(2)
+            if statuses[-1] == 130:
+                left = len(jobs) - len(statuses)
+                if left:
+                    print(f"{left} of {len(jobs)} jobs were not started")
+                break
+        if keeps_going:
+            print(f"{statuses.count(0)} of {len(jobs)} jobs finished")
     return max(statuses)
 
 
@@ -240,6 +245,8 @@ def reproduce(options: Namespace) -> int:
             "Leave it out."
         )
 
+    from digitlab.base.console import outlive_reader
+
     lab = lab_folder()  # whose .env the workers inherit
     if options.study:
         from digitlab.workers.processes import preload
@@ -247,15 +254,17 @@ def reproduce(options: Namespace) -> int:
         preload()
         from digitlab.results.replay import replay
 
-        return replay(options.study, lab, options.json, options.stores)
+        with outlive_reader():
+            return replay(options.study, lab, options.json, options.stores)
     from digitlab.results.reproduce import reproduce as train_again
     from digitlab.results.reproduce import reproduce_file
 
     overrides = [*changed, *options.stores]
-    if options.config:
-        return reproduce_file(Path(options.config), overrides, lab)
     how = {"at_commit": options.at_commit, "is_trusted": options.yes}
-    return train_again(named[0], overrides, lab, options.json, **how).exit_status
+    with outlive_reader():
+        if options.config:
+            return reproduce_file(Path(options.config), overrides, lab)
+        return train_again(named[0], overrides, lab, options.json, **how).exit_status
 
 
 def _is_override(word: str) -> bool:

@@ -1,8 +1,12 @@
 """What a person sees of a study on a terminal, or in a log where there is none."""
 
+import io
+import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +138,63 @@ def print_table(drawn: Table) -> None:
     console.print(drawn)
 
 
+class _Console(Console):
+    """Raises the BrokenPipeError that Rich turns into an end of the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(**how: Any) -> Console:
     """Return a console; a terminal that is too narrow for a table wraps its lines."""
-    console = Console(highlight=False, soft_wrap=True, **how)
+    console = _Console(highlight=False, soft_wrap=True, **how)
     console.width = max(console.width, _LEAST_WIDTH)
     return console
+
+
+class _Outlet(io.FileIO):
+    """A pipe whose writer outlives its reader: what is written after that goes nowhere."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            _mute(self.fileno())
+            return memoryview(data).nbytes
+
+
+def _mute(descriptor: int) -> None:
+    """Let what is written there go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+@contextmanager
+def outlive_reader() -> Iterator[None]:
+    """Let what is printed here never end the work, as of `digitlab sweep | head`."""
+    before = sys.stdout
+    if not isinstance(before, io.TextIOWrapper) or not _is_pipe(before):
+        yield
+        return
+    try:
+        before.flush()
+    except BrokenPipeError:
+        _mute(before.fileno())
+    outlet = io.BufferedWriter(_Outlet(before.fileno(), "w", closefd=False))
+    is_by_line = before.line_buffering
+    sys.stdout = io.TextIOWrapper(outlet, before.encoding, before.errors, line_buffering=is_by_line)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+
+
+def _is_pipe(stream: io.TextIOWrapper) -> bool:
+    with suppress(OSError):  # it has no descriptor, or a closed one
+        return stat.S_ISFIFO(mode := os.fstat(stream.fileno()).st_mode) or stat.S_ISSOCK(mode)
+    return False
 
 
 def table(
