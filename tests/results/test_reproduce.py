@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import safetensors.torch
 import torch
@@ -48,6 +49,7 @@ from digitlab.results.replay import compare_studies, replay
 from digitlab.results.reproduce import reproduce
 from digitlab.results.verdict import Change, Verdict, differences, reach_verdict
 from digitlab.study.run import run_once, train
+from digitlab.study.storage import open_storage
 from digitlab.study.trials import load_study
 from digitlab.training.fit import FitResult
 from digitlab.training.observer import TrainingObserver
@@ -1424,6 +1426,28 @@ def test_study_that_does_not_count_failed_trials_is_replayed(
     study = ["study.count_failed=false", "study.sampler=random", "study.pruner=none"]
     assert run_sweep("study.workers=1", "study.trials=2", *wild, *study).wait() == 0
     assert parted(lab, "smoke", capsys)[1]["verdict"] == "identical"
+
+
+@pytest.mark.slow
+def test_forked_study_is_replayed_from_its_own_record(
+    lab: Path, run_sweep: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The study whose trials it took has grown since, and is then gone."""
+    study = ["study.workers=1", "study.pruner=none", "study.measure_seeds=0", "data.images=100"]
+    source = [*study, "study.name=source", "study.seed=5"]
+    assert run_sweep(*source, "study.trials=1").wait() == 0
+    own = [*study, "study.name=own", "study.begin_with=[{model.hidden: 20}]"]
+    assert run_sweep(*own, "study.trials=1").wait() == 0
+    assert run_sweep(*own, "study.fork_from=source", "study.trials=3").wait() == 0
+    assert run_sweep(*source, "study.trials=2").wait() == 0
+    taken = [row.notes.get("taken_from") for row in load_study(lab, "own")[0].rows()]
+    assert taken == [None, "source/0", None]
+    assert replay("own", lab, as_json=False) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 trial that it took over from another study: as recorded, not trained" in said
+    optuna.delete_study(study_name="source", storage=open_storage(lab))
+    status, document = parted(lab, "own", capsys)
+    assert (status, document["verdict"], changes(document)) == (0, "identical", [])
 
 
 @pytest.mark.long

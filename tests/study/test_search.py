@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pytest
-from leading import lead, lead_until_killed, train_well
+from leading import kind_of, lead, lead_until_killed, train_well
 from scripted import Script, succeed
 from studies import open_store, problems_of, results_of, rows_of, runs_of
 
@@ -18,6 +19,7 @@ from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.sessions import Sessions
 from digitlab.results.audit import audit_studies
 from digitlab.study import progress
+from digitlab.study.storage import open_storage
 from digitlab.study.trials import TrialStore, load_study
 from digitlab.workers.base import Failed, Job, Lost, Progress, Rung, Started, Stopped
 
@@ -363,6 +365,18 @@ def test_a_trial_is_taken_over_once_by_a_call_that_was_killed_and_the_next(
     assert lead(lab, train_well, *fork)[0] == 0
     assert len(runs_of(lab, "fork", kind="trial")) == 2
     assert problems_of(lab, "fork") == []
+
+
+def test_given_trials_keep_their_numbers_and_are_not_trained(lab: Path) -> None:
+    """As a replay gives those that its original took over."""
+    assert lead(lab, train_well, *PLAIN)[0] == 0
+    rows = rows_of(lab)
+    again = (*PLAIN, "study.name=again")
+    for given in ([rows[0], rows[2]], [rows[1]]):
+        status, jobs = lead(lab, train_well, *again, given=given)
+        assert (status, results_of(lab, "again")) == (0, results_of(lab))
+        assert sum(kind_of(job) == "trial" for job in jobs) == len(rows) - len(given)
+        optuna.delete_study(study_name="again", storage=open_storage(lab))
 
 
 OPTIONS = ("model=choice(seed,convnet)", "optim=choice(adamw,sgd)", "study.sampler=random")

@@ -1,7 +1,7 @@
 """Lead whole studies in this process, by workers that follow scripts."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from digitlab.base.console import Board
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed, compose
 from digitlab.study.driver import Publish, StudyDriver
+from digitlab.study.goal import TrialRow
 from digitlab.study.session import open_session
 from digitlab.workers.base import Job
 
@@ -43,13 +44,14 @@ def lead(
     count: int = 1,
     stop: StopSignal | None = None,
     publish: Publish = lambda _session, _summary: {},
+    given: Sequence[TrialRow] = (),
 ) -> tuple[int, list[Job]]:
     """Run a study, or go on with it; return the exit status and the jobs that were submitted."""
     composed = compose_tiny(overrides)
     stop = stop or StopSignal()
     with Board() as board, open_session(composed, lab, board, stop) as session:
         workers = ScriptedWorkers(write, count)
-        status = StudyDriver(session, workers, publish, None).run()
+        status = StudyDriver(session, workers, publish, None, given).run()
     return status, workers.submitted
 
 

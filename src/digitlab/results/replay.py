@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError, refuse_damage
+from digitlab.base.errors import UserError, counted, refuse_damage
 from digitlab.base.invocation import command, storage_of
 from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.compose import Composed, store_words
@@ -48,6 +48,7 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
             f"{study} has no champion yet: only a finished study can be replayed. "
             f"Finish it with `{continue_command(notes)}` first."
         )
+    given = [row for row in original.rows() if "/" in str(row.notes.get("taken_from", ""))]
     with refuse_damage(f"what the storage holds of study {study!r}"):
         config = _replay_config(original, recorded, notes)
     with open_records(recorded, lab) as records:
@@ -63,8 +64,11 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
             print(f"replaying study {study} as {config.study.name}, by one worker")
             for difference in found:
                 print(f"  {difference}")
+            if given:
+                taken = counted(len(given), "trial")
+                print(f"  {taken} that it took over from another study: as recorded, not trained")
             again = command("reproduce", f"--study={study}", *store_words(recorded))
-            status = sweep(Composed(config, ()), lab, again=again)
+            status = sweep(Composed(config, ()), lab, again=again, given=given)
         if status == 130:
             raise KeyboardInterrupt
         parted = compare_studies(original, TrialStore(original.storage, config))
@@ -92,8 +96,10 @@ def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, A
             break
         number += 1
         name = f"{original.config.name}-replay{number}"
+    # What it took over is in its own record: the other study may have grown, or be gone.
+    own: dict[str, Any] = {"study.name": name, "study.fork_from": None}
     # The total counts the trials that failed, since all are run again.
-    own = {"study.name": name, "study.count_failed": True, "study.workers": 1}
+    own |= {"study.count_failed": True, "study.workers": 1}
     own |= {"tracking.name": "none", "launcher.name": "processes"}
     return with_values(recorded, _as_it_ended(notes) | own)
 

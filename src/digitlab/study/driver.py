@@ -1,7 +1,7 @@
 """The driver: leads a study from its first trial to its champion, and keeps its books."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from digitlab.config.compose import Composed
 from digitlab.config.types import Config, Device, EvaluateOn, Launcher
 from digitlab.study.champion import Fit, Results, candidates, finished_results, unpruned_fits
 from digitlab.study.fits import FitPhase
+from digitlab.study.goal import TrialRow
 from digitlab.study.loop import JobLoop
 from digitlab.study.progress import StudyProgress
 from digitlab.study.samplers import searched_space
@@ -57,12 +58,14 @@ def sweep(
     lab: Path,
     publish: Publish = lambda _session, _summary: {},
     again: str | None = None,
+    given: Sequence[TrialRow] = (),
 ) -> int:
     """Run a study, or go on with it; return the exit status.
 
     Args:
         publish: receives the study and its champion's summary, once for each champion.
         again: the command that goes on, where it is not `sweep`; such a study is not extended.
+        given: trials that are not trained, but have these results.
 
     Raises:
         UserError: the study cannot be run as it is asked for.
@@ -93,7 +96,7 @@ def sweep(
         with Board() as board, stop, open_session(composed, lab, board, stop) as session:
             if again is not None:
                 session.store.note("again", again)
-            return StudyDriver(session, _build_workers(session), publish, again).run()
+            return StudyDriver(session, _build_workers(session), publish, again, given).run()
     except STORE_ERRORS as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(
@@ -115,9 +118,15 @@ class StudyDriver:
     """Leads an open study through its phases, by workers that are not started yet."""
 
     def __init__(
-        self, session: StudySession, workers: Workers, publish: Publish, again: str | None
+        self,
+        session: StudySession,
+        workers: Workers,
+        publish: Publish,
+        again: str | None,
+        given: Sequence[TrialRow] = (),
     ) -> None:
         self.session, self.workers, self.publish, self.again = session, workers, publish, again
+        self.given = given
         self.store, self.board, self.study = session.store, session.board, session.config.study
         self.progress = StudyProgress(session)
         self.recorded = RecordedFits({}, Counter())
@@ -131,7 +140,7 @@ class StudyDriver:
                 return 130
             settle(session.store, session.records, session.parent_run_id, self.board.say)
             self.recorded = recorded_fits(session.store, session.records.tracker)
-            search = TrialSearch(session, self.progress.seconds)
+            search = TrialSearch(session, self.progress.seconds, self.given)
             search.fork()
             with self.workers:
                 session.stop.on_second = self.workers.close

@@ -1,6 +1,6 @@
 """The trials of a study: drawn, trained, pruned, retried, until there are enough."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from digitlab.base.errors import UserError, counted, nearest
@@ -21,12 +21,19 @@ from digitlab.workers.base import Job
 class TrialSearch:
     """Gives the loop one trial after the other, and writes down how each ended."""
 
-    def __init__(self, session: StudySession, seconds: Callable[[], float]) -> None:
-        """Args: seconds: spent on the study so far, in all calls."""
+    def __init__(
+        self,
+        session: StudySession,
+        seconds: Callable[[], float],
+        given: Sequence[TrialRow] = (),
+    ) -> None:
+        """Args: seconds: spent on the study so far, in all calls; `given`: as `sweep`'s."""
+        self.given = {row.number: row for row in given}
         self.session, self.store, self.seconds = session, session.store, seconds
         self.study, self._say = session.config.study, session.board.say
 
     def run(self, loop: JobLoop) -> None:
+        self._insert_given()
         rows = self.store.rows()
         ended = sum(row.is_ended for row in rows)
         total, name = self.study.trials, self.study.name
@@ -46,8 +53,16 @@ class TrialSearch:
         late = bool(minutes) and self.seconds() > 60 * minutes
         return late or (bool(patience) and _since_best(self.store) >= patience)
 
+    def _insert_given(self) -> None:
+        """Insert the trials that are given whose numbers come next; no run is recorded of them."""
+        while row := self.given.get(len(self.store.rows())):
+            self.store.add(row.values, row.value or 0.0, row.notes)
+
     def _next_task(self) -> Task | None:
-        while not self._is_exhausted():
+        while True:
+            self._insert_given()
+            if self._is_exhausted():
+                return None
             self._refuse_failing_space()
             row = self.store.take_waiting()
             if row is None:
@@ -57,7 +72,6 @@ class TrialSearch:
             task = self._task(row)
             if task is not None:
                 return task
-        return None
 
     def _refuse_failing_space(self) -> None:
         """Stop a study whose failures do not count: it could make failed trials without end."""
