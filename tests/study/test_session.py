@@ -27,7 +27,7 @@ from digitlab.results.audit import audit_studies
 from digitlab.study import session
 from digitlab.study.run import train
 from digitlab.study.session import StudySession, open_session
-from digitlab.study.storage import open_storage
+from digitlab.study.storage import open_storage, study_names
 
 STUDY = ("study.pruner=none", "study.trials=2")
 
@@ -203,10 +203,21 @@ def test_a_study_of_another_program_is_left_alone(lab: Path) -> None:
     assert found.user_attrs == {}
 
 
-def test_a_call_that_was_refused_does_not_stand_in_the_way(lab: Path) -> None:
-    with pytest.raises(UserError, match=r"study\.fork_from=nothing does not exist"):
-        lead(lab, train_well, *STUDY, "study.fork_from=nothing")
-    assert lead(lab, train_well, *STUDY)[0] == 0
+def test_a_source_that_is_none_is_refused_before_the_study_is_created(lab: Path) -> None:
+    storage = open_storage(lab)
+    optuna.create_study(storage=storage, study_name="empty")
+    assert lead(lab, train_well, *STUDY, "study.name=gone")[0] == 0
+    open_store(lab, "study.name=gone").note("deleted", {"runs": []})
+    for source, reason in (
+        ("nothing", "study.fork_from=nothing does not exist"),
+        ("gone", "study gone was deleted"),
+        ("empty", "study.fork_from=empty is invalid: it must be a study that has trials"),
+    ):
+        text = refusal(lab, "study.name=new", f"study.fork_from={source}")
+        assert reason in text
+        assert "new" not in text.partition("known are")[2]
+        assert study_names(storage) == ["empty", "gone"]
+    assert lead(lab, train_well, *STUDY, "study.name=new", "study.seed=7")[0] == 0
 
 
 def test_a_driver_that_lost_its_lock_while_another_one_led_writes_no_more(finished: Path) -> None:

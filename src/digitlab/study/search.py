@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from digitlab.base.errors import UserError, counted, nearest
+from digitlab.base.errors import UserError, counted
 from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.recorded import with_values
 from digitlab.config.types import Config, Pruner, StudyConfig
@@ -13,7 +13,6 @@ from digitlab.study.loop import Ending, JobLoop, Task
 from digitlab.study.samplers import HalvingPruner
 from digitlab.study.session import StudySession
 from digitlab.study.settle import trial_value
-from digitlab.study.storage import study_names
 from digitlab.study.trials import TrialStore, is_screening, load_study, twin
 from digitlab.workers.base import Job
 
@@ -161,7 +160,6 @@ class TrialSearch:
         other = self.study.fork_from
         if other is None or self.store.notes().get("forked") == other:
             return
-        _require_source(self.store, other)
         source, source_config = load_study(self.session.lab, other, self.study.storage)
         done = {row.notes.get("taken_from") for row in self.store.rows()}
         # A call that was killed may have recorded one more than it has inserted.
@@ -180,21 +178,6 @@ class TrialSearch:
             self.store.note("forked", other)
         more = f"; {len(new)} more fit, for which study.trials={total} has no room" if new else ""
         self._say(f"{counted(taken, 'trial')} taken over from study {other}{more}")
-
-
-def _require_source(store: TrialStore, other: str) -> None:
-    known, before = study_names(store.storage), store.notes().get("forked")
-    if before:
-        raise UserError(
-            f"study.fork_from={other} is invalid: study {store.config.name} has taken over trials "
-            f"of {before}, and may do so of one study alone. Leave it out, or start a new study "
-            "with study.name=NEW."
-        )
-    if other not in known:
-        raise UserError(
-            f"study.fork_from={other} does not exist: it must be a study in the same storage; "
-            f"{nearest(other, known)}"
-        )
 
 
 def _plan_text(study: StudyConfig) -> str:

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from digitlab.base.console import Board
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import UserError, counted, refuse_damage
+from digitlab.base.errors import UserError, counted, nearest, refuse_damage
 from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
@@ -25,13 +25,14 @@ from digitlab.records.views import view_tags
 from digitlab.study.fingerprint import check_fingerprint
 from digitlab.study.storage import (
     leader_lock,
+    listed_studies,
     open_storage,
     refuse_deleted,
     study_names,
     study_notes,
 )
 from digitlab.study.summary import describe_study
-from digitlab.study.trials import TrialStore
+from digitlab.study.trials import TrialStore, is_own
 
 # How much is trained to choose, measure and test a champion: what a study says of it rests on that.
 GROWING = ("confirm", "confirm_fits", "measure_seeds", "final_seeds")
@@ -162,7 +163,10 @@ def open_session(
                     f"study.name={name} is taken: the storage holds another program's study of "
                     "that name, with trials. Start yours with study.name=NEW."
                 )
+            _refuse_source(config, storage, notes)
             config = _as_large_as_before(config, storage, board.say)
+        else:
+            _refuse_source(config, storage, {})
         _refuse_foreign_runs(records, name, study_id)
         store = TrialStore(storage, config, stop)
         check_fingerprint(store, config, digits.sha256, records.tracker.identity)
@@ -212,6 +216,32 @@ def _as_large_as_before(config: Config, storage: RDBStorage, say: Callable[[str]
         )
     grown: dict[str, Any] = kept | {"trials": max(count, study.trials)}
     return replace(config, study=replace(study, **grown))
+
+
+def _refuse_source(config: Config, storage: RDBStorage, notes: Mapping[str, Any]) -> None:
+    """Refuse a study.fork_from that names no study, or another one than that of an earlier call."""
+    other, before = config.study.fork_from, notes.get("forked")
+    if other is None or other == before:
+        return
+    if before:
+        raise UserError(
+            f"study.fork_from={other} is invalid: study {config.study.name} has taken over trials "
+            f"of {before}, and may do so of one study alone. Leave it out, or start a new study "
+            "with study.name=NEW."
+        )
+    if other not in study_names(storage):
+        known = [name for name in listed_studies(storage) if name != config.study.name]
+        raise UserError(
+            f"study.fork_from={other} does not exist: it must be a study in the same storage; "
+            f"{nearest(other, known)}"
+        )
+    source = study_notes(storage, other)
+    refuse_deleted(other, source)
+    if not is_own(source):
+        raise UserError(
+            f"study.fork_from={other} is invalid: it must be a study that has trials. Run "
+            "`digitlab sweep` for it first, or name another one."
+        )
 
 
 def _refuse_foreign_runs(records: Records, name: str, study_id: str | None) -> None:
