@@ -11,6 +11,8 @@ from studies import open_store
 from digitlab.base.errors import UserError
 from digitlab.study.samplers import HalvingPruner, ScreeningPruner, build_sampler, count_points
 
+FOUR = ("learning_rate", "momentum", "warmup", "ema")
+
 
 def study_of(*curves: list[float]) -> optuna.Study:
     """Trials with these accuracies at their rungs, all still running."""
@@ -103,6 +105,14 @@ def test_a_grid_counts_its_points_and_takes_choices_only(lab) -> None:
     assert count_points(store.config, store.space) == 6
     with pytest.raises(UserError, match=r"optim.learning_rate is invalid: a grid takes choices"):
         open_store(lab, grid[0], "study.sampler=grid", "study.name=other")
+
+
+def test_a_grid_that_is_too_large_to_be_listed_is_refused(lab) -> None:
+    ten = "choice(1,2,3,4,5,6,7,8,9,10)"
+    grid = [f"model.hidden={ten}", "model.pools=choice([1],[2])"]
+    grid += [f"optim.{name}=choice({','.join(f'0.0{n}' for n in range(1, 10))})" for name in FOUR]
+    with pytest.raises(UserError, match=r"of 131220 points is invalid: it must be .* 100000"):
+        open_store(lab, *grid, "study.sampler=grid")
 
 
 def test_a_grid_may_choose_among_options_but_takes_no_setting_that_only_some_have(lab) -> None:

@@ -203,6 +203,20 @@ def test_a_study_of_another_program_is_left_alone(lab: Path) -> None:
     assert found.user_attrs == {}
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.validation_images=5000", "it must be less than the 2000 training images"),
+        ("data.images=1600", "it must be at most 1599, or 0 for all"),
+    ],
+)
+def test_more_images_than_there_are_are_refused_before_the_study_is_created(
+    lab: Path, override: str, reason: str
+) -> None:
+    assert refusal(lab, override) == f"{override} is invalid: {reason}."
+    assert study_names(open_storage(lab)) == []
+
+
 def test_a_source_that_is_none_is_refused_before_the_study_is_created(lab: Path) -> None:
     storage = open_storage(lab)
     optuna.create_study(storage=storage, study_name="empty")

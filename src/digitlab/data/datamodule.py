@@ -7,9 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from digitlab.base.errors import require
 from digitlab.config.types import Config, EvaluateOn
-from digitlab.data.datasets import TEST, TRAIN, load_digits, stratified_split
+from digitlab.data.datasets import TEST, TRAIN, load_digits, require_images, stratified_split
 from digitlab.data.images import Batches, EvaluationBatches, as_tensors
 
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28) and int64 (N,)
@@ -62,10 +61,7 @@ class DigitsData(pl.LightningDataModule):
             self.validation = (images[validation], labels[validation])
             images, labels = images[rest], labels[rest]
         if data.images:
-            most = len(labels) - 1
-            require(
-                data.images <= most, f"data.images={data.images}", f"at most {most}, or 0 for all"
-            )
+            require_images(data.images, len(labels))
             _, part = stratified_split(labels.numpy(), data.images, data.split_seed)
             images, labels = images[part], labels[part]
         return images, labels

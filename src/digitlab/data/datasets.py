@@ -353,6 +353,15 @@ def _parse_idx(content: np.ndarray, path: Path) -> np.ndarray:
     )
 
 
+def require_images(images: int, total: int) -> None:
+    """Raise UserError unless `data.images` can be taken of the images that are not for validation.
+
+    Args:
+        images: 0 is all.
+    """
+    require(images < total, f"data.images={images}", f"at most {total - 1}, or 0 for all")
+
+
 def stratified_split(
     labels: NDArray[np.int64], count: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

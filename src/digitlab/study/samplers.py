@@ -10,10 +10,12 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, GridSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, require
 from digitlab.config.types import Config, Pruner, Sampler, StudyConfig
 from digitlab.study.mirror import RESULT
 from digitlab.study.space import Hyperparameter, first_values, read_space
+
+_MOST_POINTS = 100_000  # of a grid: Optuna lists them all for each trial
 
 
 def searched_space(config: Config) -> list[Hyperparameter]:
@@ -49,6 +51,10 @@ def build_sampler(config: StudyConfig, space: list[Hyperparameter], number: int)
         case Sampler.random:
             return RandomSampler(seed=seed)
         case Sampler.grid:  # which visits its points in an order of its own
+            points = count_points(config, space)
+            given = f"study.sampler=grid with a study.space of {points:.0f} points"
+            rule = f"one of at most {_MOST_POINTS}. Leave some choices out, or use another sampler"
+            require(points <= _MOST_POINTS, given, rule)
             return GridSampler(_grid(space), seed=config.seed)
 
 

@@ -18,7 +18,7 @@ from digitlab.base.server import LeaderLock
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config, TrackerName
-from digitlab.data.datasets import TRAIN, load_digits
+from digitlab.data.datasets import TRAIN, load_digits, require_images, stratified_split
 from digitlab.records.record import Identity, Records, RunRecorder, open_records, trial_tags
 from digitlab.records.spool import RunSpool
 from digitlab.records.views import view_tags
@@ -153,6 +153,9 @@ def open_session(
     storage = open_storage(lab, config.study.storage)
     with open_records(config, lab) as records, leader_lock(storage, lab, name) as lock:
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
+        rest, _ = stratified_split(digits.labels, data.validation_images, data.split_seed)
+        if "data.images" not in config.study.space:
+            require_images(data.images, len(rest))
         study_id = None
         if name in study_names(storage):
             notes = study_notes(storage, name)
