@@ -201,6 +201,16 @@ def test_an_unknown_word_is_refused_with_all_known_ones(
         assert expected in message
 
 
+@pytest.mark.parametrize("study", ["a" * 96, "a" * 100, "ü" * 98, "漢" * 66, "é" * 96])
+def test_a_name_derived_from_any_allowed_one_is_allowed(config: Config, study: str) -> None:
+    for ending in ("-best", "-replay", "-replay12"):
+        name = limits.derived_name(study, ending)
+        assert name.endswith(ending)
+        assert with_values(config, {"study.name": name}).study.name == name
+        assert limits.derived_name(f"{study[:-1]}b", ending) != name
+    assert limits.derived_name("smoke", "-best") == "smoke-best"
+
+
 def test_a_value_with_a_line_break_is_refused_in_one_line(config: Config) -> None:
     assert "study.name=" in refusal(config, {"study.name": "two\nlines"})
 

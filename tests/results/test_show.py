@@ -111,14 +111,15 @@ def test_best_prints_a_recipe_that_trains_the_champions_configuration(
     assert job.config.study.name == "smoke-best"
 
 
+@pytest.mark.parametrize("study", ["own", "o" * 100])
 def test_a_recipe_of_data_of_one_s_own_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = compose("train", ["experiments=smoke", "data.name=mine"])[0].config
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "mine.yaml").write_text(
-        f"# @package _global_\n{yaml.safe_dump(recipe_of(config, 'own'))}"
+        f"# @package _global_\n{yaml.safe_dump(recipe_of(config, study))}"
     )
     monkeypatch.setattr(composing, "recipe_folders", lambda: [folder])
     [job] = compose("train", ["experiments=mine"])

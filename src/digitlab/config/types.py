@@ -1,5 +1,6 @@
 """Types, limits and descriptions of all settings. The values stand in `conf/`."""
 
+import hashlib
 import re
 from enum import StrEnum
 from typing import Annotated, Any
@@ -132,6 +133,27 @@ class RequireConfig:
     )
 
 
+_MOST_NAME_CHARACTERS = 100  # of a study's name
+# Files are named after a study; a file system takes 255 bytes with what is added.
+_MOST_NAME_BYTES = 200
+
+
+def derived_name(study: str, ending: str) -> str:
+    """Return the name of a study that comes of another one: its name and an ending.
+
+    One that is too long is cut; a digest of the whole keeps two such names apart.
+    """
+    if _fits(study + ending):
+        return study + ending
+    ending = f"-{hashlib.sha256(study.encode()).hexdigest()[:8]}{ending}"
+    lengths = range(len(study), -1, -1)
+    return next(study[:n] + ending for n in lengths if _fits(study[:n] + ending))
+
+
+def _fits(name: str) -> bool:
+    return len(name) <= _MOST_NAME_CHARACTERS and len(name.encode()) <= _MOST_NAME_BYTES
+
+
 @dataclass(config=STRICT)
 class StudyConfig:
     """What a search does; `digitlab train` does not look at it."""
@@ -195,9 +217,9 @@ class StudyConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "StudyConfig":
-        # Files are named after a study; a file system takes 255 bytes with what is added.
-        short = len(self.name.encode()) <= 200
-        require(short, f"study.name={self.name}", "at most 200 bytes long in UTF-8")
+        short = len(self.name.encode()) <= _MOST_NAME_BYTES
+        rule = f"at most {_MOST_NAME_BYTES} bytes long in UTF-8"
+        require(short, f"study.name={self.name}", rule)
         rule = "another word than 'champion', which names a run"
         require(self.name != "champion", f"study.name={self.name}", rule)
         _refuse_password("study.storage", self.storage, "PGPASSWORD or ~/.pgpass")

@@ -13,7 +13,7 @@ from digitlab.base.invocation import command, storage_of
 from digitlab.base.usage import MACHINE_METRICS
 from digitlab.config.compose import Composed, store_words
 from digitlab.config.recorded import with_values
-from digitlab.config.types import Config
+from digitlab.config.types import Config, derived_name
 from digitlab.records.reader import recorded_environment
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.records.tracker import RunRow
@@ -88,14 +88,14 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
 
 def _replay_config(original: TrialStore, recorded: Config, notes: Mapping[str, Any]) -> Config:
     """Return the configuration of the replay: the first that is not finished, or a new one."""
-    name, number = f"{original.config.name}-replay", 0
+    name, number = derived_name(original.config.name, "-replay"), 0
     storage = original.storage
     while name in study_names(storage):
         notes_of_it = study_notes(storage, name)
         if "champion" not in notes_of_it and not notes_of_it.get(DELETED):
             break
         number += 1
-        name = f"{original.config.name}-replay{number}"
+        name = derived_name(original.config.name, f"-replay{number}")
     # What it took over is in its own record: the other study may have grown, or be gone.
     own: dict[str, Any] = {"study.name": name, "study.fork_from": None}
     # The total counts the trials that failed, since all are run again.

@@ -14,7 +14,7 @@ from digitlab.base.paths import CONF
 from digitlab.base.statistics import Interval
 from digitlab.config.compose import compose
 from digitlab.config.recorded import config_to_plain, flat, shown, with_values
-from digitlab.config.types import Config
+from digitlab.config.types import Config, derived_name
 from digitlab.records.reader import find_run, lab_tracker, recorded_config
 from digitlab.records.record import open_tracker, row_params
 from digitlab.records.tracker import RunRow, Tracker
@@ -188,7 +188,7 @@ def recipe_of(config: Config, study: str) -> dict[str, Any]:
     for group in (*_OPTIONS, "trainer"):
         changed = _unlike(plain[group], usual[group])
         recipe |= {group: changed} if changed else {}
-    return recipe | {"study": {"name": f"{study}-best"}}
+    return recipe | {"study": {"name": derived_name(study, "-best")}}
 
 
 def _unlike(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
