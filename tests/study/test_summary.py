@@ -63,6 +63,8 @@ def test_the_default_recipe_is_not_named_and_a_later_override_replaces() -> None
     assert sweep_command(("experiments=default",)) == "digitlab sweep"
     command = sweep_command(("study.trials=3", "study.seed=1"), "study.trials=6")
     assert words_of(command) == ["study.seed=1", "study.trials=6"]
+    again = ("data.batch_size=200", "experiments=smoke", "data.batch_size=8")
+    assert words_of(sweep_command(again)) == ["experiments=smoke", "data.batch_size=8"]
 
 
 def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
@@ -84,6 +86,22 @@ def test_the_champions_text_says_how_sure_it_is_and_what_to_do_next() -> None:
     assert found
     assert "study.trials=4" in words_of(found[1])
     assert "extend" not in champion_text(config, SUMMARY, None)
+
+
+def test_a_grid_is_extended_up_to_its_points_alone() -> None:
+    grid = ["experiments=smoke", "study.sampler=grid", "study.pruner=none"]
+    grid += ["model.hidden=choice(8,16,32)", "optim.learning_rate=0.01"]
+    for total, tried, end in (
+        (2, 2, "study.trials=3"),
+        (3, 3, "the grid's 3 points are all tried"),
+        (7, 3, "the grid's 3 points are all tried"),
+        (7, 2, "digitlab reproduce abc123"),  # study.patience has ended it
+    ):
+        overrides = [*grid, f"study.trials={total}"]
+        asked = SUMMARY | {"asked": {"trials": tried}}
+        text = champion_text(compose("sweep", overrides)[0].config, asked, overrides)
+        assert text.endswith(end)
+        assert ("extend:" in text) == (total == 2)
 
 
 def test_both_parts_of_the_error_and_every_further_look_are_said() -> None:

@@ -14,7 +14,8 @@ from digitlab.config.compose import store_words
 from digitlab.config.types import Config
 from digitlab.study.champion import Results
 from digitlab.study.goal import Goal, TrialRow
-from digitlab.study.samplers import PROMOTED_FROM
+from digitlab.study.samplers import PROMOTED_FROM, count_points
+from digitlab.study.space import read_space
 
 _SHOWN, _WIDTH = 10, 80  # trials in the table; characters of its lines
 
@@ -90,9 +91,9 @@ def pruning_text(rows: Sequence[TrialRow], unpruned: Results) -> str:
 
 def sweep_command(overrides: Sequence[str], *more: str) -> str:
     """Return the command that runs a study, with overrides added; a later one replaces."""
-    keys = [override.split("=")[0] for override in more]
-    kept = [override for override in overrides if override.split("=")[0] not in keys]
-    return command("sweep", *kept, *more)
+    words = [*overrides, *more]
+    last = {word.split("=")[0]: i for i, word in enumerate(words)}
+    return command("sweep", *(words[i] for i in sorted(last.values())))
 
 
 def continue_command(notes: Mapping[str, Any]) -> str:
@@ -131,8 +132,11 @@ def champion_text(
     if summary.get("run_id"):
         again = command("reproduce", summary["run_id"][:SHORT_ID], *store_words(config))
         lines.append(f"reproduce: {again}")
-    if overrides is not None:
-        more = f"study.trials={study.trials + max(1, study.trials // 2)}"
+    total, points = study.trials, count_points(study, read_space(config))
+    if summary.get("asked", {}).get("trials", 0) >= points:
+        lines.append(f"the grid's {counted(int(points), 'point')} are all tried")
+    elif overrides is not None and total < points:
+        more = f"study.trials={min(total + max(1, total // 2), points)}"
         lines.append(f"extend:    {sweep_command(overrides, more)}")
     return "\n".join(lines)
 
