@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -253,8 +254,10 @@ def test_a_name_is_of_the_run_and_no_setting() -> None:
     assert (job.name, job.overrides) == ("wide & deep=2", ("experiments=smoke", "trainer.seed=5"))
     assert compose("train", [])[0].name is None
     assert "study.name=mine" in refusal("sweep", "name=mine")
-    for name in ("", "smoke/7", "champion", "x" * 101):
-        assert refusal("train", f"name={name}").startswith(f"name={name} is invalid: it must be")
+    assert compose("train", ["name=zwölf Ziffern"])[0].name == "zwölf Ziffern"
+    marks = (" ", "  ", "a\x9b2J", "\x85", "a\u2028b", "\u202eb", "a\udc9b")
+    for name in ("", "smoke/7", "champion", "x" * 101, *marks):
+        assert re.match("name=.* is invalid: it must be 1 to", refusal("train", f"name={name}"))
 
 
 def test_where_things_are_recorded_is_said_only_where_it_is_not_the_lab() -> None:

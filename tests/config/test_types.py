@@ -201,6 +201,13 @@ def test_an_unknown_word_is_refused_with_all_known_ones(
         assert expected in message
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\x9b2J", "a\nb"])
+def test_an_experiment_s_name_can_be_read_and_typed(config: Config, name: str) -> None:
+    with pytest.raises(UserError, match=r"^tracking\.experiment=.* is invalid: it must be a name"):
+        with_values(config, {"tracking.experiment": name})
+    assert with_values(config, {"tracking.experiment": "my own"}).tracking.experiment == "my own"
+
+
 @pytest.mark.parametrize("study", ["a" * 96, "a" * 100, "ü" * 98, "漢" * 66, "é" * 96])
 def test_a_name_derived_from_any_allowed_one_is_allowed(config: Config, study: str) -> None:
     for ending in ("-best", "-replay", "-replay12"):

@@ -22,7 +22,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from digitlab.base.errors import UserError, first_line, require
+from digitlab.base.errors import UserError, first_line, require, visible
 from digitlab.base.paths import CONF, recipe_folders
 from digitlab.config.recorded import config_from_plain, flat, plain_to_yaml, refuse_unfolding, shown
 from digitlab.config.schema import settings
@@ -33,6 +33,7 @@ _GROUPS = ("data", "model", "optim", "trainer", "study", "tracking", "launcher",
 _SEARCHABLE = ("model", "optim")  # groups whose options a study may choose among
 _ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 _NAME = "name="
+_BYTES = r"\ud800-\udfff"  # Python's own signs for bytes of an argument that are no UTF-8
 CONFIG_DIR = "--config-dir="
 _FILE = r"[\w.-]{1,100}"  # names of recipes
 _KEY = re.compile(r"[+~]*\w[^=]{0,199}")
@@ -110,11 +111,16 @@ def split_name(command: str, overrides: Sequence[str]) -> tuple[str | None, list
             f"name={names[-1]} is invalid here: it names one run. Name a study by "
             f"study.name={names[-1]}"
         )
-    is_plain = re.fullmatch(r"[^/\x00-\x1f-][^/\x00-\x1f]{0,99}", names[-1])
-    is_plain = is_plain if names[-1] != "champion" else None
-    rule = "1 to 100 characters without '/', not beginning with '-', and not 'champion'"
-    require(bool(is_plain), f"name={names[-1]}", rule)
-    return names[-1], texts
+    name = names[-1]
+    is_plain = (
+        re.fullmatch(rf"[^/{_BYTES}-][^/{_BYTES}]{{0,99}}", name)
+        and name.strip()
+        and visible(name) == name
+    )
+    rule = "1 to 100 characters without '/' and control characters, not spaces alone, not "
+    rule += "beginning with '-', and not 'champion'"
+    require(bool(is_plain) and name != "champion", f"name={name}", rule)
+    return name, texts
 
 
 def _plain(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from digitlab.base.errors import UserError, require
+from digitlab.base.errors import UserError, require, visible
 from digitlab.networks.settings import STRICT, ModelConfig, Positive
 
 Count = Annotated[int, Field(ge=0)]
@@ -323,6 +323,9 @@ class TrackingConfig:
     @model_validator(mode="after")
     def _check(self) -> "TrackingConfig":
         _refuse_password("tracking.uri", self.uri, "MLFLOW_TRACKING_PASSWORD")
+        is_plain = bool(self.experiment.strip()) and visible(self.experiment) == self.experiment
+        rule = "a name without control characters, and not spaces alone"
+        require(is_plain, f"tracking.experiment={self.experiment}", rule)
         return self
 
 
