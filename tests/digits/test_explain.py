@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from conftest import Call, CallIn
 from mlflow import MlflowClient
-from samples import recorded, studies
+from PIL import Image
+from samples import copy_digits, recorded, studies
 from torch import Tensor, nn
 
 from digitlab.config.compose import compose
@@ -201,6 +202,26 @@ def test_what_cannot_be_explained_is_refused_in_one_line(
     status, out, err = explain(*arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert named in err
+
+
+def test_explain_knows_the_classes_of_the_data_set(call_in: CallIn, tmp_path: Path) -> None:
+    lab = copy_digits(tmp_path / "lab")
+    digits = load_digits(lab, "sample", TEST)
+    for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
+        if label < 3:
+            folder = tmp_path / "photos" / ("ant", "bee", "cat")[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
+    call = call_in(lab)
+    assert call("data", "beasts", "--from", str(tmp_path / "photos"))[0] == 0
+    more = ("data.name=beasts", "data.validation_images=20", "data.batch_size=20", "name=wild")
+    assert call("train", *SMALL, *more)[0] == 0
+    status, out, err = call("explain", "0", "--run", "wild", "--against", "9")
+    rule = "it must be a class of beasts: 0 (ant), 1 (bee), 2 (cat)."
+    assert (status, out, err) == (2, "", f"digitlab: --against 9 is invalid: {rule}\n")
+    for against in ("0", "1", "2"):
+        status, out, _ = call("explain", "0", "--run", "wild", "--against", against)
+        assert (status, bool(re.search(r"why (ant|bee|cat) and not (ant|bee|cat),", out))) == (0, 1)
 
 
 def test_the_answer_itself_is_compared_with_the_next_best(

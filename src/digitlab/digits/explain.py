@@ -53,6 +53,11 @@ def explain(
     tracker = lab_tracker(lab, stores)
     row, config, network = load_run(tracker, run)
     labels = class_names(config.data.name, lab)
+    # A network always has ten outputs; those beyond the classes have their number in brackets.
+    known = [digit for digit, label in enumerate(labels) if label != f"({digit})"]
+    shown = ", ".join(f"{digit} ({labels[digit]})" for digit in known)
+    rule = f"a class of {config.data.name}: {shown}"
+    require(against is None or against in known, f"--against {against}", rule)
     if image.isdecimal():
         digits = load_digits(lab, config.data.name, TEST, config.data.allow_unknown)
         count = len(digits.labels)
@@ -70,7 +75,8 @@ def explain(
     probabilities = logits.softmax(1)[0]
     ranked = probabilities.argsort(descending=True).tolist()
     best = ranked[0]
-    other = next(digit for digit in ranked[1:] if against in (None, best, digit))
+    others = [digit for digit in ranked[1:] if digit in known] or ranked[1:]
+    other = next(digit for digit in others if against in (None, best, digit))
     likely = ", ".join(f"{labels[digit]} {probabilities[digit]:.2%}" for digit in ranked[:3])
     print(visible(f"{title}: {row.name} reads {likely} (uncalibrated)"))
     file = safe_name(f"{row.name}-{name}-{best}-not-{other}") + ".png"
