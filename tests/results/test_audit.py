@@ -170,7 +170,8 @@ def surplus(lab: Path) -> str:
 
 
 def test_whole_study_has_no_problem(call: Call) -> None:
-    assert call("audit", "smoke") == (0, "1 study, 0 problems\n", "")
+    for names in (["smoke"], ["smoke", "smoke"]):
+        assert call("audit", *names) == (0, "1 study, 0 problems\n", "")
     status, out, err = call("audit", "smoke", "--json")
     assert (status, json.loads(out), err) == (0, {"problems": [], "repaired": 0}, "")
 
@@ -325,6 +326,15 @@ def test_study_with_any_name_or_notes_is_named_and_touches_no_file_outside(
     assert {path for path in lab.parent.rglob("*") if lab not in path.parents} == before
     assert not Path("/tmp/outside.leader").exists()
     assert {path.parent for path in lab.rglob("*.leader")} == {lab / "locks"}
+
+
+def test_a_deleted_study_is_refused_with_the_command_that_restores_it(call: Call) -> None:
+    assert call("delete", "smoke", "--yes")[0] == 0
+    for command in ("audit", "show", "best"):
+        status, out, err = call(command, "smoke")
+        assert (status, out, err.count("\n")) == (2, "", 1), command
+        assert "study smoke was deleted" in err
+        assert "`digitlab restore smoke`" in err
 
 
 def test_unknown_study_is_one_line(call: Call) -> None:

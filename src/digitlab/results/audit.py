@@ -24,6 +24,7 @@ from digitlab.study.storage import (
     leader_lock,
     listed_studies,
     open_storage,
+    refuse_deleted,
     require_study,
     study_notes,
 )
@@ -193,6 +194,7 @@ def audit_studies(
     storage = open_storage(lab, address)
     for name in studies:
         require_study(storage, name)
+        refuse_deleted(name, study_notes(storage, name))
     found: list[Problem] = []
     left: list[Problem] = []
     unsent: dict[str, int] = {}  # records in the outbox, by tracker; of those looked for
@@ -206,7 +208,7 @@ def audit_studies(
             orphans = _find_orphans(records, storage)
         _print(orphans, as_json)
         found, left = found + orphans, left + orphans
-    names = studies or listed_studies(storage)
+    names = list(dict.fromkeys(studies)) or listed_studies(storage)
     for name in names:
         notes = study_notes(storage, name)
         if not is_own(notes):  # another program's, or its first call was refused
