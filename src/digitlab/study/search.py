@@ -94,7 +94,7 @@ class TrialSearch:
             return None
         if same := twin(self.store, row):
             notes = {"metrics": same.notes.get("metrics", {}), "taken_from": str(same.number)}
-            self._record_taken(row.number, row.attempt, config, notes)
+            _record_taken(self.session, row.number, row.attempt, config, notes)
             self._tell(row, "finished", notes)
             return None
         rungs = tuple(self.study.rungs if self.study.pruner is not Pruner.none else ())
@@ -112,17 +112,6 @@ class TrialSearch:
             time_limit_s=60 * self.study.trial_minutes,
             about=row,
         )
-
-    def _record_taken(
-        self, number: int, attempt: int, config: Config, notes: dict[str, Any]
-    ) -> None:
-        """Record a trial whose result was not trained, but taken from an equal one."""
-        tags = {"digitlab.taken_from": notes["taken_from"]}
-        if notes.get("made_by"):  # other code, or other versions of libraries
-            tags["digitlab.made_by"] = "; ".join(notes["made_by"])
-        recorder = self.session.start_record("trial", number, config, attempt, tags=tags)
-        metrics = {k: v for k, v in notes["metrics"].items() if k not in MACHINE_METRICS}
-        recorder.end("finished", metrics=metrics)
 
     def _ended(self, task: Task, ending: Ending) -> None:
         row: TrialRow = task.about
@@ -171,13 +160,25 @@ class TrialSearch:
             trial, number = new.pop(0), len(self.store.rows())
             config = with_values(self.session.config, trial.values)
             if str(number) not in recorded:
-                self._record_taken(number, 1, config, trial.notes)
+                _record_taken(self.session, number, 1, config, trial.notes)
             self.store.add(trial.values, trial.value or 0.0, trial.notes)
         total, taken = self.study.trials, len(fitting) - len(new)
         if taken or not new:  # else it has not happened, and can as soon as there is room
             self.store.note("forked", other)
         more = f"; {len(new)} more fit, for which study.trials={total} has no room" if new else ""
         self._say(f"{counted(taken, 'trial')} taken over from study {other}{more}")
+
+
+def _record_taken(
+    session: StudySession, number: int, attempt: int, config: Config, notes: dict[str, Any]
+) -> None:
+    """Record a trial whose result was not trained, but taken from an equal one."""
+    tags = {"digitlab.taken_from": notes["taken_from"]}
+    if notes.get("made_by"):  # other code, or other versions of libraries
+        tags["digitlab.made_by"] = "; ".join(notes["made_by"])
+    recorder = session.start_record("trial", number, config, attempt, tags=tags)
+    metrics = {k: v for k, v in notes["metrics"].items() if k not in MACHINE_METRICS}
+    recorder.end("finished", metrics=metrics)
 
 
 def _plan_text(study: StudyConfig) -> str:
