@@ -240,7 +240,7 @@ def test_runs_that_are_noted_and_were_deleted_are_named(lab: Path, call: Call) -
     assert not target.exists()
     for run in gone:
         tracker.restore(run.run_id)
-    assert call("audit", "smoke") == (0, "1 studies, 0 problems\n", "")
+    assert call("audit", "smoke") == (0, "1 study, 0 problems\n", "")
 
 
 def test_nothing_is_missing_of_a_study_that_records_nothing(tmp_path: Path) -> None:

@@ -220,11 +220,9 @@ class MlflowTracker(Tracker):
 
     @translated
     def history(self, run_id: str) -> list[tuple[str, int, float]]:
-        return sorted(
-            (name, metric.step, metric.value)
-            for name in self.client.get_run(run_id).data.metrics
-            for metric in self.client.get_metric_history(run_id, name)
-        )
+        names = self.client.get_run(run_id).data.metrics
+        points = (p for name in names for p in self.client.get_metric_history(run_id, name))
+        return sorted((p.key, p.step, p.value) for p in points)
 
     @translated
     def artifact(self, run_id: str, path: str) -> bytes:

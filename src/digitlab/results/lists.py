@@ -8,20 +8,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import RDBStorage
-
 from digitlab.base.console import print_table, table
-from digitlab.base.errors import UserError, nearest, refuse_damage
+from digitlab.base.errors import refuse_damage
 from digitlab.base.invocation import SHORT_ID, command, storage_of
 from digitlab.records.reader import lab_tracker
 from digitlab.records.tracker import RunRow
 from digitlab.study.mirror import RESULT
 from digitlab.study.storage import (
     DELETED,
-    listed_studies,
     open_storage,
     refuse_deleted,
-    study_names,
+    require_study,
     study_notes,
 )
 from digitlab.study.trials import is_own
@@ -42,8 +39,11 @@ def list_runs(
     """
     tags = {f"digitlab.{key}": value for key, value in wanted.items() if value is not None}
     found = lab_tracker(lab, stores).find(tags)
-    if wanted["study"] is not None and not found:
-        _require_study(wanted["study"], open_storage(lab, storage_of(stores)))
+    study = wanted["study"]
+    if study is not None and not found:
+        storage = open_storage(lab, storage_of(stores))
+        require_study(storage, study)
+        refuse_deleted(study, study_notes(storage, study))
     rows = [row for row in found if wanted["kind"] or not _is_beside(row)]
     rows.sort(key=_rank)
     shown = rows[:most] if most else rows
@@ -53,13 +53,6 @@ def list_runs(
         everything = command("runs", "--most=0", *chosen, *stores)
         print(f"{len(shown)} of {len(rows)} runs; all: {everything}")
     return 0
-
-
-def _require_study(name: str, storage: RDBStorage) -> None:
-    if name not in study_names(storage):
-        shown, known = name or "''", listed_studies(storage)
-        raise UserError(f"study {shown} does not exist: {nearest(name, known)}")
-    refuse_deleted(name, study_notes(storage, name))
 
 
 def _is_beside(row: RunRow) -> bool:

@@ -120,7 +120,8 @@ def require_study(storage: RDBStorage, name: str) -> None:
     """Raise UserError unless a study of this name exists, if only as a deleted one."""
     known = study_names(storage)
     if name not in known:
-        raise UserError(f"study {name} does not exist: {nearest(name, known)}")
+        shown = name or "''"
+        raise UserError(f"study {shown} does not exist: {nearest(name, known)}")
 
 
 def study_notes(storage: RDBStorage, name: str) -> dict[str, Any]:
