@@ -174,16 +174,27 @@ class Histories(RuleBasedStateMachine):
     def start(self) -> None:
         before = deepcopy(self.model)
         self.driver = self.call()
-        if self.line.is_cut:
-            assert "is away" in str(self.driver.outcome)
-            self.driver = None
-            self.lab = self.clock.take_left() or self.lab
+        if isinstance(self.driver.outcome, UserError) and "is away" in str(self.driver.outcome):
+            self.give_up()
             return
         self.model.restart()
         for number, state in self.doubts.items():
             if self.states_of(self.lab)[number] == state:
                 self.model.end(number, state)
         self.settle(before)
+
+    def give_up(self) -> None:
+        """Go on after a call that the tracker's absence has ended, before it had begun or since."""
+        assert self.line.is_cut
+        self.driver = None
+        self.lab = self.clock.take_left() or self.lab
+        after = deepcopy(self.model)
+        after.restart()
+        found = self.states_of(self.lab)
+        for number, state in enumerate(found):
+            possible = (self.model.states[number], after.states[number], self.doubts.get(number))
+            assert state in possible, (number, state, possible)
+        self.model.states = found
 
     def call(self, *overrides: str) -> SteppedDriver:
         more = (f"study.trials={self.model.total}", f"study.retries={RETRIES}", *overrides)
@@ -447,6 +458,20 @@ def run_histories(machine: type[Histories], count: int) -> None:
 @pytest.mark.timeout(900)
 def test_a_study_comes_to_what_the_model_does() -> None:
     run_histories(Histories, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [Histories, HistoriesInMemory])
+def test_a_call_may_begin_with_the_last_answer_of_a_tracker(machine: type[Histories]) -> None:
+    history = machine()
+    history.set_up(workers=2, sent="sealed")
+    history.start()
+    history.cancel()
+    history.finish(accuracy=10, which=0)
+    history.lose_the_tracker(is_answered=False, writes=6)
+    history.finish(accuracy=10, which=0)
+    history.start()
+    history.teardown()
 
 
 @pytest.mark.exhaustive
