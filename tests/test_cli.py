@@ -29,6 +29,7 @@ from digitlab.config.compose import compose
 from digitlab.config.recorded import config_from_yaml
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.records.mlflow import MlflowTracker
+from digitlab.records.tracker import NewRun
 from digitlab.study.storage import open_storage, study_notes
 
 COMMANDS = ("data", "train", "sweep", "audit", "reproduce", "compare", "ui")
@@ -431,6 +432,18 @@ def test_options_that_would_have_no_effect_are_refused(call: Call) -> None:
 
 def test_reader_of_a_table_may_leave(trained: Trained) -> None:
     assert into_closed_pipe("show", trained.run_id, lab=trained.lab) == (0, b"")
+
+
+def test_what_was_measured_is_recorded_when_its_reader_has_left(trained: Trained) -> None:
+    some = ("--run", trained.run_id, "--prepared", "1")
+    assert into_closed_pipe("evaluate", *some, lab=trained.lab) == (0, b"")
+    assert "shift.json" in trained.tracker.files(trained.run_id)
+
+
+def test_an_audit_that_nobody_reads_has_its_status(trained: Trained) -> None:
+    lost = trained.tracker.create_run(NewRun("lost", {"digitlab.kind": "study"}, {}))
+    assert into_closed_pipe("audit", lab=trained.lab) == (1, b"")
+    trained.tracker.delete(lost)
 
 
 def test_training_goes_on_when_its_reader_has_left(trained: Trained) -> None:

@@ -186,32 +186,42 @@ def best(options: Namespace) -> int:
 def delete(options: Namespace) -> int:
     from digitlab.results.removal import delete_study
 
-    return delete_study(options.study, lab_folder(), options.stores, options.yes)
+    given = (options.study, lab_folder(), options.stores, options.yes)
+    return _to_its_end(lambda: delete_study(*given))
 
 
 def restore(options: Namespace) -> int:
     from digitlab.results.removal import restore_study
 
-    return restore_study(options.study, lab_folder(), options.stores)
+    return _to_its_end(lambda: restore_study(options.study, lab_folder(), options.stores))
 
 
 def export(options: Namespace) -> int:
     from digitlab.results.exchange import export_study
 
-    return export_study(options.study, options.file, lab_folder(), options.stores)
+    given = (options.study, options.file, lab_folder(), options.stores)
+    return _to_its_end(lambda: export_study(*given))
 
 
 def import_study(options: Namespace) -> int:
     from digitlab.results.exchange import import_study as record
 
-    return record(options.file, lab_folder(), options.stores)
+    return _to_its_end(lambda: record(options.file, lab_folder(), options.stores))
 
 
 def audit(options: Namespace) -> int:
     from digitlab.results.audit import audit_studies
 
-    how = {"is_repair": options.repair, "as_json": options.json}
-    return audit_studies(options.study, lab_folder(), stores=options.stores, **how)
+    given = (options.study, lab_folder(), options.repair, options.json, options.stores)
+    return _to_its_end(lambda: audit_studies(*given))
+
+
+def _to_its_end(work: Callable[[], int]) -> int:
+    """Return the status of work that goes on where nobody reads what it prints any more."""
+    from digitlab.base.console import outlive_reader
+
+    with outlive_reader():
+        return work()
 
 
 def bench(options: Namespace) -> int:
@@ -317,8 +327,8 @@ def explain(options: Namespace) -> int:
 def evaluate(options: Namespace) -> int:
     from digitlab.digits.shift import evaluate_shift
 
-    given = (options.run, options.prepared, options.json)
-    return evaluate_shift(*given, lab_folder(), options.stores)
+    given = (options.run, options.prepared, options.json, lab_folder(), options.stores)
+    return _to_its_end(lambda: evaluate_shift(*given))
 
 
 # Pages

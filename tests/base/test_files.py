@@ -149,6 +149,20 @@ def test_an_output_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [target]
 
 
+def test_an_output_keeps_the_mode_of_the_file_that_it_replaces(tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    write_output(target, PAGE, "--out", tmp_path / "lab")
+    target.chmod(0o600)
+    write_output(target, PAGE + b"more", "--out", tmp_path / "lab")
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert target.read_bytes() == PAGE + b"more"
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be the name of a file"):
+        write_output(tmp_path, PAGE, "--out", tmp_path / "lab")
+
+
 def test_an_output_goes_into_a_pipe(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     write_output(Path(f"/dev/fd/{writing}"), PAGE, "--out", tmp_path)

@@ -223,6 +223,11 @@ def test_what_cannot_be_repaired_is_left_and_said(lab: Path, call: Call) -> None
 def test_runs_that_are_noted_and_were_deleted_are_named(lab: Path, call: Call) -> None:
     tracker = MlflowTracker(None, "digitlab", lab)
     kinds = ("confirm", "final", "champion")
+    trial = runs_of(lab, kind="trial")[0]
+    tracker.delete(trial.run_id)
+    _, _, err = call("export", "smoke", str(lab.parent / "smoke.zip"))
+    assert f"runs restore --run-id {trial.run_id}`" in err
+    tracker.restore(trial.run_id)
     gone = [runs_of(lab, kind=kind, state="finished")[-1] for kind in kinds]
     for run in gone:
         tracker.delete(run.run_id)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.measure import Measurement
@@ -119,8 +119,10 @@ class _Cut:
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[Text]:
         text, width = self.text, options.max_width
         if cell_len(text) > width:
-            end = width // 2
-            text = f"{text[: max(0, width - end - 1)]}…{text[len(text) - end :]}"
+            end = text[max(0, len(text) - width // 2) :]
+            while cell_len(end) > width // 2:
+                end = end[1:]
+            text = set_cell_size(text, max(0, width - cell_len(end) - 1)) + f"…{end}"
         yield Text(text, no_wrap=True, overflow="ellipsis")
 
 

@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 import sqlite3
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, require
 
 # What waiting does not repair: a disk that is full, read-only, closed to this user, or broken.
 _DISK_ERRORS = {
@@ -129,6 +130,7 @@ def open_output(
         )
     new = place.with_name(f".{uuid.uuid4().hex}.new") if place.name else place
     try:
+        require(not target.is_dir(), f"{given}, a folder,", "the name of a file")
         if target.exists() and not target.is_file():  # a pipe or a device loses nothing
             with open(target, "wb") as file:
                 yield file
@@ -136,14 +138,16 @@ def open_output(
         if target.is_file() and not _may_replace(target, kind):
             is_other = "is another kind of file" if kind else "may be the only copy of something"
             raise UserError(
-                f"{given} exists and {is_other}: it must not be replaced. Name another file, or "
-                "remove it first."
+                f"{given} exists and {is_other}: it must not be replaced. Remove it first, or name "
+                "another file."
             )
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(new, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if place.exists():
+            new.chmod(stat.S_IMODE(place.stat().st_mode))
         new.replace(place)
     except OSError as error:
         raise UserError(
@@ -156,7 +160,7 @@ def open_output(
 
 
 def _may_replace(path: Path, kind: bytes) -> bool:
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # to write, too, or a file that is protected would be replaced
         found = file.read(_KIND_BYTES)
     return not found or found == kind
 

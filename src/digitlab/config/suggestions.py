@@ -35,7 +35,7 @@ def suggest(key: str, known: Iterable[str]) -> str:
     alike = [meant] if meant in keys else sorted(one for one in keys if one.endswith(f".{last}"))
     if 0 < len(alike) <= _MOST_ALIKE:
         return f"did you mean {' or '.join(alike)}?"
-    lasts = {one.rpartition(".")[2] for one in keys} - {key}
+    lasts = {one.rpartition(".")[2]: one for one in sorted(keys, reverse=True)}
     if "." not in key and (close := get_close_matches(key, lasts, n=1)):
-        return suggest(close[0], keys)
+        return f"did you mean {lasts[close[0]]}?"
     return nearest(key, keys, otherwise="`digitlab config` lists all settings.")

@@ -142,6 +142,11 @@ def class_names(name: str, lab: Path) -> list[str]:
     return names + [f"({label})" for label in range(len(names), 10)]
 
 
+def known_classes(labels: list[str]) -> list[int]:
+    """Return the digits that stand for a class, of the names that `class_names` gives."""
+    return [digit for digit, label in enumerate(labels) if label != f"({digit})"]
+
+
 def cache_training_digits() -> None:
     """Cache training images in memory from now on: a worker reads and hashes them once."""
     global _load_training  # noqa: PLW0603

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from digitlab.base.errors import require, visible
 from digitlab.base.files import safe_name, write_output
 from digitlab.config.types import DataConfig
-from digitlab.data.datasets import TEST, class_names, load_digits
+from digitlab.data.datasets import TEST, class_names, known_classes, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
 from digitlab.digits.prepare import prepare_as
@@ -53,8 +53,7 @@ def explain(
     tracker = lab_tracker(lab, stores)
     row, config, network = load_run(tracker, run)
     labels = class_names(config.data.name, lab)
-    # A network always has ten outputs; those beyond the classes have their number in brackets.
-    known = [digit for digit, label in enumerate(labels) if label != f"({digit})"]
+    known = known_classes(labels)
     shown = ", ".join(f"{digit} ({labels[digit]})" for digit in known)
     rule = f"a class of {config.data.name}: {shown}"
     require(against is None or against in known, f"--against {against}", rule)

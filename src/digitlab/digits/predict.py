@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from digitlab.base.errors import UserError, counted, require, visible
 from digitlab.base.files import write_output
 from digitlab.config.types import Config
-from digitlab.data.datasets import class_names
+from digitlab.data.datasets import class_names, known_classes
 from digitlab.digits.calibration import load_calibration
 from digitlab.digits.decode import MAX_FILE_BYTES, Grey, decode, is_image, read_image
 from digitlab.digits.prepare import Prepared, prepare_as
@@ -192,7 +192,8 @@ def _draw_why(
 ) -> Path:
     from digitlab.digits.explain import draw_reasons
 
-    other, best = np.argsort(answer.probabilities)[-2:].tolist()
+    ranked, known = np.argsort(answer.probabilities)[::-1].tolist(), known_classes(answer.labels)
+    best, other = sorted(ranked, key=lambda digit: digit not in known)[:2]
     out = lab / "explained" / f"{name}-{best}.png"
     pixels = torch.from_numpy(prepared.image)
     given = (predictor.network, predictor.config.data, pixels, (best, other))

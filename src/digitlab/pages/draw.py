@@ -12,7 +12,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 
 from digitlab.base.errors import UserError, first_line
-from digitlab.data.datasets import class_names
+from digitlab.data.datasets import class_names, known_classes
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, most_varied
@@ -124,7 +124,8 @@ def explain(predictor: ImageReader, content: bytes) -> Explanation:
     network = predictor.network
     image = standardise(to_unit(pixels), predictor.config.data)
     maps, logits = activations(network, image)
-    best, next_best = logits[0].topk(2).indices.tolist()
+    ranked, known = logits[0].argsort(descending=True).tolist(), known_classes(answer["labels"])
+    best, next_best = sorted(ranked, key=lambda digit: digit not in known)[:2]
     reasons = attribution(network, image, best, next_best).numpy().astype(float).round(5)
     layers = [shown_layer(name, layer) for name, layer in maps.items()]
     return Explanation(**answer, speaks_for=best, rather_than=next_best,

@@ -83,7 +83,8 @@ def _refuse_deleted(tracker: Tracker, name: str, tags: Mapping[str, str]) -> Non
             )
         raise UserError(
             f"{name} is not available: study {study}, which has selected one, was deleted. "
-            f"Restore it with `{command('restore', study)}`."
+            f"Restore it with `{command('restore', study)}`, or, where its runs were deleted in "
+            f"MLflow alone, with `{restore_command(tracker, run_id)}`."
         )
 
 

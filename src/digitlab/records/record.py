@@ -77,9 +77,10 @@ def trial_tags(study_id: str, study: str, number: int, attempt: int) -> dict[str
 
 
 def row_params(config: Config, kind: str) -> dict[str, str]:
-    """Return a run's parameters: what its result depends on, and of a study's own all settings."""
-    leaves = flat(config_to_plain(config)) if kind == "study" else result_settings(config)
-    return {key: str(value) for key, value in leaves.items()}
+    """Return the parameters of a run; settings of the study belong to the study's own run alone."""
+    hidden = () if kind == "study" else ("study.", "tracking.", "launcher.")
+    leaves = flat(config_to_plain(config))
+    return {key: str(value) for key, value in leaves.items() if not key.startswith(hidden)}
 
 
 def datasets_of(data: DataConfig, sha256: Mapping[str, str]) -> list[Dataset]:

@@ -252,16 +252,21 @@ def _find_orphans(records: Records, storage: RDBStorage) -> list[Problem]:
 def _find_others(lab: Path, unsent: Mapping[str, int]) -> list[Problem]:
     """Return the records of ended processes that wait for trackers that were not looked for."""
     waiting: Counter[str] = Counter()
+    unknown: list[Problem] = []
     for folder in unlocked(lab / "outbox"):
-        waiting[tracker_of(folder)] += len(list(folder.glob("*.run")))
-    return [
+        identity, number = tracker_of(folder), len(list(folder.glob("*.run")))
+        waiting[identity] += number
+        if number and not identity:
+            detail = f"{folder / 'session.json'} does not say for which tracker its records are"
+            unknown.append(Problem(REFUSED, None, None, detail))
+    return unknown + [
         Problem(
             PENDING, None, None,
             f"{counted(number, 'record')} of ended processes for another tracker ({identity}) in "
             "the lab's outbox: the next command that opens that tracker sends them",
         )
         for identity, number in waiting.items()
-        if number and identity not in unsent
+        if number and identity and identity not in unsent
     ]  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def export_study(name: str, target: Path, lab: Path, stores: Sequence[str]) -> i
                 f"study {name} cannot be exported, as its record is damaged: "
                 f"{damaged[0].detail}. Train it again."
             )
-        missing = missing_runs(store.notes(), store.study_id, tracker, rows)
+        missing = missing_runs(store.notes(), store.study_id, tracker, rows, store.rows())
         for one in missing:
             if one.run_id is not None:
                 raise UserError(

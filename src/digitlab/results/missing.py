@@ -1,12 +1,13 @@
 """The runs that a study's notes name and its tracker lacks: they were deleted there."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from digitlab.base.errors import refuse_damage
 from digitlab.records.tracker import NoTracker, RunRow, Tracker, restore_command
 from digitlab.study.champion import finished_results
+from digitlab.study.goal import TrialRow
 from digitlab.study.settle import PHASES
 
 
@@ -24,15 +25,21 @@ _Noted = tuple[int | None, str, Callable[[RunRow], bool]]
 
 
 def missing_runs(
-    notes: Mapping[str, Any], study_id: str, tracker: Tracker, runs: Sequence[RunRow]
+    notes: Mapping[str, Any],
+    study_id: str,
+    tracker: Tracker,
+    runs: Sequence[RunRow],
+    trials: Iterable[TrialRow] = (),
 ) -> list[MissingRun]:
-    """Return what is missing of a study's own run, its fits and its champion.
+    """Return what is missing of a study's own run, its trials, its fits and its champion.
 
     Args:
         runs: all that carry the study's id.
+        trials: whose runs are looked for; an audit compares them by itself.
     """
     with refuse_damage("what is noted of the study's fits"):
-        lacking = [noted for noted in _noted(notes) if not any(map(noted[2], runs))]
+        wanted = [*_noted(notes), *(_of_trial(row) for row in trials if row.is_ended)]
+        lacking = [noted for noted in wanted if not any(map(noted[2], runs))]
     if not lacking or isinstance(tracker, NoTracker):  # of a study that records nothing
         return []
     deleted = tracker.find_deleted({"digitlab.study_id": study_id})
@@ -58,6 +65,11 @@ def _noted(notes: Mapping[str, Any]) -> Iterator[_Noted]:
     if champion.get("run_id") is not None:
         trial = int(champion["trial"])
         yield trial, "the champion", lambda run: run.run_id == champion["run_id"]
+
+
+def _of_trial(row: TrialRow) -> _Noted:
+    tags = {"digitlab.kind": "trial", "digitlab.trial": str(row.number)}
+    return row.number, f"trial {row.number}", lambda run: tags.items() <= run.tags.items()
 
 
 def _of_fit(kind: str, number: str, seed: str) -> Callable[[RunRow], bool]:

@@ -242,8 +242,8 @@ def _refuse_source(config: Config, storage: RDBStorage, notes: Mapping[str, Any]
     refuse_deleted(other, source)
     if not is_own(source):
         raise UserError(
-            f"study.fork_from={other} is invalid: it must be a study that has trials. Run "
-            "`digitlab sweep` for it first, or name another one."
+            f"study.fork_from={other} is invalid: it must be a study of this program that has "
+            "started. Name another one."
         )
 
 
