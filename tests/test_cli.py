@@ -357,7 +357,8 @@ def test_train_tells_each_epoch_the_layers_the_run_and_what_can_follow(trained: 
     row = trained.tracker.get(trained.run_id)
     assert int(parameters.replace(",", "")) == row.metrics["model_parameters"]
     text = r"run [0-9a-f]{32} \(smoke .+\): val_accuracy \d+\.\d\d% in \d+\.\d s"
-    assert re.fullmatch(text, lines[-3])
+    assert re.fullmatch(text, lines[-4])
+    assert Path(lines[-3].split(":")[1].strip()).is_file()
     assert lines[-2].split(":")[1].split() == ["digitlab", "draw", f"--run={row.run_id[:12]}"]
     assert lines[-1].split(":")[1].split() == ["digitlab", "reproduce", row.run_id[:12]]
 

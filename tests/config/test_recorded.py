@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from digitlab.base.errors import UserError
+from digitlab.base.errors import UserError, visible
 from digitlab.config import types as limits
 from digitlab.config.compose import compose
 from digitlab.config.recorded import (
@@ -397,7 +397,7 @@ CONFIGS = st.builds(
         limits.TrackingConfig,
         name=st.sampled_from(limits.TrackerName),
         uri=st.none() | NAMES,
-        experiment=WORDS,
+        experiment=WORDS.filter(lambda word: word.strip() and visible(word) == word),
     ),
     launcher=st.builds(
         limits.LauncherConfig,

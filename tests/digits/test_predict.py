@@ -451,7 +451,7 @@ def test_evaluate_measures_every_change_and_keeps_the_table(
     assert damage(tracker, tracker.get(document["run_id"])) == []
     with monkeypatch.context() as patch:
         patch.setattr(MlflowTracker, "upload", away)
-        patch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+        patch.setattr("digitlab.records.outbox._RUN_S", 0.1)
         patch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
         status, out, err = call("evaluate", "--run", "read-seed-0", "--prepared", "1")
     assert (status, "400 validation images" in out, "1 record still in" in err) == (0, True, True)

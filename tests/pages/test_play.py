@@ -302,7 +302,7 @@ def test_a_record_that_waits_for_the_tracker_is_said(
         raise TrackerAway("the artifacts cannot be stored")
 
     monkeypatch.setattr(MlflowTracker, "upload", away)
-    monkeypatch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+    monkeypatch.setattr("digitlab.records.outbox._RUN_S", 0.1)
     monkeypatch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
     with Tab(page_lab) as tab:
         page_lab.tell("/train", values={"trainer.epochs": 1})

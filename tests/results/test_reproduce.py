@@ -113,7 +113,7 @@ def test_a_reproduction_whose_record_waits_has_no_verdict(
     before = tracker.get(recorded.run_id).tags
     with monkeypatch.context() as patch:
         patch.setattr(MlflowTracker, "upload", away)
-        patch.setattr("digitlab.study.run._DELIVERY_S", 0.1)
+        patch.setattr("digitlab.records.outbox._RUN_S", 0.1)
         patch.setattr("digitlab.records.outbox._CLOSE_S", 0.1)
         status, _, err = call("reproduce", recorded.run_id)
     assert (status, "1 of its records wait in" in err, err.count("\n")) == (2, True, 1)

@@ -219,10 +219,10 @@ def test_a_sealed_trial_that_another_process_is_to_send_is_waited_for(
     study = ("study.trials=1", "study.pruner=none")
     lead_until_killed(lab, train_well, *study, point="outbox.sealed")
     other = Sessions(lab / "outbox", MlflowTracker(None, "digitlab", lab).identity)
-    [held] = other.left_behind()
+    assert len(other.take_over()) == 1
     assert audit_studies(["smoke"], lab, is_repair=True, as_json=False) == 1
     assert "another process of this lab is still to send" in capfd.readouterr().out
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: other.release(held))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: other.close())
     monkeypatch.setattr("digitlab.study.session.time", clock)
     status, jobs = lead(lab, train_well, *study)
     assert (status, [is_final(job) for job in jobs]) == (0, [True])

@@ -184,7 +184,7 @@ class Histories(RuleBasedStateMachine):
         self.settle(before)
 
     def give_up(self) -> None:
-        """Go on after a call that the tracker's absence has ended, before it had begun or since."""
+        """Go on after a call that ended because the tracker was away: it may have come some way."""
         assert self.line.is_cut
         self.driver = None
         self.lab = self.clock.take_left() or self.lab

@@ -26,7 +26,6 @@ from digitlab.digits.decode import Grey, decode
 from digitlab.digits.prepare import prepare_as
 from digitlab.records.reader import lab_records, lab_tracker, load_run
 from digitlab.records.tracker import RunRow
-from digitlab.study.run import flush_run, pending_text
 from digitlab.training.evaluate import evaluate
 
 
@@ -137,8 +136,8 @@ def _record(document: dict[str, Any], run: RunRow, lab: Path, stores: Sequence[s
     with lab_records(lab, stores) as records:
         spool = records.outbox.resume_run(run.run_id, run.tags.get("digitlab.study_id", ""))
         spool.add_files({"shift.json": json.dumps(document, indent=1).encode()})
-        flush_run(records.outbox, spool)
-        if pending := pending_text(records.outbox):
+        records.outbox.flush_run(spool)
+        if pending := records.outbox.pending_text():
             print(pending, file=sys.stderr)
 
 

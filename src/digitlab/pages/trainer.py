@@ -19,7 +19,7 @@ from digitlab.pages.events import EventLog
 from digitlab.pages.moments import SHOWN_IMAGES, Moments
 from digitlab.records.record import Identity, Records, RunRecorder
 from digitlab.study.loop import JobLoop, Task
-from digitlab.study.run import flush_run, name_of, pending_text, run_task
+from digitlab.study.run import name_of, run_task
 from digitlab.training.device import find_device
 from digitlab.training.film import shown_steps
 from digitlab.workers.base import Decision, Job, Workers, WorkerSetup
@@ -185,7 +185,7 @@ class PageTrainer:
     def _flush(self, recorder: RunRecorder) -> str:
         """Wait a while for a run's record to be sent; return why it was not, if so."""
         try:
-            flush_run(self.records.outbox, recorder.spool)
+            self.records.outbox.flush_run(recorder.spool)
         except (UserError, OSError) as error:
             return first_line(error)
-        return pending_text(self.records.outbox)
+        return self.records.outbox.pending_text()

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from digitlab.base.errors import counted
 from digitlab.records.delivery import Delivery, unreadable_spool
 from digitlab.records.sessions import Sessions
 from digitlab.records.spool import UNREADABLE, FileSpool, RunSpool
 from digitlab.records.tracker import NewRun, NoTracker, Tracker
 
+_RUN_S = 30.0  # to wait at the end of a run for a tracker that is slow or away
 _CLOSE_S = 5.0  # for the last operations when the process ends
 
 
@@ -76,12 +78,25 @@ class Outbox(Delivery):
         """Return the number of a study's records that another live process is to send."""
         return sum(_belongs_to(path, study_id) for path in self._sessions.held_elsewhere())
 
-    def check_run(self, spool: RunSpool) -> None:
-        """Raise what the tracker refused of one run, or what went wrong on this machine."""
+    def flush_run(self, spool: RunSpool) -> None:
+        """Wait a while until the tracker has a run's record.
+
+        Raises:
+            TrackerRefused: the tracker refuses this record. Other runs are not looked at.
+            OSError: the disk takes nothing.
+        """
+        self.flush(_RUN_S)
         if self._disk_error is not None:
             raise self._disk_error
         if isinstance(spool, FileSpool) and spool.failure is not None:
             raise spool.failure
+
+    def pending_text(self) -> str:
+        """Return how many records the tracker has yet to take, and where; empty if none."""
+        if not (pending := self.pending()):
+            return ""
+        waiting = counted(pending, "record")
+        return f"{waiting} still in {self.folder}, until the tracker answers again"
 
     def close(self) -> None:
         """Send for a few seconds more, then end the thread; what is left stays on the disk.

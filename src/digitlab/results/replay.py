@@ -27,7 +27,6 @@ from digitlab.results.verdict import (
 )
 from digitlab.study.driver import sweep
 from digitlab.study.goal import TrialRow
-from digitlab.study.run import flush_run
 from digitlab.study.storage import DELETED, study_names, study_notes
 from digitlab.study.summary import continue_command
 from digitlab.study.trials import TrialStore, load_study
@@ -77,7 +76,7 @@ def replay(study: str, lab: Path, as_json: bool, stores: Sequence[str] = ()) -> 
         recorder = _record(records, config, row, verdict, parted, now)
         reasons = [*map(str, found), *parted]
         try:
-            flush_run(records.outbox, recorder.spool)
+            records.outbox.flush_run(recorder.spool)
         finally:  # the verdict is shown whatever becomes of its record
             reached = Verdict(verdict, reasons, recorder.run_id(), row.run_id if row else study)
             reached.show(as_json, f"study {study}")

@@ -23,7 +23,6 @@ from digitlab.records.tracker import RunRow, Tracker
 from digitlab.results.charts import champion_charts, in_words, study_charts
 from digitlab.results.page import render
 from digitlab.study.champion import finished_results, unpruned_fits
-from digitlab.study.run import flush_run, pending_text
 from digitlab.study.storage import listed_studies, open_storage, study_notes
 from digitlab.study.summary import champion_text, continue_command, pruning_text, short
 from digitlab.study.trials import TrialStore, is_own, load_study
@@ -60,8 +59,8 @@ def write_report(
         if "run_id" in store.notes():
             spool = records.outbox.resume_run(store.notes()["run_id"], store.study_id)
             spool.add_files({"report.html": page.encode()})
-            flush_run(records.outbox, spool)
-            if pending := pending_text(records.outbox):
+            records.outbox.flush_run(spool)
+            if pending := records.outbox.pending_text():
                 print(pending)
     return target
 

@@ -8,14 +8,11 @@ from pathlib import Path
 
 from digitlab.base.console import print_table
 from digitlab.base.environment import describe_environment
-from digitlab.base.errors import counted
 from digitlab.base.stop import StopSignal
 from digitlab.config.compose import Composed
 from digitlab.config.types import Config
 from digitlab.data.datamodule import DigitsData
-from digitlab.records.outbox import Outbox
 from digitlab.records.record import Identity, Records, RunRecorder, open_records
-from digitlab.records.spool import RunSpool
 from digitlab.records.tracker import Tracker, TrackerAway
 from digitlab.study.layers import layers_table
 from digitlab.study.loop import Ending, JobLoop, Task
@@ -24,7 +21,6 @@ from digitlab.training.observer import TrainingObserver
 from digitlab.workers.base import Job, WorkerSetup
 from digitlab.workers.inline import InlineWorkers
 
-_DELIVERY_S = 30.0  # to wait at the end for a tracker that is slow or away
 _LONGEST_NAME = 100  # characters of a run's name
 _MARKS = r"[\[\]'\"\s]"  # of Hydra's grammar, without which a value is still clear
 # Groups of overrides that do not describe the run itself; its name starts with its recipe.
@@ -77,7 +73,7 @@ def run_once(
     setup = WorkerSetup(lab, config.data)
     with StopSignal() as stop, InlineWorkers(setup, observers) as workers:
         ending = run_task(JobLoop(workers, stop), task)
-    flush_run(records.outbox, recorder.spool)
+    records.outbox.flush_run(recorder.spool)
     reason, trained = ending.reason, len(task.curve)
     if ending.state == "interrupted" and not is_new and recorder.checkpoints.latest():
         reason += "; the same command goes on from there"
@@ -104,25 +100,6 @@ def run_task(loop: JobLoop, task: Task) -> Ending:
     return endings[0]
 
 
-def flush_run(outbox: Outbox, spool: RunSpool) -> None:
-    """Wait a while until the tracker has a run's record.
-
-    Raises:
-        TrackerRefused: the tracker refuses this record. Other runs are not looked at.
-        OSError: the disk takes nothing.
-    """
-    outbox.flush(_DELIVERY_S)
-    outbox.check_run(spool)
-
-
-def pending_text(outbox: Outbox) -> str:
-    """Return how many records the tracker has yet to take, and where they are; empty if none."""
-    if not (pending := outbox.pending()):
-        return ""
-    waiting = counted(pending, "record")
-    return f"{waiting} still in {outbox.folder}, until the tracker answers again"
-
-
 # Receives a run that finished, with where it is recorded.
 Conclude = Callable[[Records, Config, Outcome], None]
 
@@ -144,7 +121,7 @@ def train(
         identity = Identity(name, "train", tags, None, composed.overrides, describe_environment())
         outcome = run_once(config, identity, records, lab, observers)
         run = f"run {outcome.run_id} ({name})" if outcome.run_id else f"run {name}"
-        if pending := pending_text(records.outbox):
+        if pending := records.outbox.pending_text():
             print(pending)
         if outcome.state != "finished":
             print(f"{run} {outcome.state}: {outcome.reason}")
