@@ -3,7 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitlab.networks.convnet import FlattenLast
 from digitlab.networks.settings import ArticleConfig
 
 
@@ -25,7 +24,7 @@ class ArticleNetwork(nn.Module):
     def __init__(self, config: ArticleConfig) -> None:
         super().__init__()
         self.convolution = _Unbiased(1, 32, kernel_size=3)
-        self.pool, self.flatten = nn.MaxPool2d(2), FlattenLast()
+        self.pool = nn.MaxPool2d(2)
         self.dense = nn.Linear(32 * 13 * 13, 10)
         for layer in (self.convolution, self.dense):
             nn.init.xavier_uniform_(layer.weight)
@@ -36,5 +35,5 @@ class ArticleNetwork(nn.Module):
         bias = self.convolution.bias
         assert bias is not None
         features = self.pool(self.convolution(images)).add_(bias[:, None, None]).relu_()
-        logits: Tensor = self.dense(self.flatten(features))
+        logits: Tensor = self.dense(features.permute(0, 2, 3, 1).flatten(1))  # as in Convnet
         return logits
