@@ -225,7 +225,7 @@ def test_a_source_that_is_none_is_refused_before_the_study_is_created(lab: Path)
     for source, reason in (
         ("nothing", "study.fork_from=nothing does not exist"),
         ("gone", "study gone was deleted"),
-        ("empty", "study.fork_from=empty is invalid: it must be a study that has trials"),
+        ("empty", "study.fork_from=empty is invalid: it must be a study of this program"),
     ):
         text = refusal(lab, "study.name=new", f"study.fork_from={source}")
         assert reason in text
