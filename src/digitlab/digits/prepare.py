@@ -13,6 +13,7 @@ from digitlab.base.errors import UserError
 from digitlab.data.datasets import KNOWN, find_known
 from digitlab.digits.decode import Grey
 from digitlab.digits.ink import border_of, ink_of, peak_of
+from digitlab.digits.lines import without_lines
 from digitlab.digits.sheet import find_sheet
 
 SIDE, BOX = 28, 20  # pixels, of the image and of the digit in it (LeCun et al. 1998)
@@ -67,9 +68,10 @@ class _NoDigitError(Exception):
 def prepare(grey: Grey) -> Prepared:
     """Find one digit in a grey picture (H, W) of 0 to 255, of either polarity.
 
-    Paper and its shading are removed, specks and what touches the edge left out; the tight box
-    around the rest is brought to 20x20 pixels by area with its aspect kept, strokes that no digit
-    of MNIST has are made thinner or thicker, and the centre of mass is put into the middle.
+    Paper and its shading are removed, and so are lines across it; specks and what touches the
+    edge are left out. The tight box around the rest is brought to 20x20 pixels by area with its
+    aspect kept, strokes that no digit of MNIST has are made thinner or thicker, and the centre of
+    mass is put into the middle.
     """
     try:
         return Prepared(_centred(_boxed(_digit(grey))))
@@ -87,7 +89,7 @@ def _digit(grey: Grey) -> Grey:
         raise _NoDigitError("nothing stands out from its background")
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
     floor = 0.0 if clean else max(4 * noise, 0.12 * peak)
-    ink = np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32)
+    ink = without_lines(np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32))
     least = 0.0 if clean else 0.2
     while least < 0.5 and _is_ruled(ink > least):  # with lines that are fainter than its ink
         least += 0.15
