@@ -149,6 +149,18 @@ def test_an_output_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [target]
 
 
+def test_a_file_that_cannot_be_read_for_an_output_is_not_said_to_be_the_output(
+    tmp_path: Path,
+) -> None:
+    target, source = tmp_path / "page.html", tmp_path / "source"
+    with (
+        pytest.raises(UserError, match=r"source cannot be read \(No such file"),
+        open_output(target, "--out", tmp_path / "lab") as file,
+    ):
+        file.write(source.read_bytes())
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_an_output_keeps_the_mode_of_the_file_that_it_replaces(tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     write_output(target, PAGE, "--out", tmp_path / "lab")

@@ -39,6 +39,7 @@ from digitlab.pages.server import PageServer
 from digitlab.records.mlflow import MlflowTracker
 from digitlab.records.record import open_records
 from digitlab.records.tracker import TrackerAway, TrackerRefused
+from digitlab.study.samplers import searched_space
 from digitlab.study.storage import open_storage
 from digitlab.training.evaluate import evaluate
 from digitlab.training.film import shown_steps
@@ -394,15 +395,15 @@ def test_ranges_lie_around_the_values_and_are_ones_that_a_sweep_takes() -> None:
         ranges(values, ["trainer.seed"])
 
 
-@pytest.mark.parametrize("recipe", ["default", "smoke", "smallest", "seed"])
+@pytest.mark.parametrize("recipe", ["default", "smoke", "smallest", "seed", "robust"])
 def test_a_search_is_over_what_is_ticked_alone_and_trains_each_trial_to_the_end(
     recipe: str,
 ) -> None:
     form = Form([f"experiments={recipe}", "data=sample"])
     composed = form.compose({"trainer.epochs": 5}, is_fixed=False)
-    words = search_words(composed, {"model.hidden": "choice(0,32)"}, 3, "mine")
+    words = search_words(composed, {"optim.learning_rate": "interval(0.01,0.1)"}, 3, "mine")
     config = compose("sweep", words)[0].config
-    assert config.study.space == {"model.hidden": "choice(0,32)"}
+    assert [one.name for one in searched_space(config)] == ["optim.learning_rate"]
     assert (config.study.pruner, config.study.rungs) == ("none", [])
     assert config.trainer == composed.config.trainer
     assert config.optim == composed.config.optim

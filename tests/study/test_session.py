@@ -217,6 +217,16 @@ def test_more_images_than_there_are_are_refused_before_the_study_is_created(
     assert study_names(open_storage(lab)) == []
 
 
+@pytest.mark.parametrize("text", ["choice(0,100,1600)", "int(interval(100,1600))"])
+def test_a_range_of_more_images_than_there_are_is_refused_before_the_study_is_created(
+    lab: Path, text: str
+) -> None:
+    assert "data.images=1600 is invalid: it must be at most 1599" in refusal(
+        lab, f"data.images={text}"
+    )
+    assert study_names(open_storage(lab)) == []
+
+
 def test_a_source_that_is_none_is_refused_before_the_study_is_created(lab: Path) -> None:
     storage = open_storage(lab)
     optuna.create_study(storage=storage, study_name="empty")

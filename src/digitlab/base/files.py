@@ -120,7 +120,7 @@ def open_output(
 
     Raises:
         UserError: it is among the lab's own files, it would replace another kind of file, or it
-            cannot be written.
+            cannot be written, or what is written could not be read.
     """
     place, home = (Path(os.path.realpath(path)) for path in (target, lab))
     if place.is_relative_to(home) and not {home / name for name in _OPEN} & {*place.parents}:
@@ -150,6 +150,12 @@ def open_output(
             new.chmod(stat.S_IMODE(place.stat().st_mode))
         new.replace(place)
     except OSError as error:
+        own = {*map(str, (target, new, place, *place.parents))}
+        if error.filename is not None and str(error.filename) not in own:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}): {given} must hold what is "
+                "there. Repair that first."
+            ) from error
         raise UserError(
             f"{given} cannot be written ({error.strerror or error}): it must be in a folder that "
             f"can be written. {remedy}."

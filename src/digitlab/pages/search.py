@@ -16,6 +16,7 @@ from digitlab.pages.form import values_of
 _WORDS = (
     *("study.confirm=1", "study.final_seeds=1", "study.workers=1", "study.trials=200"),
     *("study.pruner=none", "study.rungs=[]"),  # or a screening recipe would finish none
+    "study.sampler=tpe",  # a recipe's grid would take no range
 )
 _NO_SPACE = ("~study.space", "+study.space={}")  # of the recipe: what is ticked alone is searched
 

@@ -23,6 +23,7 @@ from digitlab.records.record import Identity, Records, RunRecorder, open_records
 from digitlab.records.spool import RunSpool
 from digitlab.records.views import view_tags
 from digitlab.study.fingerprint import check_fingerprint
+from digitlab.study.samplers import searched_space
 from digitlab.study.storage import (
     leader_lock,
     listed_studies,
@@ -154,8 +155,9 @@ def open_session(
     with open_records(config, lab) as records, leader_lock(storage, lab, name) as lock:
         digits = load_digits(lab, data.name, TRAIN, data.allow_unknown)
         rest, _ = stratified_split(digits.labels, data.validation_images, data.split_seed)
-        if "data.images" not in config.study.space:
-            require_images(data.images, len(rest))
+        searched = {one.name: one.extremes() for one in searched_space(config)}
+        for images in searched.get("data.images", [data.images]):
+            require_images(images, len(rest))
         study_id = None
         if name in study_names(storage):
             notes = study_notes(storage, name)
