@@ -2,7 +2,6 @@
 
     python experiments/robust.py RUN [RUN ...]      # named as for `digitlab reproduce`
     python experiments/robust.py --scenes 200 --first 5000 RUN      # test images 5000 to 5199
-    python experiments/robust.py --families RUN [RUN ...]           # corrupted test images
 
 Prints the tables of robust.md: the answers of each run to each kind of image, or of scene. Digits
 of other people are UCI's test set in scikit-learn (1,797 of 13 writers, 8x8 pixels, enlarged).
@@ -11,19 +10,17 @@ of other people are UCI's test set in scikit-learn (1,797 of 13 writers, 8x8 pix
 import argparse
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import scenes
 import torch
-import torch.nn.functional as F
 from ending import end_plainly
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits as load_uci
 from sklearn.datasets import load_sample_images
-from torch import Tensor
 
 from digitlab.base.paths import lab_folder
 from digitlab.base.statistics import share_interval
@@ -32,7 +29,6 @@ from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
 from digitlab.digits.predict import DigitReader
 from digitlab.digits.prepare import prepare
-from digitlab.digits.shift import CHANGES
 from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
 
@@ -125,75 +121,12 @@ def of_things(predictors: list[DigitReader], test: Digits) -> None:
         print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
 
 
-def with_lines(images: Tensor) -> Tensor:
-    """A straight line of two pixels across each image, at random."""
-    chance = np.random.default_rng(0)
-    drawn = []
-    for image in images[:, 0].byte().numpy():
-        picture = Image.fromarray(image)
-        begin, end = chance.integers(0, 28, 2).tolist()
-        ends = [(0, begin), (27, end)] if chance.random() < 0.5 else [(begin, 0), (end, 27)]
-        ImageDraw.Draw(picture).line(ends, 255, 2)
-        drawn.append(np.asarray(picture))
-    return torch.from_numpy(np.stack(drawn))[:, None].float()
-
-
-def with_stripes(images: Tensor) -> Tensor:
-    """Every fourth row as bright as ink."""
-    striped = images.clone()
-    striped[:, :, ::4] = 255
-    return striped
-
-
-def edges(images: Tensor) -> Tensor:
-    """What differs within 3x3 pixels: the outlines of the strokes."""
-    return F.max_pool2d(images, 3, 1, 1) + F.max_pool2d(-images, 3, 1, 1)
-
-
-# Kinds of corruption, each with its changes; those by name are of `digitlab evaluate`.
-FAMILIES: dict[str, list[str | Callable[[Tensor], Tensor]]] = {
-    "noise": ["noise, sd 30 levels", "noise, sd 60 levels"],
-    "blur": ["blurred, sigma 1"],
-    "lines and stripes across": [with_lines, with_stripes],
-    "brightness": ["half as bright", "on a grey background", "inverted"],
-    "geometry": ["shifted 4 pixels", "rotated 30 degrees", "rotated -30 degrees",
-                 "scaled to 70 %", "scaled to 130 %"],
-    "edges only": [edges],
-}  # fmt: skip
-
-
-def in_families(predictors: list[DigitReader], test: Digits) -> None:
-    """Print the errors of each run on corrupted test images, as given and prepared first."""
-    images, labels = as_tensors(test)
-    print(
-        "| family | " + " | ".join(f"{p.row.name}, as given / prepared" for p in predictors) + " |"
-    )
-    for family, changes in FAMILIES.items():
-        errors = np.zeros((len(predictors), 2))
-        for name in changes:
-            change = CHANGES[name] if isinstance(name, str) else name
-            changed = change(images.float()).round().clamp(0, 255).byte()
-            found = [prepare(image.float().numpy()) for image in changed[:, 0]]
-            ready = torch.from_numpy(np.stack([p.image for p in found]))[:, None]
-            lost = torch.tensor([bool(p.problem) for p in found])
-            for i, predictor in enumerate(predictors):
-                network, data = predictor.network, predictor.config.data
-                wrong = evaluate(network, changed, data).argmax(1) != labels
-                prepared_wrong = (evaluate(network, ready, data).argmax(1) != labels) | lost
-                errors[i] += np.array([wrong.double().mean(), prepared_wrong.double().mean()])
-        cells = [f"{given:.2%} / {read:.2%}" for given, read in errors / len(changes)]
-        print(f"| {family} ({len(changes)}) | {' | '.join(cells)} |", flush=True)
-
-
-def main(runs: list[str], count: int, first: int, families: bool) -> None:
+def main(runs: list[str], count: int, first: int) -> None:
     lab = lab_folder()
     tracker = lab_tracker(lab, [])
     predictors = [DigitReader(tracker, run, lab) for run in runs]
     print("runs:", ", ".join(f"{p.row.name} ({p.row.run_id[:8]})" for p in predictors))
     test = load_digits(lab, "mnist", TEST)
-    if families:
-        in_families(predictors, test)
-        return
     if count:
         for predictor in predictors:
             in_scenes(predictor, test, count, first)
@@ -227,6 +160,5 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--scenes", type=int, default=0, metavar="N")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--families", action="store_true")
     given = parser.parse_args()
-    end_plainly(lambda: main(given.runs, given.scenes, given.first, given.families))
+    end_plainly(lambda: main(given.runs, given.scenes, given.first))
