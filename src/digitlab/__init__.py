@@ -147,12 +147,10 @@ class Predictor:
             UserError: a file cannot be read, or is no image.
         """
         from digitlab.digits.decode import read_image
-        from digitlab.digits.prepare import prepare_as
+        from digitlab.digits.predict import read_picture
 
-        reader = self._predictor
-        how = (reader.config.data.name, reader.lab)
-        prepared = [(str(path), prepare_as(read_image(Path(path)), *how)) for path in images]
-        return reader.answer(prepared) if prepared else []
+        pictures = [(str(path), read_image(Path(path))) for path in images]
+        return [read_picture(self._predictor, *picture)[0] for picture in pictures]
 
 
 def compose(*overrides: str) -> Config:

@@ -1,7 +1,9 @@
 """Lines across a picture: they are taken out, what they cross stays, and digits are no lines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,10 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from digitlab.config.compose import compose
+from digitlab.config.types import Config
+from digitlab.digits import lines
 from digitlab.digits.decode import Grey
 from digitlab.digits.lines import without_lines
-from digitlab.digits.prepare import prepare
+from digitlab.digits.predict import Answer, ImageReader, read_picture
+from digitlab.digits.prepare import Prepared, prepare
 
+find = lines._find_line
 RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
 DIGITS = np.fromfile(RAW, np.uint8)[16:].reshape(-1, 28, 28)
 FOUR = [(60, 20, 30, 110), (30, 110, 120, 110), (95, 60, 95, 190)]
@@ -60,11 +67,11 @@ def test_a_line_goes_and_nothing_that_is_away_from_it(
         assert rest[:, [0, -1]].max() <= 0.5
 
 
-@pytest.mark.parametrize("lines", [4, 7, 9])
-def test_a_digit_on_ruled_paper_is_left(lines: int) -> None:
+@pytest.mark.parametrize("count", [4, 7, 9])
+def test_a_digit_on_ruled_paper_is_left(count: int) -> None:
     plain = drawn(*FOUR)
     ruled = plain.copy()
-    for row in np.linspace(12, 190, lines).astype(int):
+    for row in np.linspace(12, 190, count).astype(int):
         ruled[row : row + 3] = 1
     assert np.abs(without_lines(ruled) - plain).mean() < 0.01
     assert np.abs(ruled - plain).mean() > 0.05
@@ -99,6 +106,45 @@ def test_what_may_be_a_digit_or_none_stays(make: Callable[[], Grey]) -> None:
 def test_a_crossed_digit_is_prepared_like_a_plain_one() -> None:
     plain = 255 - 255 * drawn(*FOUR)
     crossed = np.minimum(plain, 255 - 255 * drawn((0, 30, 149, 150)))
-    prepared = prepare(crossed)
+    prepared = prepare(crossed, keeps_lines=False)
     assert not prepared.problem
     assert np.abs(prepared.image.astype(int) - prepare(plain).image.astype(int)).mean() < 4
+
+
+@dataclass
+class Told:
+    """A reader that says of each image what it is told."""
+
+    config: Config
+    lab: Path
+    status: Callable[[Prepared], str]
+
+    def answer(self, prepared: Sequence[tuple[str, Prepared]]) -> list[Answer]:
+        return [Answer(path, self.status(found)) for path, found in prepared]
+
+
+@pytest.mark.parametrize("first", ["none", "unsure", "digit"])
+@pytest.mark.parametrize("then", ["none", "unsure", "digit"])
+def test_lines_are_taken_out_where_that_makes_an_answer_surer(
+    tmp_path: Path, first: str, then: str
+) -> None:
+    picture = np.minimum(255 - 255 * drawn(*FOUR), 255 - 255 * drawn((0, 30, 149, 150)))
+    with_lines, without = prepare(picture), prepare(picture, keeps_lines=False)
+    assert (with_lines.image != without.image).any()
+    reader = Told(
+        compose("train", ["data=sample"])[0].config,
+        tmp_path,
+        lambda found: first if (found.image == with_lines.image).all() else then,
+    )
+    answer, seen = read_picture(cast("ImageReader", reader), "it", picture)
+    is_surer = ["none", "unsure", "digit"].index(then) > ["none", "unsure", "digit"].index(first)
+    assert answer.status == (then if is_surer else first)
+    assert (seen.image == (without if is_surer else with_lines).image).all()
+
+
+def test_a_picture_that_is_all_ink_takes_no_time() -> None:
+    looked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "_find_line", lambda ink: looked.append(0) or find(ink))
+        without_lines(np.ones((300, 300), np.float32))
+    assert len(looked) == 1

@@ -4,7 +4,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from digitlab.records.tracker import Tracker
 from digitlab.training.evaluate import evaluate
 
 _FAR = 1.25  # times the limit of the distance, beyond which there is no digit at all
+_CERTAINTY = ("none", "unsure", "digit")
 _UNLIKE = "unlike any digit of the training images"
 
 
@@ -107,6 +108,36 @@ class UncalibratedReader:
 ImageReader = DigitReader | UncalibratedReader
 
 
+def read_picture(reader: ImageReader, path: str, grey: Grey) -> tuple[Answer, Prepared]:
+    """Return what is read in a grey picture (H, W), and the image that it is read in."""
+    name, lab = reader.config.data.name, reader.lab
+    found = [(path, prepare_as(grey, name, lab))]
+    [read] = read_prepared(reader, found, lambda _: prepare_as(grey, name, lab, keeps_lines=False))
+    return read
+
+
+def read_prepared(
+    reader: ImageReader,
+    found: Sequence[tuple[str, Prepared]],
+    without_lines: Callable[[int], Prepared],
+) -> list[tuple[Answer, Prepared]]:
+    """Return what is read in each image, and which image that is.
+
+    Where it is no digit, and it is a surer one without the lines across its picture, it is that.
+
+    Args:
+        without_lines: gives the image of that index so prepared.
+    """
+    read = [(answer, one) for answer, (_, one) in zip(reader.answer(found), found, strict=True)]
+    again = [i for i, (answer, _) in enumerate(read) if answer.status != "digit"]
+    if again:
+        others = [(found[i][0], without_lines(i)) for i in again]
+        for i, other, (_, one) in zip(again, reader.answer(others), others, strict=True):
+            if _CERTAINTY.index(other.status) > _CERTAINTY.index(read[i][0].status):
+                read[i] = (other, one)
+    return read
+
+
 def _answer(
     path: str,
     problem: str,
@@ -156,13 +187,12 @@ def predict(
     names: set[str] = set()
     for path in _files(paths, recursive):
         try:
-            prepared = prepare_as(_read(path), predictor.config.data.name, lab)
+            answer, prepared = read_picture(predictor, path, _read(path))
         except UserError as error:
             answers.append(Answer(path, "error", message=str(error)))
             if not as_json:
                 print(f"digitlab: {error}", file=sys.stderr)
             continue
-        [answer] = predictor.answer([(path, prepared)])
         answers.append(answer)
         if not as_json:
             print(answer, flush=True)

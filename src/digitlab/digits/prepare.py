@@ -35,10 +35,10 @@ class Prepared:
     problem: str = ""
 
 
-def prepare_as(grey: Grey, data: str, lab: Path) -> Prepared:
+def prepare_as(grey: Grey, data: str, lab: Path, keeps_lines: bool = True) -> Prepared:
     """Prepare a grey picture as the images of a data set were: by `prepare`, or scaled alone."""
     if is_centred(data, lab):
-        return prepare(grey)
+        return prepare(grey, keeps_lines)
     image = scale(grey)
     is_light = float(np.median(border_of(image))) > 127
     # Kuzushiji-MNIST is light on dark; of data of one's own nothing is known.
@@ -65,21 +65,24 @@ class _NoDigitError(Exception):
     """There is no single digit in the picture; the text is the reason."""
 
 
-def prepare(grey: Grey) -> Prepared:
+def prepare(grey: Grey, keeps_lines: bool = True) -> Prepared:
     """Find one digit in a grey picture (H, W) of 0 to 255, of either polarity.
 
-    Paper and its shading are removed, and so are lines across it; specks and what touches the
-    edge are left out. The tight box around the rest is brought to 20x20 pixels by area with its
-    aspect kept, strokes that no digit of MNIST has are made thinner or thicker, and the centre of
-    mass is put into the middle.
+    Paper and its shading are removed, specks and what touches the edge left out; the tight box
+    around the rest is brought to 20x20 pixels by area with its aspect kept, strokes that no digit
+    of MNIST has are made thinner or thicker, and the centre of mass is put into the middle.
+
+    Args:
+        keeps_lines: whether a line from edge to edge is ink like any other. It may be the bar of
+            a 7 that was cut out tight, or a rule of the paper.
     """
     try:
-        return Prepared(_centred(_boxed(_digit(grey))))
+        return Prepared(_centred(_boxed(_digit(grey, keeps_lines))))
     except _NoDigitError as error:
         return Prepared(np.zeros((SIDE, SIDE), np.uint8), str(error))
 
 
-def _digit(grey: Grey) -> Grey:
+def _digit(grey: Grey, keeps_lines: bool) -> Grey:
     """Return the ink of the one digit, 0 to 1, in its tight box."""
     sheet, inner = find_sheet(grey)
     ink, noise = ink_of(sheet)
@@ -89,7 +92,8 @@ def _digit(grey: Grey) -> Grey:
         raise _NoDigitError("nothing stands out from its background")
     clean = float((ink == 0).mean()) > 0.5 and noise == 0
     floor = 0.0 if clean else max(4 * noise, 0.12 * peak)
-    ink = without_lines(np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32))
+    ink = np.clip((ink - floor) / (peak - floor), 0, 1).astype(np.float32)
+    ink = ink if keeps_lines else without_lines(ink)
     least = 0.0 if clean else 0.2
     while least < 0.5 and _is_ruled(ink > least):  # with lines that are fainter than its ink
         least += 0.15

@@ -17,8 +17,7 @@ from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import decode
 from digitlab.digits.explain import activations, attribution, most_varied
 from digitlab.digits.likeness import FoolingImage, TrainingDigit, fool, nearest
-from digitlab.digits.predict import ImageReader
-from digitlab.digits.prepare import prepare_as
+from digitlab.digits.predict import ImageReader, read_picture
 from digitlab.pages.server import SECONDS, page_app, problems, read_body
 from digitlab.records.reader import accuracy_name
 from digitlab.records.tracker import Tracker
@@ -108,8 +107,7 @@ def read(predictor: ImageReader, content: bytes) -> Reading:
     Raises:
         UserError: it is no image that can be read.
     """
-    prepared = prepare_as(decode(content, "the image"), predictor.config.data.name, predictor.lab)
-    [answer] = predictor.answer([("", prepared)])
+    answer, prepared = read_picture(predictor, "", decode(content, "the image"))
     return Reading(**asdict(answer), seen=prepared.image.tolist())
 
 
@@ -134,8 +132,8 @@ def explain(predictor: ImageReader, content: bytes) -> Explanation:
 
 def liken(predictor: ImageReader, content: bytes) -> Likeness:
     """Return what an image file is like; UserError if it is no image that can be read."""
-    lab, data, grey = predictor.lab, predictor.config.data, decode(content, "the image")
-    seen = prepare_as(grey, data.name, lab).image
+    lab, data = predictor.lab, predictor.config.data
+    seen = read_picture(predictor, "", decode(content, "the image"))[1].image
     if not seen.any():
         return Likeness([], None)
     return Likeness(nearest(seen, lab, data), fool(predictor.network, seen, lab, data))
