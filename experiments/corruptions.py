@@ -3,10 +3,10 @@
     python experiments/corruptions.py --processes 2
 
 Trains ten seeds of the default study's champion, of the recipe `robust`, and of `robust` without
-its shift, rotation, scaling and shear, on all training images, each recorded in the lab. Each reads
-the test images in the corruptions of six families. Geometry is read by the third, so that no
-network has learned from the family that it is measured on. Writes corruptions.json, after each run,
-so that a call that was stopped goes on; prints how robust.md should show it.
+its shift, rotation, scaling and shear, on all training images, each recorded in the lab. They read
+the test images in the corruptions of six families; the third reads geometry in the place of the
+second, which has learned from it. Writes corruptions.json, after each run, so that a call that was
+stopped goes on; prints how robust.md should show it.
 """
 
 import argparse
@@ -27,20 +27,22 @@ from PIL import Image, ImageDraw
 from records import STUDY_FILE, settings_digest, train
 from torch import Tensor
 
+from digitlab.base.environment import describe_environment
 from digitlab.base.paths import lab_folder
 from digitlab.data.datasets import TEST, load_digits
 from digitlab.data.images import as_tensors
-from digitlab.digits.prepare import prepare
+from digitlab.digits.predict import Answer, DigitReader, read_prepared
+from digitlab.digits.prepare import Prepared, prepare
 from digitlab.digits.shift import CHANGES
-from digitlab.records.reader import lab_tracker, load_run
+from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
 
 FILE = Path(__file__).with_name("corruptions.json")
-STILL = [f"data.augment.{name}=0" for name in ("shift", "rotate", "scale", "shear")]
+STILL = "robust, no geometry"
 TARGET = 1 / 3  # of the default's errors
 
 
-def with_lines(images: Tensor) -> Tensor:
+def draw_lines(images: Tensor) -> Tensor:
     """A straight line of two pixels across each image, at random."""
     chance = np.random.default_rng(0)
     drawn = []
@@ -53,14 +55,14 @@ def with_lines(images: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(drawn))[:, None].float()
 
 
-def with_stripes(images: Tensor) -> Tensor:
+def draw_stripes(images: Tensor) -> Tensor:
     """Every fourth row as bright as ink."""
     striped = images.clone()
     striped[:, :, ::4] = 255
     return striped
 
 
-def edges(images: Tensor) -> Tensor:
+def keep_edges(images: Tensor) -> Tensor:
     """What differs within 3x3 pixels: the outlines of the strokes."""
     return F.max_pool2d(images, 3, 1, 1) + F.max_pool2d(-images, 3, 1, 1)
 
@@ -69,11 +71,11 @@ def edges(images: Tensor) -> Tensor:
 FAMILIES: dict[str, list[str | Callable[[Tensor], Tensor]]] = {
     "noise": ["noise, sd 30 levels", "noise, sd 60 levels"],
     "blur": ["blurred, sigma 1"],
-    "lines and stripes across": [with_lines, with_stripes],
+    "lines and stripes across": [draw_lines, draw_stripes],
     "brightness": ["half as bright", "on a grey background", "inverted"],
     "geometry": ["shifted 4 pixels", "rotated 30 degrees", "rotated -30 degrees",
                  "scaled to 70 %", "scaled to 130 %"],
-    "edges only": [edges],
+    "edges only": [keep_edges],
 }  # fmt: skip
 
 
@@ -81,19 +83,19 @@ def recipes() -> dict[str, list[str]]:
     """Return what each network is trained with, but for its seed."""
     champion = json.loads(STUDY_FILE.read_text())["figures"][0]["champion"]
     values = [f"{name}={value}".replace(" ", "") for name, value in champion.items()]
+    still = [f"data.augment.{name}=0" for name in ("shift", "rotate", "scale", "shear")]
     own = ["data.evaluate_on=test", "trainer.threads=1"]
     return {
         "default": ["experiments=default", *values, *own],
         "robust": ["experiments=robust", *own],
-        "robust, no geometry": ["experiments=robust", *STILL, *own],
+        STILL: ["experiments=robust", *still, *own],
     }
 
 
-def prepared(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images (N, 1, 28, 28) as `predict` prepares them, and in which it finds no digit."""
-    found = [prepare(image.float().numpy()) for image in images[:, 0]]
-    ready = torch.from_numpy(np.stack([one.image for one in found]))[:, None]
-    return ready, torch.tensor([bool(one.problem) for one in found])
+def prepared(images: Tensor) -> list[tuple[Prepared, Prepared]]:
+    """Return images (N, 1, 28, 28) as `predict` prepares them, with lines and without."""
+    pictures = [image.float().numpy() for image in images[:, 0]]
+    return [(prepare(picture), prepare(picture, keeps_lines=False)) for picture in pictures]
 
 
 def corrupted() -> dict[str, list[Tensor]]:
@@ -119,43 +121,49 @@ def train_all(document: dict[str, Any], seeds: int, pool: ProcessPoolExecutor) -
         missing = range(len(known["run_ids"]) + 1, seeds + 1)
         for run in pool.map(train, [[*words, f"trainer.seed={seed}"] for seed in missing]):
             known["run_ids"].append(run["run_id"])
-            document |= {key: run[key] for key in ("processor", "commit", "date")}
             FILE.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def errors(runs: dict[str, Any], pool: ProcessPoolExecutor) -> dict[str, dict[str, list[float]]]:
+def measure(
+    runs: dict[str, list[str]], pool: ProcessPoolExecutor
+) -> dict[str, dict[str, list[float]]]:
     """Return the share of misread images by network and family, of each run."""
     tracker, lab = lab_tracker(lab_folder()), lab_folder()
     _, labels = as_tensors(load_digits(lab, "mnist", TEST))
     given = corrupted()
     ready = {family: list(pool.map(prepared, given[family])) for family in given}
     found: dict[str, dict[str, list[float]]] = {}
-    for name, known in runs.items():
-        for run_id in known["run_ids"]:
-            row, config, network = load_run(tracker, run_id)
-            for family in FAMILIES:
-                wrong = {
-                    "as given": [
-                        evaluate(network, images, config.data).argmax(1) != labels
-                        for images in given[family]
-                    ],
-                    "prepared": [
-                        (evaluate(network, images, config.data).argmax(1) != labels) | lost
-                        for images, lost in ready[family]
-                    ],
-                }
-                for how, by_change in wrong.items():
-                    share = fmean(float(misread.double().mean()) for misread in by_change)
-                    found.setdefault(f"{name}, {how}", {}).setdefault(family, []).append(share)
-            print("measured", name, row.run_id[:8], flush=True)
+    for name, run_ids in runs.items():
+        for run_id in run_ids:
+            reader = DigitReader(tracker, run_id, lab)
+            for family in ["geometry"] if name == STILL else FAMILIES:
+                shares: dict[str, list[float]] = {"as given": [], "prepared": []}
+                for images, pairs in zip(given[family], ready[family], strict=True):
+                    logits = evaluate(reader.network, images, reader.config.data)
+                    read = read_prepared(
+                        reader,
+                        [("", with_lines) for with_lines, _ in pairs],
+                        [without for _, without in pairs].__getitem__,
+                    )
+                    digits = torch.tensor([_digit(answer) for answer, _ in read])
+                    for how, guesses in (("as given", logits.argmax(1)), ("prepared", digits)):
+                        shares[how].append(float((guesses != labels).double().mean()))
+                for how, of_changes in shares.items():
+                    by_family = found.setdefault(f"{name}, {how}", {})
+                    by_family.setdefault(family, []).append(fmean(of_changes))
+            print("measured", name, run_id[:8], flush=True)
     return found
+
+
+def _digit(answer: Answer) -> int:
+    return -1 if answer.digit is None else answer.digit
 
 
 def figures(found: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     """Return what is shown: each family, the mean over the families, and what was asked for."""
     shown = {how: found[how] for how in ("default, as given", "default, prepared")}
     shown["robust, prepared"] = found["robust, prepared"] | {
-        "geometry": found["robust, no geometry, prepared"]["geometry"]
+        "geometry": found[f"{STILL}, prepared"]["geometry"]
     }
     means = {how: list(map(fmean, zip(*of.values(), strict=True))) for how, of in shown.items()}
     listed = [
@@ -184,7 +192,10 @@ def main() -> None:
     document = json.loads(FILE.read_text()) if FILE.exists() else {"figures": [], "runs": {}}
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         train_all(document, options.seeds, pool)
-        document["figures"] = figures(errors(document["runs"], pool))
+        runs = {name: of["run_ids"][: options.seeds] for name, of in document["runs"].items()}
+        document["figures"] = figures(measure(runs, pool))
+    environment = describe_environment()
+    document |= {key: environment[key] for key in ("commit", "processor")}
     FILE.write_text(json.dumps(document, indent=1) + "\n")
     print("\n".join(map(ROWS["table"], document["figures"])))
 

@@ -27,7 +27,7 @@ from digitlab.base.statistics import share_interval
 from digitlab.data.datasets import TEST, Digits, load_digits
 from digitlab.data.images import as_tensors
 from digitlab.digits.decode import Grey, decode
-from digitlab.digits.predict import DigitReader
+from digitlab.digits.predict import DigitReader, read_picture
 from digitlab.digits.prepare import prepare
 from digitlab.records.reader import lab_tracker
 from digitlab.training.evaluate import evaluate
@@ -84,15 +84,13 @@ def in_scenes(predictor: DigitReader, test: Digits, count: int, first: int) -> N
     numbers = range(first, first + count)
     print(f"| {predictor.row.name} | n | read | wrong | unsure | none |\n|---|---|---|---|---|---|")
     for kind in scenes.KINDS:
-        prepared = []
+        said: Counter[bool | str] = Counter()
         for i in numbers:
             file = io.BytesIO()
             scenes.scene(kind, test.images[i], i).save(file, "PNG")
-            prepared.append((str(i), prepare(decode(file.getvalue(), kind))))
-        said = Counter(
-            answer.status if answer.status != "digit" else answer.digit == int(test.labels[i])
-            for i, answer in zip(numbers, predictor.answer(prepared), strict=True)
-        )
+            answer, _ = read_picture(predictor, str(i), decode(file.getvalue(), kind))
+            is_right = answer.digit == int(test.labels[i])
+            said[is_right if answer.status == "digit" else answer.status] += 1
         cells = [f"{said[answer] / count:.1%}" for answer in (True, False, "unsure", "none")]
         print(f"| {kind} | {count} | {' | '.join(cells)} |", flush=True)
 
@@ -113,10 +111,10 @@ def of_things(predictors: list[DigitReader], test: Digits) -> None:
                         for _ in range(100)],
     }  # fmt: skip
     for what, given in things.items():
-        prepared = [("", prepare(picture)) for picture in given]
         cells = []
         for predictor in predictors:
-            counts = Counter(answer.status for answer in predictor.answer(prepared))
+            answers = (read_picture(predictor, "", picture)[0] for picture in given)
+            counts = Counter(answer.status for answer in answers)
             cells.append(" / ".join(str(counts[status]) for status in ("digit", "unsure", "none")))
         print(f"| {what} ({len(given)}) | {' | '.join(cells)} |", flush=True)
 

@@ -119,9 +119,10 @@ def _shadow(levels: Levels, chance: Generator) -> Levels:
 
 
 def _squared(
-    chance: Generator, horizontal: bool = False
+    chance: Generator, horizontal: bool = False, ink: Levels | None = None
 ) -> Callable[[ImageDraw.ImageDraw, int], None]:
     colour = tuple(int(level) for level in chance.uniform((130, 150, 175), (190, 205, 225)))
+    colour = colour if ink is None else tuple(int(level) for level in ink)
 
     def rule(draw: ImageDraw.ImageDraw, side: int) -> None:
         step, width = side * chance.uniform(0.06, 0.2), int(chance.integers(1, 3))
@@ -209,6 +210,26 @@ def at_edge(digit: Pixels, chance: Generator) -> Image.Image:
     return photo(levels, chance)
 
 
+def ruled_in_ink(digit: Pixels, chance: Generator) -> Image.Image:
+    """On ruled or squared paper with lines of the same ink."""
+    ink = _pick(chance, _INKS)
+    ruling = _squared(chance, chance.random() < 0.5, ink)
+    return photo(page(digit, chance, ink=ink, ruling=ruling), chance)
+
+
+def crossed_out(digit: Pixels, chance: Generator) -> Image.Image:
+    """With a straight line from edge to edge across it, of the same ink."""
+    ink = _pick(chance, _INKS)
+
+    def rule(draw: ImageDraw.ImageDraw, side: int) -> None:
+        begin, end = side * chance.uniform(0, 1, 2)
+        line = [(0, begin), (side, end)] if chance.random() < 0.5 else [(begin, 0), (end, side)]
+        width = int(side * chance.uniform(0.01, 0.04))
+        draw.line(line, tuple(int(level) for level in ink), width)
+
+    return photo(page(digit, chance, ink=ink, ruling=rule), chance)
+
+
 KINDS: dict[str, Callable[[Pixels, Generator], Image.Image]] = {
     "a drawing, ink and paper of any colour": lambda d, c: drawing(page(d, c)),
     "a photo of paper": lambda d, c: photo(page(d, c), c),
@@ -227,6 +248,8 @@ KINDS: dict[str, Callable[[Pixels, Generator], Image.Image]] = {
     "the box of a form": boxed,
     "squared paper": lambda d, c: photo(page(d, c, ruling=_squared(c)), c),
     "ruled paper": lambda d, c: photo(page(d, c, ruling=_squared(c, True)), c),
+    "paper with lines as dark as the ink": ruled_in_ink,
+    "crossed out by a line from edge to edge": crossed_out,
     "a hard shadow across it": lambda d, c: photo(_shadow(page(d, c), c), c),
     "a note on a table, a shadow across it": lambda d, c: photo(
         _shadow(_on_table(page(d, c), c), c), c
