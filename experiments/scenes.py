@@ -258,6 +258,10 @@ KINDS: dict[str, Callable[[Pixels, Generator], Image.Image]] = {
 }
 
 
+# With lines as dark as the ink: what is read in them is read without the lines.
+CROSSED = ("paper with lines as dark as the ink", "crossed out by a line from edge to edge")
+
+
 def scene(kind: str, digit: Pixels, seed: int) -> Image.Image:
     """Draw a digit in a scene of KINDS; the same seed gives the same picture."""
     return KINDS[kind](digit, np.random.default_rng([seed, *kind.encode()]))

@@ -119,8 +119,8 @@ def open_output(
         remedy: what to do where it cannot be written.
 
     Raises:
-        UserError: it is among the lab's own files, it would replace another kind of file, or it
-            cannot be written, or what is written could not be read.
+        UserError: it is among the lab's own files, it would replace another kind of file, it cannot
+            be written, or what it is made of cannot be read.
     """
     place, home = (Path(os.path.realpath(path)) for path in (target, lab))
     if place.is_relative_to(home) and not {home / name for name in _OPEN} & {*place.parents}:

@@ -12,7 +12,7 @@ from scipy import ndimage
 from digitlab.base.errors import UserError
 from digitlab.data.datasets import KNOWN, find_known
 from digitlab.digits.decode import Grey
-from digitlab.digits.ink import border_of, ink_of, peak_of
+from digitlab.digits.ink import Mask, border_of, ink_of, peak_of
 from digitlab.digits.lines import without_lines
 from digitlab.digits.sheet import find_sheet
 
@@ -86,7 +86,6 @@ def _digit(grey: Grey, keeps_lines: bool) -> Grey:
     """Return the ink of the one digit, 0 to 1, in its tight box."""
     sheet, inner = find_sheet(grey)
     ink, noise = ink_of(sheet)
-    ink = np.where(inner, ink, 0).astype(np.float32)
     peak = peak_of(ink)
     if peak < max(_LEAST_CONTRAST, 6 * noise):
         raise _NoDigitError("nothing stands out from its background")
@@ -98,7 +97,7 @@ def _digit(grey: Grey, keeps_lines: bool) -> Grey:
     while least < 0.5 and _is_ruled(ink > least):  # with lines that are fainter than its ink
         least += 0.15
         ink = np.clip((ink - 0.15) / 0.85, 0, 1)
-    kept = _shapes(ink, ink > least)
+    kept = _shapes(ink, ink > least, inner)
     ink = _cut(np.where(kept, ink, 0).astype(np.float32))
     if max(ink.shape) < _SMALLEST:
         raise _NoDigitError(f"what there is has fewer than {_SMALLEST} pixels a side")
@@ -118,8 +117,11 @@ def _boxed(ink: Grey) -> Grey:
     return (_overlap(height, rows) @ ink @ _overlap(width, columns).T).astype(np.float32)
 
 
-def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the pixels of the shapes that make up the one digit."""
+def _shapes(ink: Grey, mask: Mask, inner: Mask) -> Mask:
+    """Return the pixels of the shapes that make up the one digit.
+
+    Args: inner: the pixels of the sheet; what reaches beyond it touches its edge.
+    """
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     if not count:
         raise _NoDigitError("nothing stands out from its background")
@@ -127,6 +129,7 @@ def _shapes(ink: Grey, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     boxes = ndimage.find_objects(labels)
     margin = 1 + np.array(mask.shape) // 150
     inside = np.array([_is_inside(box, margin, mask.shape) for box in boxes])
+    inside &= ndimage.sum_labels(~inner, labels, np.arange(1, count + 1)) == 0
     weights[[_is_line(box, mask.shape) for box in boxes]] = 0
     if not weights.any():
         raise _NoDigitError("a line from edge to edge")
