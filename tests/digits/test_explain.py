@@ -6,6 +6,7 @@ import struct
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,6 +25,8 @@ from digitlab.networks.table import build_network
 from digitlab.records.local import sqlite_uri
 from digitlab.records.reader import load_run
 
+RAW = Path(__file__).parents[1] / "support" / "digits" / "t10k-images-idx3-ubyte"
+DIGITS = np.fromfile(RAW, np.uint8)[16:].reshape(-1, 28, 28)
 SMALL = ["experiments=smoke", "data=sample", "data.batch_size=400", "trainer.epochs=2"]
 SMALL += ["model.widths=[4,6]", "model.hidden=16", "trainer.seed=5"]
 
@@ -181,6 +184,16 @@ def test_explain_takes_a_run_a_digit_and_a_file(lab: Path, explain, tmp_path: Pa
     _, out, _ = explain("499", *arguments, "--against", str(other))
     assert f"why {found[1]} and not {other}," in out
     assert target.read_bytes() != first
+
+
+def test_a_picture_is_explained_as_it_is_read_without_its_lines(explain, tmp_path: Path) -> None:
+    picture = Image.new("L", (420, 140))
+    picture.paste(Image.fromarray(DIGITS[0]).resize((112, 112)), (150, 14))
+    picture.paste(255, (0, 68, 420, 72))
+    picture.save(tmp_path / "crossed.png")
+    status, out, err = explain(str(tmp_path / "crossed.png"))
+    assert (status, err) == (0, "")
+    assert "reads" in out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from digitlab.config.types import DataConfig
 from digitlab.data.datasets import TEST, class_names, known_classes, load_digits
 from digitlab.data.images import standardise, to_unit
 from digitlab.digits.decode import read_image
-from digitlab.digits.prepare import prepare_as
+from digitlab.digits.predict import DigitReader, read_picture
 from digitlab.records.reader import lab_tracker, load_run
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def explain(
         title, name = f"test image {image}, a {labels[digits.labels[int(image)]]}", image
     else:
         require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)
-        prepared = prepare_as(read_image(Path(image)), config.data.name, lab)
+        reader = DigitReader(tracker, row.run_id, lab)
+        _, prepared = read_picture(reader, image, read_image(Path(image)))
         require(not prepared.problem, f"{image}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
         title, name = image, Path(image).stem
