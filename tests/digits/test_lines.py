@@ -112,7 +112,7 @@ def test_a_crossed_digit_is_prepared_like_a_plain_one() -> None:
 
 
 @dataclass
-class Told:
+class ScriptedReader:
     """A reader that says of each image what it is told."""
 
     config: Config
@@ -131,7 +131,7 @@ def test_lines_are_taken_out_where_that_makes_an_answer_surer(
     picture = np.minimum(255 - 255 * drawn(*FOUR), 255 - 255 * drawn((0, 30, 149, 150)))
     with_lines, without = prepare(picture), prepare(picture, keeps_lines=False)
     assert (with_lines.image != without.image).any()
-    reader = Told(
+    reader = ScriptedReader(
         compose("train", ["data=sample"])[0].config,
         tmp_path,
         lambda found: first if (found.image == with_lines.image).all() else then,
