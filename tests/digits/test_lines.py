@@ -113,7 +113,7 @@ def test_a_crossed_digit_is_prepared_like_a_plain_one() -> None:
 
 @dataclass
 class ScriptedReader:
-    """A reader that says of each image what it is told."""
+    """A reader that gives each image the status that a test asks for."""
 
     config: Config
     lab: Path
