@@ -54,7 +54,8 @@ FIRST_LINE = {  # of what each command prints
     "runs": r"[┏━┳┓]+",
     "show": r"run [0-9a-f]{32} \(\S+-champion\) is the champion of study \S+: test accuracy ",
     "studies": r"[┏━┳┓]+",
-    "sweep": r"study \S+: 2 trials over |study (smoke|default) is complete: ",
+    # A later call keeps the seeds that an earlier page has asked for.
+    "sweep": r"(study default keeps .+\n)?(study \S+: 2 trials over |study \w+ is complete: )",
     "train": r"epoch 1/\d+  train_accuracy 0\.\d+",
 }
 
