@@ -65,8 +65,8 @@ def explain(
         title, name = f"test image {image}, a {labels[digits.labels[int(image)]]}", image
     else:
         require(bool(image) and not re.fullmatch(r"-\d+", image), f"explain {image!r}", _RULE)
-        reader = DigitReader(tracker, row.run_id, lab)
-        _, prepared = read_picture(reader, image, read_image(Path(image)))
+        grey = read_image(Path(image))  # before the reader, which may have to be calibrated first
+        _, prepared = read_picture(DigitReader(tracker, row.run_id, lab), image, grey)
         require(not prepared.problem, f"{image}: {prepared.problem}", "an image of one digit")
         pixels = torch.from_numpy(prepared.image)
         title, name = image, Path(image).stem
